@@ -1,0 +1,42 @@
+"""The one small port through which claims are kept; every store passes the same contract suite."""
+
+from typing import Protocol
+
+from dedup_service.claims.transaction import Transaction
+
+
+class ClaimStore(Protocol):
+    """Keeps claims. Every method may raise StoreUnavailable, and none repeats a command by itself.
+
+    A cancelled call leaves the store in order: its command may or may not have been carried out, and no later call
+    sees its answer.
+    """
+
+    @property
+    def description(self) -> str:
+        """Where the claims are, for people: without user name and password."""
+
+    async def open(self) -> None:
+        """Begin to serve. An unreachable store is not an error here: it is tried again until `close`.
+
+        Raises StoreRefused when the store answered and can never work as it is configured.
+        """
+
+    async def close(self) -> None:
+        """End; commands still under way are finished or fail. May be called twice."""
+
+    async def check(self) -> None:
+        """Return when the store answers.
+
+        Raises StoreUnavailable when it does not, and StoreRefused as `open` does.
+        """
+
+    async def claim(self, claim: Transaction, ttl_ms: int | None) -> Transaction | None:
+        """Store `claim` unless its transaction is held, in one atomic step, and return the holder or None.
+
+        The stored claim expires `ttl_ms` from now by the clock of the store, or at `claim.expire_time_ms` when `ttl_ms`
+        is None. Raises InvalidRequest when that moment is in the past by the clock of the store, and UnreadableValue.
+        """
+
+    async def get(self, namespace: str, transaction_id: str) -> Transaction | None:
+        """Return the holder of a transaction, or None. Raises UnreadableValue."""

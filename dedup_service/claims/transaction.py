@@ -1,0 +1,65 @@
+"""What a claim is: the stored transaction, the question a caller asks, and the answer. Times are Unix milliseconds."""
+
+from dataclasses import dataclass, field
+from enum import Enum, IntEnum
+
+
+class TransactionState(IntEnum):
+    """What has become of a claimed transaction; the numbers are those of the stored value and of the contract."""
+
+    IN_PROGRESS = 1
+    COMPLETED = 2
+
+
+class ClaimOutcome(Enum):
+    """How a claim ended; only CLAIMED means "go"."""
+
+    CLAIMED = "CLAIMED"
+    DUPLICATE = "DUPLICATE"
+    PAYLOAD_MISMATCH = "PAYLOAD_MISMATCH"
+
+
+@dataclass(frozen=True, slots=True)
+class Transaction:
+    """A claimed transaction as a store holds it.
+
+    A claim that was not written by this service (its holder is unknown) has no token, no claim time, and an expiry only
+    where the store was asked for it.
+    """
+
+    namespace: str
+    transaction_id: str
+    # Kept out of the representation, so that no log line or traceback can show it.
+    claim_token: str | None = field(repr=False)
+    claimant: str
+    claim_time_ms: int | None
+    expire_time_ms: int | None
+    state: TransactionState = TransactionState.IN_PROGRESS
+    payload_fingerprint: bytes = b""
+    completion_time_ms: int | None = None
+    result: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimRequest:
+    """One caller's question, as it came in: nothing in it has been checked yet.
+
+    At most one of `ttl_ms` and `expire_time_ms` is set; an empty `claim_token` asks for a generated one.
+    """
+
+    transaction_id: str
+    namespace: str = ""
+    ttl_ms: int | None = None
+    expire_time_ms: int | None = None
+    claim_token: str = field(default="", repr=False)
+    claimant: str = ""
+    payload_fingerprint: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimAnswer:
+    """The outcome of one claim, and the transaction as the store holds it after it."""
+
+    outcome: ClaimOutcome
+    transaction: Transaction
+    replayed: bool = False
