@@ -1,0 +1,32 @@
+"""The key of a transaction: two different pairs of namespace and id never share one."""
+
+from collections.abc import Callable
+
+from dedup_service.claims import DEFAULT_NAMESPACE, FieldViolation, InvalidRequest
+
+KeyLayout = Callable[[str, str], bytes]
+
+
+def prefixed_layout(prefix: str) -> KeyLayout:
+    """Return the layout `{prefix}{namespace}:{transaction_id}`; a namespace has no colon, so the pair can be told."""
+    prefix_bytes = prefix.encode()
+
+    def key(namespace: str, transaction_id: str) -> bytes:
+        return b"%b%b:%b" % (prefix_bytes, namespace.encode(), transaction_id.encode())
+
+    return key
+
+
+def raw_layout(namespace: str, transaction_id: str) -> bytes:
+    """Return the transaction id itself, as services with an in-process SETNX write it.
+
+    Raises InvalidRequest for any namespace but the default one, since the key has no room to keep them apart.
+    """
+    if namespace != DEFAULT_NAMESPACE:
+        raise InvalidRequest(
+            FieldViolation(
+                "namespace",
+                f"must be {DEFAULT_NAMESPACE!r} or absent: this server uses the raw key layout, which has no namespaces",
+            )
+        )
+    return transaction_id.encode()

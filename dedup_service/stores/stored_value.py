@@ -1,0 +1,80 @@
+"""The stored value: a msgpack array, version first, the same in every store.
+
+`[1, token, claimant, claim_time_ms, expire_time_ms, state, fingerprint, completion_time_ms, result]`. Readers accept a
+longer array (a newer writer that only added fields) and refuse another version. Anything that is not such an array was
+not written by this service and is read as a claim by an unknown holder.
+"""
+
+import msgpack
+
+from dedup_service.claims import Transaction, TransactionState, UnreadableValue
+
+VERSION = 1
+
+_FIELDS = 9
+_FIELD_TYPES = (int, str, str, int, int, int, bytes, int, bytes)
+
+
+def encode(claim: Transaction) -> bytes:
+    """Return the stored value of a claim that this service writes."""
+    packed: bytes = msgpack.packb(
+        (
+            VERSION,
+            claim.claim_token,
+            claim.claimant,
+            claim.claim_time_ms,
+            claim.expire_time_ms,
+            int(claim.state),
+            claim.payload_fingerprint,
+            claim.completion_time_ms or 0,
+            claim.result,
+        )
+    )
+    return packed
+
+
+def decode(value: bytes, namespace: str, transaction_id: str) -> Transaction:
+    """Return the claim that `value` holds, or a claim by an unknown holder when this service did not write it.
+
+    Raises UnreadableValue for another version, and for a value of this version that is damaged: either may be a live
+    claim, so neither is "go" nor "duplicate".
+    """
+    try:
+        fields = msgpack.unpackb(value)
+    except ValueError:
+        # msgpack's own errors and bytes that are no UTF-8 are both ValueErrors: whatever this is, it is not ours.
+        fields = None
+    if not isinstance(fields, list) or not fields or type(fields[0]) is not int:
+        return unknown_holder(namespace, transaction_id)
+    if fields[0] != VERSION:
+        raise UnreadableValue(
+            "VALUE_VERSION_UNKNOWN",
+            f"the stored value has version {fields[0]} and this service reads version {VERSION}: "
+            "upgrade this service, or wait until the transaction expires",
+        )
+    known = fields[:_FIELDS]
+    if tuple(map(type, known)) != _FIELD_TYPES or fields[5] not in tuple(TransactionState):
+        raise UnreadableValue(
+            "VALUE_DAMAGED",
+            "the stored value is damaged: find out what else writes to this key, then delete it or let it expire",
+        )
+    _, token, claimant, claim_time_ms, expire_time_ms, state, fingerprint, completion_time_ms, result = known
+    return Transaction(
+        namespace=namespace,
+        transaction_id=transaction_id,
+        claim_token=token,
+        claimant=claimant,
+        claim_time_ms=claim_time_ms,
+        expire_time_ms=expire_time_ms,
+        state=TransactionState(state),
+        payload_fingerprint=fingerprint,
+        completion_time_ms=completion_time_ms or None,
+        result=result,
+    )
+
+
+def unknown_holder(namespace: str, transaction_id: str, expire_time_ms: int | None = None) -> Transaction:
+    """Return the claim that a value which this service did not write stands for."""
+    return Transaction(
+        namespace, transaction_id, claim_token=None, claimant="", claim_time_ms=None, expire_time_ms=expire_time_ms
+    )
