@@ -26,7 +26,7 @@ def raw_layout(namespace: str, transaction_id: str) -> bytes:
         raise InvalidRequest(
             FieldViolation(
                 "namespace",
-                f"must be {DEFAULT_NAMESPACE!r} or absent: this server uses the raw key layout, which has no namespaces",
+                f"must be {DEFAULT_NAMESPACE!r} or absent: the raw key layout of this server has no namespaces",
             )
         )
     return transaction_id.encode()

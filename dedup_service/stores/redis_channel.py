@@ -43,7 +43,7 @@ class RedisChannel(asyncio.Protocol):
         self.ended: asyncio.Future[None] = loop.create_future()
         """Resolved once, when the last command was answered or failed and the connection is closed."""
 
-    def send(self, *command: bytes | str | int) -> asyncio.Future[Any]:
+    def send(self, *command: bytes | str | float) -> asyncio.Future[Any]:
         """Queue one command for this turn's write and return a future of its reply.
 
         The reply is bytes, int, list, None or a `hiredis.ReplyError` (returned, not raised). The future raises
@@ -62,7 +62,7 @@ class RedisChannel(asyncio.Protocol):
             return future
         if not self._unsent:
             self._loop.call_soon(self._flush)
-        self._unsent.append(hiredis.pack_command(command))
+        self._unsent.append(hiredis.pack_command(command))  # type: ignore[arg-type]
         now = self._loop.time()
         self._unanswered.append((future, now))
         if self._watchdog is None:

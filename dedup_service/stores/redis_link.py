@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from redis import exceptions
 from redis.asyncio.connection import AbstractConnection, Connection, SSLConnection, UnixDomainSocketConnection
@@ -113,7 +113,7 @@ class RedisLink:
             await connection.disconnect(nowait=True)
             raise
         # The one private name of redis-py that we rely on: its writer's transport, which the channel takes over.
-        transport: asyncio.Transport = connection._writer.transport  # noqa: SLF001
+        transport: asyncio.Transport = cast("Any", connection)._writer.transport
         channel = RedisChannel(transport, self._timeout_ms, asyncio.get_running_loop())
         transport.set_protocol(channel)
         channel.ended.add_done_callback(lambda _: self._dispose(connection))
@@ -126,7 +126,7 @@ class RedisLink:
 
     async def _handshake(self, connection: AbstractConnection) -> None:
         try:
-            await connection.connect()
+            await connection.connect()  # type: ignore[no-untyped-call]
             await self._check_server(connection)
             if await connection.can_read():
                 raise StoreUnavailable("STORE_PROTOCOL_ERROR", "Redis sent a reply that nobody asked for", Applied.NO)

@@ -1,5 +1,7 @@
 """Claims in one Redis or Valkey server: `SET key value NX GET PX`, one command that decides."""
 
+from typing import Any
+
 import hiredis
 
 from dedup_service.claims import (
@@ -101,7 +103,7 @@ class RedisStore:
             namespace, transaction_id, None if expire_time_ms == _NO_EXPIRY else int(expire_time_ms)
         )
 
-    async def _execute(self, *command: bytes | str | int) -> bytes | int | list[bytes] | None:
+    async def _execute(self, *command: bytes | str | int) -> Any:  # noqa: ANN401 - what Redis may answer
         channel = self._link.channel or await self._link.connected()
         reply = await channel.send(*command)
         if type(reply) is hiredis.ReplyError:

@@ -1,4 +1,4 @@
-"""What a Redis URL may say. Query arguments come from a short list, since the driver would let them override retries."""
+"""What a Redis URL may say. Query arguments come from a short list: the driver lets them override its retries."""
 
 from dataclasses import dataclass, field
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
@@ -55,7 +55,9 @@ def parse_redis_url(url: str) -> RedisTarget:
         )
     if parts.scheme == "unix":
         if parts.hostname or not parts.path.strip("/"):
-            raise ValueError("a unix:// store URL names no host, and an absolute path: unix:///run/redis/redis.sock?db=0")
+            raise ValueError(
+                "a unix:// store URL names no host, and an absolute path: unix:///run/redis/redis.sock?db=0"
+            )
         return RedisTarget(
             socket_path=unquote(parts.path),
             db=_database(query.get("db", "")),

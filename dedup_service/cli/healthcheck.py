@@ -1,0 +1,32 @@
+"""`dedup-service healthcheck`, for container probes."""
+
+import json
+from typing import Annotated
+
+import grpc
+import typer
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from dedup_service.cli.channel import AsJson, Target, Timeout, duration_option, fail, open_channel
+
+
+def healthcheck(
+    *,
+    service: Annotated[str, typer.Option(help="The service to ask about; empty means the server as a whole.")] = "",
+    target: Target = None,
+    timeout: Timeout = "2s",
+    as_json: AsJson = False,
+) -> None:
+    """Ask a server whether it is serving: exit code 0 if so, 1 if not."""
+    timeout_ms = duration_option("timeout", timeout)
+    with open_channel(target) as channel:
+        try:
+            reply = health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(service=service), timeout=timeout_ms / 1000
+            )
+        except grpc.RpcError as error:
+            fail(error, as_json=as_json)
+    status = health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
+    typer.echo(json.dumps({"status": status}) if as_json else status)
+    if reply.status != health_pb2.HealthCheckResponse.SERVING:
+        raise typer.Exit(1)

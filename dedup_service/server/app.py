@@ -1,0 +1,97 @@
+"""One server process: start, serve until a signal, drain, end."""
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Callable, Sequence
+
+import grpc
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from dedup_service import __version__
+from dedup_service.claims import ClaimService, ClaimStore, Policy, StoreRefused
+from dedup_service.server.listeners import StartRefused, add_listener
+from dedup_service.server.readiness import Readiness
+from dedup_service.servicer.dedup_servicer import SERVICE_NAME, DedupServicer, generic_handler
+from dedup_service.settings import Settings
+from dedup_service.stores import make_store
+from dedup_service.telemetry.call_log import CallLog
+from dedup_service.telemetry.logs import logger
+
+# gRPC shares a port between servers by default, and a second server that was started by mistake would go unnoticed.
+_OPTIONS = (("grpc.so_reuseport", 0),)
+
+# What gRPC's own stop may take longer than the grace that it was given.
+_STOP_SLACK_S = 0.5
+
+
+async def serve(settings: Settings, announce: Callable[[Sequence[str]], None]) -> None:
+    """Serve until SIGTERM or SIGINT, then drain and return.
+
+    `announce` is called once with the addresses, when calls are accepted. At the shutdown health says NOT_SERVING
+    first, then new calls are refused, and calls under way get the grace of the settings to end; a second signal ends
+    the grace. Raises StartRefused with one sentence when the server cannot start.
+    """
+    log = logger()
+    store = _make_store(settings)
+    try:
+        await store.open()
+    except StoreRefused as refusal:
+        raise StartRefused(str(refusal)) from None
+    try:
+        readiness = Readiness(store, (health.OVERALL_HEALTH, SERVICE_NAME), settings.store_timeout, log)
+        await readiness.check()
+        claims = ClaimService(store, Policy(settings.default_ttl, settings.max_ttl))
+        call_log = CallLog(log, plain_ids=settings.log_transaction_ids == "plain")
+        server = grpc.aio.server(options=_OPTIONS)
+        server.add_generic_rpc_handlers((generic_handler(DedupServicer(claims), call_log),))
+        health_pb2_grpc.add_HealthServicer_to_server(readiness.servicer, server)
+        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        addresses = [add_listener(server, address) for address in settings.listen]
+        await server.start()
+        stop = _stop_signals()
+        log.info("serving", addresses=addresses, store=store.description, version=__version__)
+        if settings.store_url is None:
+            log.warning("embedded_store", message="no store URL is set: only this host sees these claims")
+        announce(addresses)
+        watch = asyncio.create_task(readiness.watch())
+        await stop.get()
+        log.info("draining", grace_ms=settings.shutdown_grace)
+        watch.cancel()
+        await readiness.not_serving()
+        await _drain(server, settings.shutdown_grace / 1000, stop)
+        log.info("stopped")
+    finally:
+        await store.close()
+
+
+def _make_store(settings: Settings) -> ClaimStore:
+    try:
+        return make_store(
+            settings.effective_store_url,
+            key_layout=settings.key_layout,
+            key_prefix=settings.key_prefix,
+            timeout_ms=settings.store_timeout,
+        )
+    except ValueError as error:
+        raise StartRefused(f"DEDUP_STORE_URL (--store-url): {error}") from None
+
+
+def _stop_signals() -> asyncio.Queue[signal.Signals]:
+    loop = asyncio.get_running_loop()
+    received: asyncio.Queue[signal.Signals] = asyncio.Queue()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, received.put_nowait, number)
+    return received
+
+
+async def _drain(server: grpc.aio.Server, grace_s: float, stop: asyncio.Queue[signal.Signals]) -> None:
+    stopping = asyncio.create_task(server.stop(grace_s))
+    impatience = asyncio.create_task(stop.get())
+    await asyncio.wait((stopping, impatience), timeout=grace_s + _STOP_SLACK_S, return_when=asyncio.FIRST_COMPLETED)
+    impatience.cancel()
+    if not stopping.done():
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_STOP_SLACK_S):
+                await server.stop(None)

@@ -1,0 +1,70 @@
+"""Where the server listens: TCP addresses and Unix sockets, and what can be wrong with them at the start."""
+
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+
+# Owner and group may connect: read and write, for a socket, are what connecting takes.
+_SOCKET_UMASK = 0o117
+
+
+class StartRefused(Exception):
+    """The server cannot start; the message is one sentence that says what to change."""
+
+
+def add_listener(server: grpc.aio.Server, address: str) -> str:
+    """Bind one address and return it as it turned out (port 0 becomes the port that was free).
+
+    A Unix socket is created with mode 0660. Raises StartRefused when the address cannot be had, also when another
+    server listens there already.
+    """
+    if address.startswith("unix:"):
+        path = Path(address.removeprefix("unix://"))
+        _make_way(path)
+        with _umask(_SOCKET_UMASK):
+            _bind(server, f"unix:{path}", address)
+        return address
+    port = _bind(server, address, address)
+    return f"{address.rpartition(':')[0]}:{port}"
+
+
+def _bind(server: grpc.aio.Server, target: str, address: str) -> int:
+    try:
+        return server.add_insecure_port(target)
+    except RuntimeError:
+        raise StartRefused(
+            f"cannot listen on {address}: another server may listen there, or the address is not of this host"
+        ) from None
+
+
+def _make_way(path: Path) -> None:
+    # gRPC removes whatever socket is in its place, also one that a living server listens on.
+    if not path.parent.is_dir():
+        raise StartRefused(f"cannot listen on unix://{path}: the folder {path.parent} does not exist")
+    if not path.exists():
+        return
+    if not stat.S_ISSOCK(path.stat().st_mode):
+        raise StartRefused(f"cannot listen on unix://{path}: a file that is no socket is in its place")
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+        except OSError as error:
+            raise StartRefused(f"cannot listen on unix://{path}: {error}") from None
+    raise StartRefused(f"cannot listen on unix://{path}: another server listens there")
+
+
+@contextmanager
+def _umask(mask: int) -> Iterator[None]:
+    previous = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(previous)

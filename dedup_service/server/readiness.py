@@ -1,0 +1,60 @@
+"""Health that follows the store: serving while it answers, not serving while it does not."""
+
+import asyncio
+from typing import Any
+
+from grpc_health.v1 import health, health_pb2
+
+from dedup_service.claims import ClaimStore, StoreRefused, StoreUnavailable
+
+# Short enough that a store that came back is used again within a second.
+CHECK_INTERVAL_S = 0.5
+
+
+class Readiness:
+    """Asks the store again and again, and keeps the standard health service true."""
+
+    def __init__(self, store: ClaimStore, services: tuple[str, ...], timeout_ms: int, log: Any) -> None:  # noqa: ANN401
+        self.servicer = health.aio.HealthServicer()
+        self._store = store
+        self._services = services
+        # Twice the store's own limit, so that its own, clearer error comes first.
+        self._timeout_s = 2 * timeout_ms / 1000
+        self._log = log
+        self._ready: bool | None = None
+
+    async def watch(self) -> None:
+        """Check for ever; cancelled at the shutdown."""
+        while True:
+            await self.check()
+            await asyncio.sleep(CHECK_INTERVAL_S)
+
+    async def check(self) -> None:
+        """Check once, and tell the health service."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._store.check()
+        except StoreUnavailable as error:
+            await self._set(ready=False, reason=error.reason, message=str(error))
+        except StoreRefused as error:
+            await self._set(ready=False, reason="STORE_REFUSED", message=str(error))
+        except TimeoutError:
+            await self._set(ready=False, reason="STORE_TIMEOUT", message="the store did not answer in time")
+        else:
+            await self._set(ready=True)
+
+    async def not_serving(self) -> None:
+        """Say at once, and from now on, that nobody should call here."""
+        await self.servicer.enter_graceful_shutdown()
+
+    async def _set(self, *, ready: bool, **why: str) -> None:
+        if ready is self._ready:
+            return
+        self._ready = ready
+        status = health_pb2.HealthCheckResponse
+        for service in self._services:
+            await self.servicer.set(service, status.SERVING if ready else status.NOT_SERVING)
+        if ready:
+            self._log.info("store_ready", store=self._store.description)
+        else:
+            self._log.warning("store_not_ready", store=self._store.description, **why)

@@ -1,0 +1,79 @@
+"""The one wrapper around every rpc: decode, call, answer or refuse, and write the log line. Nothing escapes it."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from typing import Generic, NoReturn
+
+import grpc
+from google.protobuf.message import Message
+
+from dedup_service.servicer.decoding import RequestT, decode_request
+from dedup_service.servicer.error_table import failure_of
+from dedup_service.telemetry.call_log import CallLog, CallRecord
+from dedup_service.telemetry.correlation import CORRELATION_HEADER, correlation_id
+
+# https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md: binary metadata that carries google.rpc.Status.
+STATUS_DETAILS_KEY = "grpc-status-details-bin"
+
+Context = grpc.aio.ServicerContext[bytes, bytes]
+
+
+class Endpoint(Generic[RequestT]):
+    """One rpc as gRPC calls it: bytes in, bytes out.
+
+    Whatever the handler raises becomes the status that the error table says, with its details in the trailing metadata;
+    the text of an unexpected exception goes to the log only. Every call gets one log line, a cancelled one as well, and
+    its correlation id in the trailing metadata.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        request_type: type[RequestT],
+        handler: Callable[[RequestT], Awaitable[Message]],
+        outcome_of: Callable[[Message], str],
+        call_log: CallLog,
+    ) -> None:
+        self._method = method
+        self._request_type = request_type
+        self._handler = handler
+        self._outcome_of = outcome_of
+        self._call_log = call_log
+
+    async def serve(self, raw: bytes, context: Context) -> bytes:
+        """Serve one call; a bound coroutine method is what gRPC recognises as asynchronous."""
+        begun = time.perf_counter()
+        record = CallRecord(self._method, correlation_id(context.invocation_metadata() or ()), time.time())
+        trailer = (CORRELATION_HEADER, record.correlation_id)
+        try:
+            request = decode_request(self._request_type, raw)
+            record.transaction_id = getattr(request, "transaction_id", "")
+            reply = await self._handler(request)
+            record.outcome = self._outcome_of(reply)
+            context.set_trailing_metadata((trailer,))
+            return reply.SerializeToString()
+        except asyncio.CancelledError:
+            remaining = context.time_remaining()
+            record.code = "DEADLINE_EXCEEDED" if remaining is not None and remaining <= 0 else "CANCELLED"
+            raise
+        except Exception as error:  # noqa: BLE001 - the outermost guard: gRPC would send the exception's text
+            await self._refuse(error, record, trailer, context)
+        finally:
+            record.duration = time.perf_counter() - begun
+            self._call_log.write(record)
+
+    async def _refuse(
+        self, error: Exception, record: CallRecord, trailer: tuple[str, str], context: Context
+    ) -> NoReturn:
+        incident = secrets.token_hex(8)
+        failure = failure_of(error, incident)
+        record.code = failure.code.name
+        record.reason = failure.reason
+        record.applied = failure.applied.value
+        if failure.code is grpc.StatusCode.INTERNAL:
+            record.incident = incident
+            record.exception = error
+        details = (STATUS_DETAILS_KEY, failure.status().SerializeToString())
+        await context.abort(failure.code, failure.message, (trailer, details))

@@ -1,0 +1,187 @@
+"""The settings: from flags, the environment and a file, in that order, checked once. Only this module reads them."""
+
+import os
+import re
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+from dedup_service.durations import format_duration, parse_duration
+
+ENV_PREFIX = "DEDUP_"
+CONFIG_VARIABLE = f"{ENV_PREFIX}CONFIG"
+TARGET_VARIABLE = f"{ENV_PREFIX}TARGET"
+
+# Kubernetes and Docker describe a service called "dedup" to its neighbours in variables like these.
+_LINK_VARIABLE = re.compile(r"DEDUP_(\w+_)?(SERVICE_HOST|SERVICE_PORT|PORT)(_\w+)?")
+
+_TCP_ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]+):(\d{1,5})")
+_MAX_PORT = 65_535
+# sun_path of a Unix socket address holds 108 bytes with its closing zero on Linux, 104 elsewhere.
+_MAX_SOCKET_PATH = 103
+
+
+class BadSettings(Exception):
+    """A setting is wrong; the message is one sentence for the operator and never contains a secret."""
+
+
+def _duration(value: object) -> object:
+    return parse_duration(value) if isinstance(value, str) else value
+
+
+def _addresses(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    addresses = tuple(part.strip() for part in value.split(",") if part.strip())
+    if not addresses:
+        raise ValueError("names no address: write host:port or unix:///path, several with commas between")
+    for address in addresses:
+        _check_address(address)
+    return addresses
+
+
+def _check_address(address: str) -> None:
+    if address.startswith("unix:"):
+        path = address.removeprefix("unix://")
+        if not path.startswith("/") or len(path.encode()) > _MAX_SOCKET_PATH:
+            raise ValueError(
+                f"{address!r} is no Unix socket: write unix:///path, at most {_MAX_SOCKET_PATH} bytes of path"
+            )
+        return
+    match = _TCP_ADDRESS.fullmatch(address)
+    if match is None or int(match[2]) > _MAX_PORT:
+        raise ValueError(f"{address!r} is no address: write host:port (such as 127.0.0.1:50051) or unix:///path")
+
+
+def default_store_url() -> str:
+    """Return the URL of the embedded store that is used when none is set: one file for each user of this host."""
+    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return f"sqlite://{Path(state).expanduser() / 'dedup-service' / 'claims.db'}"
+
+
+DurationMs = Annotated[int, BeforeValidator(_duration), Field(gt=0)]
+Addresses = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_addresses)]
+
+
+class Settings(BaseSettings):
+    """Everything that an operator can set. Durations are milliseconds inside."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, env_ignore_empty=True)
+
+    listen: Addresses = Field(
+        ("127.0.0.1:50051",), description="Where to serve: host:port or unix:///path, several with commas between."
+    )
+    store_url: SecretStr | None = Field(
+        None,
+        description="Where claims are kept: redis://, rediss:// (TLS) or unix:// with [user:password@], or "
+        "sqlite:///path for the embedded store of this host alone.  [default: sqlite, in the state folder of the user]",
+    )
+    require_store_url: bool = Field(
+        False, description="Refuse to start without a store URL instead of using the embedded store."
+    )
+    key_prefix: str = Field("dedup:", max_length=64, description="What every Redis key begins with.")
+    key_layout: Literal["prefixed", "raw"] = Field(
+        "prefixed",
+        description="prefixed: {prefix}{namespace}:{id}. raw: the id alone, to share claims with services that write "
+        "them by SETNX themselves.",
+    )
+    default_ttl: DurationMs = Field(60_000, description="How long a claim lives when its caller does not say.")
+    max_ttl: DurationMs = Field(7 * 86_400_000, description="How long a claim may live at most.")
+    store_timeout: DurationMs = Field(1_000, description="How long to wait for one answer of the store.")
+    shutdown_grace: DurationMs = Field(
+        10_000, description="How long calls under way may take to end after SIGTERM or SIGINT."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="The least severe log lines to write; successful calls are info."
+    )
+    log_transaction_ids: Literal["hashed", "plain"] = Field(
+        "hashed", description="How transaction ids stand in the log: as the start of their SHA-256, or as they are."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Settings":
+        if self.default_ttl > self.max_ttl:
+            raise ValueError(
+                f"{ENV_PREFIX}DEFAULT_TTL ({format_duration(self.default_ttl)}) is longer than "
+                f"{ENV_PREFIX}MAX_TTL ({format_duration(self.max_ttl)}): lower the one or raise the other"
+            )
+        if self.require_store_url and self.store_url is None:
+            raise ValueError(
+                f"{ENV_PREFIX}STORE_URL is not set and {ENV_PREFIX}REQUIRE_STORE_URL is: a container that dedups "
+                f"against itself alone pays twice. Set {ENV_PREFIX}STORE_URL=redis://host:6379/0"
+            )
+        return self
+
+    @property
+    def effective_store_url(self) -> str:
+        """The store URL to use, which may contain a password."""
+        return self.store_url.get_secret_value() if self.store_url else default_store_url()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the signature is pydantic's
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - as above
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags win over the environment, and the environment over the file."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+
+def load_settings(flags: dict[str, Any] | None = None, config_file: Path | None = None) -> Settings:
+    """Return the settings of this process; `flags` holds what the command line said, by field name.
+
+    Raises BadSettings, with one sentence that names each setting at fault.
+    """
+    _refuse_unknown_variables()
+    if config_file is None and (path := os.environ.get(CONFIG_VARIABLE)):
+        config_file = Path(path)
+    if config_file is not None and not config_file.is_file():
+        raise BadSettings(f"the settings file {str(config_file)!r} does not exist")
+
+    class Configured(Settings):
+        model_config = SettingsConfigDict(toml_file=config_file)
+
+    try:
+        return Configured(**(flags or {}))
+    except ValidationError as error:
+        raise BadSettings("; ".join(_sentence(dict(detail)) for detail in error.errors())) from None
+    except (SettingsError, ValueError) as error:
+        raise BadSettings(f"the settings file {str(config_file)!r} cannot be read: {error}") from None
+
+
+def target_from_environment() -> str | None:
+    """Return the server that the client commands should call, if the environment names one."""
+    return os.environ.get(TARGET_VARIABLE) or None
+
+
+def _refuse_unknown_variables() -> None:
+    # A misspelt DEDUP_STORE_URL would start on the embedded store and dedup against this host alone.
+    known = {f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields} | {CONFIG_VARIABLE, TARGET_VARIABLE}
+    for name in sorted(os.environ):
+        if name.upper().startswith(ENV_PREFIX) and name.upper() not in known and not _LINK_VARIABLE.fullmatch(name):
+            close = get_close_matches(name.upper(), known, n=1)
+            hint = f": did you mean {close[0]}?" if close else ": see `dedup-service serve --help` for all settings"
+            raise BadSettings(f"there is no setting {name}{hint}")
+
+
+def _sentence(detail: dict[str, Any]) -> str:
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    if not detail["loc"]:
+        return message
+    name = str(detail["loc"][0])
+    if detail["type"] == "extra_forbidden":
+        return f"there is no setting {name!r}: see `dedup-service serve --help` for all settings"
+    return f"{ENV_PREFIX}{name.upper()} (--{name.replace('_', '-')}): {message}"

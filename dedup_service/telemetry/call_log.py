@@ -1,0 +1,65 @@
+"""One log line for each call: when, how long, how it ended, for whom, and on which transaction."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+# What people must look at, what is the caller's doing, and everything else.
+_ERRORS = frozenset({"INTERNAL", "UNKNOWN", "DATA_LOSS"})
+_WARNINGS = frozenset({"UNAVAILABLE", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "DEADLINE_EXCEEDED"})
+
+
+@dataclass(slots=True)
+class CallRecord:
+    """What is known of one call when it ends. `started` is Unix seconds, `duration` seconds."""
+
+    method: str
+    correlation_id: str
+    started: float
+    duration: float = 0.0
+    code: str = "OK"
+    transaction_id: str = ""
+    outcome: str = ""
+    reason: str = ""
+    applied: str = ""
+    incident: str = ""
+    exception: BaseException | None = None
+
+
+def hashed_id(transaction_id: str) -> str:
+    """Return the first 16 hexadecimal digits of the SHA-256 of an id: tells ids apart without showing them."""
+    return hashlib.sha256(transaction_id.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+class CallLog:
+    """Writes call records to a log."""
+
+    def __init__(self, log: Any, *, plain_ids: bool) -> None:  # noqa: ANN401 - as in logs.logger
+        self._log = log
+        self._shown_id: Callable[[str], str] = str if plain_ids else hashed_id
+
+    def write(self, record: CallRecord) -> None:
+        """Write one line: errors of ours as error, refusals and outages as warning, the rest as info."""
+        if record.code in _ERRORS:
+            write = self._log.error
+        elif record.code in _WARNINGS:
+            write = self._log.warning
+        else:
+            write = self._log.info
+        fields: dict[str, Any] = {
+            "method": record.method,
+            "code": record.code,
+            "started": datetime.fromtimestamp(record.started, UTC).isoformat(timespec="milliseconds"),
+            "duration_ms": round(record.duration * 1000, 3),
+            "correlation_id": record.correlation_id,
+        }
+        if record.transaction_id:
+            fields["transaction"] = self._shown_id(record.transaction_id)
+        for name in ("outcome", "reason", "applied", "incident"):
+            if value := getattr(record, name):
+                fields[name] = value
+        if record.exception is not None:
+            fields["exc_info"] = record.exception
+        write("call", **fields)

@@ -1,0 +1,39 @@
+"""Structured logs: one JSON object a line on standard error, from this service and from the libraries under it."""
+
+import logging
+import sys
+from typing import Any
+
+import structlog
+
+LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+_SHARED: tuple[structlog.typing.Processor, ...] = (
+    structlog.processors.add_log_level,
+    structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
+    structlog.processors.format_exc_info,
+)
+
+
+def configure_logs(level: str) -> None:
+    """Send every log record of this process, its libraries included, to standard error as JSON lines."""
+    renderer = structlog.processors.JSONRenderer()
+    structlog.configure(
+        processors=[*_SHARED, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+            foreign_pre_chain=_SHARED,
+        )
+    )
+    logging.basicConfig(level=max(LEVELS[level], logging.INFO), handlers=[handler], force=True)
+
+
+def logger() -> Any:  # noqa: ANN401 - structlog's loggers are typed by their configuration
+    """Return the log of the service."""
+    return structlog.get_logger()
