@@ -4,7 +4,7 @@ import os
 import re
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
@@ -73,14 +73,33 @@ DurationMs = Annotated[int, BeforeValidator(_duration), Field(gt=0)]
 Addresses = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_addresses)]
 
 
-class Settings(BaseSettings):
-    """Everything that an operator can set. Durations are milliseconds inside."""
+class Listening(BaseSettings):
+    """Where the server listens: all that a probe beside it needs to know."""
 
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, env_ignore_empty=True)
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="ignore", frozen=True, env_ignore_empty=True)
 
     listen: Addresses = Field(
         ("127.0.0.1:50051",), description="Where to serve: host:port or unix:///path, several with commas between."
     )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the signature is pydantic's
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - as above
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags win over the environment, and the environment over the file."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+
+class Settings(Listening):
+    """Everything that an operator can set. Durations are milliseconds inside."""
+
+    model_config = SettingsConfigDict(extra="forbid")
+
     store_url: SecretStr | None = Field(
         None,
         description="Where claims are kept: redis://, rediss:// (TLS) or unix:// with [user:password@], or "
@@ -127,18 +146,6 @@ class Settings(BaseSettings):
         """The store URL to use, which may contain a password."""
         return self.store_url.get_secret_value() if self.store_url else default_store_url()
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the signature is pydantic's
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - as above
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Flags win over the environment, and the environment over the file."""
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
-
 
 def load_settings(flags: dict[str, Any] | None = None, config_file: Path | None = None) -> Settings:
     """Return the settings of this process; `flags` holds what the command line said, by field name.
@@ -146,20 +153,30 @@ def load_settings(flags: dict[str, Any] | None = None, config_file: Path | None 
     Raises BadSettings, with one sentence that names each setting at fault.
     """
     _refuse_unknown_variables()
+    return _load(Settings, flags or {}, config_file)
+
+
+def listening_address() -> str:
+    """Return the first address that a server with the settings of this process listens on; raise BadSettings."""
+    return _load(Listening, {}, None).listen[0]
+
+
+SettingsT = TypeVar("SettingsT", bound=Listening)
+
+
+def _load(base: type[SettingsT], flags: dict[str, Any], config_file: Path | None) -> SettingsT:
     if config_file is None and (path := os.environ.get(CONFIG_VARIABLE)):
         config_file = Path(path)
     if config_file is not None and not config_file.is_file():
         raise BadSettings(f"the settings file {str(config_file)!r} does not exist")
-
-    class Configured(Settings):
-        model_config = SettingsConfigDict(toml_file=config_file)
-
+    configured = type("Configured", (base,), {"model_config": SettingsConfigDict(toml_file=config_file)})
     try:
-        return Configured(**(flags or {}))
+        settings: SettingsT = configured(**flags)
     except ValidationError as error:
         raise BadSettings("; ".join(_sentence(dict(detail)) for detail in error.errors())) from None
     except (SettingsError, ValueError) as error:
         raise BadSettings(f"the settings file {str(config_file)!r} cannot be read: {error}") from None
+    return settings
 
 
 def target_from_environment() -> str | None:

@@ -11,7 +11,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from dedup_service.durations import parse_duration
-from dedup_service.settings import TARGET_VARIABLE, load_settings, target_from_environment
+from dedup_service.settings import TARGET_VARIABLE, listening_address, target_from_environment
 
 Target = Annotated[
     str | None,
@@ -38,7 +38,7 @@ def duration_option(name: str, text: str) -> int:
 @contextmanager
 def open_channel(target: str | None) -> Iterator[grpc.Channel]:
     """Yield a channel to `target`, or to where a server with the present settings listens."""
-    address = target or target_from_environment() or load_settings().listen[0]
+    address = target or target_from_environment() or listening_address()
     host, colon, port = address.rpartition(":")
     with grpc.insecure_channel(f"{_WILDCARDS.get(host, host)}{colon}{port}") as channel:
         yield channel

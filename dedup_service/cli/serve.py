@@ -58,14 +58,19 @@ def serve_command() -> Callable[..., None]:
     return serve_
 
 
-def version_option(
-    *,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
-) -> None:
-    """Print the version when it is asked for."""
-    if version:
+def _print_version(asked: bool) -> None:  # noqa: FBT001 - typer's signature of a callback
+    if asked:
         typer.echo(f"dedup-service {__version__}")
         raise typer.Exit
+
+
+def version_option(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Take the options that stand before a command."""
 
 
 def _option(name: str, field: FieldInfo) -> inspect.Parameter:

@@ -7,6 +7,7 @@ redis-py makes the connection (TLS, AUTH, database); its retries, notifications 
 import asyncio
 import contextlib
 import random
+import re
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -18,6 +19,8 @@ from dedup_service.stores.redis_channel import RedisChannel
 from dedup_service.stores.redis_url import RedisTarget
 
 MINIMUM_REDIS = (7, 0)
+
+_VERSION = re.compile(r"(\d+)\.(\d+)[.\d]*")
 
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 0.5
@@ -46,9 +49,10 @@ class RedisLink:
         """
         self._keeper = asyncio.get_running_loop().create_task(self._keep())
         await self._attempted.wait()
-        if isinstance(self._failure, StoreRefused):
+        refusal = self._failure
+        if isinstance(refusal, StoreRefused):
             await self.close()
-            raise self._failure
+            raise refusal
 
     async def close(self) -> None:
         """Stop keeping a channel; commands under way fail."""
@@ -145,20 +149,16 @@ class RedisLink:
         await connection.send_command("INFO", "server")
         try:
             info = parse_info(await connection.read_response())
-        except exceptions.NoPermissionError:
-            # Without the right to ask, a server that is too old shows itself by refusing the first claim.
+        except exceptions.ResponseError:
+            # Where INFO is forbidden or renamed, a server that is too old shows itself by refusing the first claim.
             return
         if info.get("redis_mode") == "sentinel":
             raise StoreRefused(f"{self._target} is a Redis Sentinel, which holds no data: name the Redis server itself")
-        version = info.get("redis_version", "")
-        try:
-            numbers = tuple(int(number) for number in version.split(".")[:2])
-        except ValueError:
-            numbers = ()
-        if numbers < MINIMUM_REDIS:
+        version = _VERSION.match(info.get("redis_version", ""))
+        if version is not None and (int(version[1]), int(version[2])) < MINIMUM_REDIS:
             raise StoreRefused(
-                f"Redis at {self._target} has version {version or 'unknown'}, and a claim needs SET with NX and GET "
-                "together: use Redis 7.0 or newer, or Valkey 7.2 or newer"
+                f"Redis at {self._target} has version {version[0]}, and a claim needs SET with NX and GET together: "
+                "use Redis 7.0 or newer, or Valkey 7.2 or newer"
             )
 
 

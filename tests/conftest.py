@@ -1,0 +1,59 @@
+"""Fixtures of the whole suite: one real Redis for each test worker, and services in front of both stores."""
+
+import asyncio
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import redis
+import uvloop
+
+from harness.processes import RedisProcess, ServiceProcess
+
+
+def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Run asynchronous tests on the loop that the service runs on."""
+    return {"uvloop": uvloop.new_event_loop}
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProcess]:
+    """A real Redis for this test worker; at the end no claim in it may lack an expiry."""
+    server = RedisProcess(tmp_path_factory.mktemp("redis")).start()
+    yield server
+    with redis.Redis(port=server.port) as client:
+        immortal = [key for key in client.scan_iter("dedup:*", count=1000) if client.pttl(key) == -1]
+    server.stop()
+    assert not immortal, f"claims that would live for ever: {immortal}"
+
+
+@pytest.fixture
+def redis_client(redis_server: RedisProcess) -> Iterator[redis.Redis]:
+    """A plain client, to look at what the service wrote and to be the service's neighbour."""
+    with redis.Redis(port=redis_server.port, protocol=2) as client:
+        yield client
+
+
+@pytest.fixture
+def unique() -> str:
+    """Text that no other test uses in its ids."""
+    return uuid.uuid4().hex
+
+
+def store_url(kind: str, redis_server: RedisProcess, folder: Path) -> str:
+    """Return the URL of a store of this kind."""
+    return redis_server.url if kind == "redis" else f"sqlite://{folder / 'claims.db'}"
+
+
+@pytest.fixture(scope="session", params=["redis", "sqlite"])
+def service(
+    request: pytest.FixtureRequest, redis_server: RedisProcess, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServiceProcess]:
+    """The real service in a second process, once over Redis and once over the embedded store."""
+    url = store_url(request.param, redis_server, tmp_path_factory.mktemp("service"))
+    process = ServiceProcess("--store-url", url, "--log-level", "debug").start()
+    yield process
+    assert process.stop() == 0
+    assert not [line for line in process.stderr_lines if not line.startswith("{")], "a line that is no JSON"
+    assert not [line for line in process.logs if line["level"] == "error"], "an error in the log"

@@ -1,0 +1,31 @@
+"""Opened stores of every kind, for the contract suite and for what is particular to one of them."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from dedup_service.claims import ClaimStore
+from dedup_service.stores import make_store
+from dedup_service.stores.keys import prefixed_layout
+from dedup_service.stores.redis_store import RedisStore
+from harness.fakeredis_link import FakeredisLink
+from harness.processes import RedisProcess
+
+
+@pytest.fixture(params=["redis", "redis-unix-socket", "fakeredis", "sqlite"])
+async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[ClaimStore]:
+    """An opened store of each kind, in the prefixed layout."""
+    opened: ClaimStore
+    if request.param == "fakeredis":
+        opened = RedisStore(FakeredisLink(), prefixed_layout("dedup:"), "fakeredis")
+    else:
+        if request.param == "sqlite":
+            url = f"sqlite://{tmp_path / 'claims.db'}"
+        else:
+            server: RedisProcess = request.getfixturevalue("redis_server")
+            url = server.url if request.param == "redis" else f"unix://{server.socket_path}?db=1"
+        opened = make_store(url, key_layout="prefixed", key_prefix="dedup:", timeout_ms=5_000)
+    await opened.open()
+    yield opened
+    await opened.close()

@@ -1,0 +1,443 @@
+"""What is particular to Redis: keys and values as they lie there, foreign claims, refusals, and faults of the way."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import msgpack
+import pytest
+import redis
+import trustme
+
+from dedup_service.claims import (
+    Applied,
+    ClaimOutcome,
+    ClaimRequest,
+    ClaimService,
+    InvalidRequest,
+    Policy,
+    StoreRefused,
+    StoreUnavailable,
+    UnreadableValue,
+)
+from dedup_service.stores import make_store
+from dedup_service.stores import redis_channel as channel_module
+from dedup_service.stores.redis_store import RedisStore
+from harness.claims import a_claim
+from harness.fault_proxy import FaultProxy
+from harness.polling import eventually
+from harness.processes import RedisProcess, free_port
+
+OpenStore = Callable[..., Awaitable[RedisStore]]
+
+
+@pytest.fixture
+async def open_store(redis_server: RedisProcess) -> AsyncIterator[OpenStore]:
+    """Opens stores by URL and settings, and closes them at the end."""
+    opened: list[RedisStore] = []
+
+    async def open_it(url: str = "", *, layout: str = "prefixed", timeout_ms: int = 5_000) -> RedisStore:
+        store = make_store(url or redis_server.url, key_layout=layout, key_prefix="dedup:", timeout_ms=timeout_ms)
+        assert isinstance(store, RedisStore)
+        opened.append(store)
+        await store.open()
+        return store
+
+    yield open_it
+    for store in opened:
+        await store.close()
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[RedisProcess]:
+    """A Redis for this test alone, which may be reconfigured, stopped and broken; not started yet."""
+    server = RedisProcess(tmp_path)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def tls_redis(tmp_path: Path) -> Iterator[tuple[RedisProcess, Path]]:
+    """A Redis that also speaks TLS, and the certificate of the authority that vouches for it."""
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    authority_file, key_file = tmp_path / "ca.pem", tmp_path / "server.pem"
+    authority.cert_pem.write_to_path(authority_file)
+    certificate.private_key_and_cert_chain_pem.write_to_path(key_file)
+    files = ("--tls-cert-file", key_file, "--tls-key-file", key_file, "--tls-ca-cert-file", authority_file)
+    server = RedisProcess(tmp_path, *map(str, files), "--tls-auth-clients", "no", tls=True).start()
+    yield server, authority_file
+    server.stop()
+
+
+def service_over(store: RedisStore) -> ClaimService:
+    """Return the claim semantics over a store."""
+    return ClaimService(store, Policy(default_ttl_ms=60_000, max_ttl_ms=86_400_000))
+
+
+async def test_key_and_value_are_as_documented(open_store: OpenStore, redis_client: redis.Redis, unique: str) -> None:
+    """A claim is one key `{prefix}{namespace}:{id}` with a msgpack array, version first, and an expiry."""
+    store = await open_store()
+    claim = a_claim(unique, namespace="pay", claimant="w", payload_fingerprint=b"\x01")
+    await store.claim(claim, 60_000)
+    key = f"dedup:pay:{unique}"
+    assert msgpack.unpackb(redis_client.get(key)) == [
+        *(1, "token-of-sixteen", "w", claim.claim_time_ms, claim.expire_time_ms, 1, b"\x01", 0, b"")
+    ]
+    assert 59_000 < redis_client.pttl(key) <= 60_000
+
+
+async def test_raw_layout_and_the_original_see_each_other(
+    open_store: OpenStore, redis_client: redis.Redis, unique: str
+) -> None:
+    """A flag that the original set is a duplicate here, and its own SET NX loses against a claim of ours."""
+    store = await open_store(layout="raw")
+    service = service_over(store)
+    theirs = f"lucky_box:{unique}:405:daily:2025-11-28"
+    assert redis_client.set(theirs, b"\xc3", nx=True, ex=60)
+    answer = await service.claim(ClaimRequest(theirs))
+    assert answer.outcome is ClaimOutcome.DUPLICATE
+    assert (answer.transaction.claimant, answer.transaction.claim_time_ms) == ("", None)
+
+    ours = f"lucky_box:{unique}:406:daily:2025-11-28"
+    assert (await service.claim(ClaimRequest(ours))).outcome is ClaimOutcome.CLAIMED
+    assert redis_client.set(ours, b"\xc3", nx=True, ex=60) is None
+    redis_client.delete(theirs, ours)
+
+
+async def test_a_foreign_claim_is_looked_up_with_its_expiry(
+    open_store: OpenStore, redis_client: redis.Redis, unique: str
+) -> None:
+    """Looking up a claim by an unknown holder says when it ends, or nothing where it never does."""
+    store = await open_store(layout="raw")
+    redis_client.set(unique, b"\xc3", px=30_000)
+    found = await store.get("default", unique)
+    assert found is not None
+    assert found.expire_time_ms == redis_client.pexpiretime(unique)
+    redis_client.set(unique, b"\xc3")
+    found = await store.get("default", unique)
+    assert found is not None
+    assert found.expire_time_ms is None
+    redis_client.delete(unique)
+
+
+async def test_raw_layout_has_one_namespace(open_store: OpenStore, unique: str) -> None:
+    """In the raw layout another namespace is refused, since its keys would collide with the default one's."""
+    service = service_over(await open_store(layout="raw"))
+    with pytest.raises(InvalidRequest, match="namespace"):
+        await service.claim(ClaimRequest(unique, namespace="pay"))
+    with pytest.raises(InvalidRequest, match="namespace"):
+        await service.get("pay", unique)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [(msgpack.packb([2, "x"]), "VALUE_VERSION_UNKNOWN"), (msgpack.packb([1, "too short"]), "VALUE_DAMAGED")],
+)
+async def test_what_cannot_be_read_is_neither_go_nor_duplicate(
+    open_store: OpenStore, redis_client: redis.Redis, unique: str, value: bytes, reason: str
+) -> None:
+    """A value of another version, or a damaged one, fails the claim and is left alone."""
+    store = await open_store()
+    redis_client.set(f"dedup:default:{unique}", value, px=60_000)
+    with pytest.raises(UnreadableValue) as caught:
+        await store.claim(a_claim(unique), 60_000)
+    assert caught.value.reason == reason
+    assert redis_client.get(f"dedup:default:{unique}") == value
+
+
+async def test_a_key_of_another_type_is_left_alone(
+    open_store: OpenStore, redis_client: redis.Redis, unique: str
+) -> None:
+    """A hash under the key of a transaction fails claim and look-up, and stays."""
+    store = await open_store()
+    key = f"dedup:default:{unique}"
+    redis_client.hset(key, "field", "value")
+    redis_client.expire(key, 60)
+    for call in (store.claim(a_claim(unique), 60_000), store.get("default", unique)):
+        with pytest.raises(UnreadableValue) as caught:
+            await call
+        assert caught.value.reason == "KEY_OF_ANOTHER_TYPE"
+    assert redis_client.hgetall(key) == {b"field": b"value"}
+
+
+async def test_an_expire_time_past_by_the_clock_of_redis_is_refused(open_store: OpenStore, unique: str) -> None:
+    """Redis accepts a PXAT that is past by its clock and forgets the key at once; such a claim is refused unsent."""
+    store = await open_store()
+    await store.check()
+    store._clock_ahead_ms = 30_000
+    with pytest.raises(InvalidRequest, match="clock of Redis"):
+        await store.claim(a_claim(unique, ttl_ms=20_000), None)
+    assert await store.claim(a_claim(unique, ttl_ms=40_000), None) is None
+
+
+async def test_a_lost_reply_is_doubt_and_the_same_token_resolves_it(
+    open_store: OpenStore, redis_server: RedisProcess, unique: str
+) -> None:
+    """After a swallowed reply the caller is told unknown; its token is then CLAIMED, another one DUPLICATE.
+
+    Protection: no client retries (a resent SET NX would read its own value back), and the token in the value.
+    """
+    async with FaultProxy(redis_server.port) as proxy:
+        service = service_over(await open_store(proxy.url))
+        request = ClaimRequest(unique, claim_token="token-of-sixteen")
+        proxy.swallow_replies = True
+        with pytest.raises(StoreUnavailable) as caught:
+            await service.claim(request)
+        assert (caught.value.reason, caught.value.applied) == ("STORE_CONNECTION_LOST", Applied.UNKNOWN)
+        assert bytes(proxy.sent_upstream).count(b"\r\nSET\r\n") == 1
+        proxy.swallow_replies = False
+        other = await answered(service, replace(request, claim_token="another-token-16"))
+        again = await answered(service, request)
+    assert other is ClaimOutcome.DUPLICATE
+    assert again is ClaimOutcome.CLAIMED
+
+
+async def answered(service: ClaimService, request: ClaimRequest) -> ClaimOutcome:
+    """Return the outcome of a claim, once the store can be reached again."""
+    outcomes: list[ClaimOutcome] = []
+
+    async def claimed() -> bool:
+        try:
+            outcomes.append((await service.claim(request)).outcome)
+        except StoreUnavailable:
+            return False
+        return True
+
+    await eventually(claimed, what="an answer")
+    return outcomes[-1]
+
+
+async def test_an_overdue_reply_is_doubt_and_ends_the_connection(
+    open_store: OpenStore, redis_server: RedisProcess, unique: str
+) -> None:
+    """When Redis does not answer in time every waiting caller is told unknown, and no late reply reaches anybody.
+
+    Protection: the watchdog over the oldest command, and a connection that ends with it.
+    """
+    async with FaultProxy(redis_server.port) as proxy:
+        service = service_over(await open_store(proxy.url, timeout_ms=300))
+        proxy.hold_replies.clear()
+        requests = [ClaimRequest(f"{unique}-{number}", claim_token=f"token-number-{number:04}") for number in range(20)]
+        results = await asyncio.gather(*(service.claim(request) for request in requests), return_exceptions=True)
+        assert {(type(e), getattr(e, "reason", ""), getattr(e, "applied", "")) for e in results} == {
+            (StoreUnavailable, "STORE_TIMEOUT", Applied.UNKNOWN)
+        }
+        proxy.hold_replies.set()
+        assert await answered(service, ClaimRequest(f"{unique}-new")) is ClaimOutcome.CLAIMED
+        for request in requests:
+            assert await answered(service, request) is ClaimOutcome.CLAIMED
+
+
+async def test_stray_bytes_never_answer_a_claim(open_store: OpenStore, redis_server: RedisProcess, unique: str) -> None:
+    """Bytes that nobody asked for end the connection; the next claim is answered by Redis, on another one.
+
+    Protection: the channel ends on a reply without a command.
+    """
+    async with FaultProxy(redis_server.port) as proxy:
+        service = service_over(await open_store(proxy.url))
+        assert await answered(service, ClaimRequest(unique)) is ClaimOutcome.CLAIMED
+        proxy.inject(b"$-1\r\n")
+
+        async def reconnected() -> bool:
+            return proxy.connections == 2
+
+        await eventually(reconnected, what="a new connection")
+        assert await answered(service, ClaimRequest(unique)) is ClaimOutcome.DUPLICATE
+
+
+async def test_nonsense_from_redis_ends_the_connection(
+    open_store: OpenStore, redis_server: RedisProcess, unique: str
+) -> None:
+    """What is not the protocol of Redis fails the waiting callers with doubt and never becomes an answer."""
+    async with FaultProxy(redis_server.port) as proxy:
+        store = await open_store(proxy.url)
+        proxy.hold_replies.clear()
+        waiting = asyncio.create_task(store.claim(a_claim(unique), 60_000))
+
+        async def sent() -> bool:
+            return b"\r\nSET\r\n" in proxy.sent_upstream
+
+        await eventually(sent, what="the command")
+        proxy.inject(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        with pytest.raises(StoreUnavailable) as caught:
+            await waiting
+        assert (caught.value.reason, caught.value.applied) == ("STORE_PROTOCOL_ERROR", Applied.UNKNOWN)
+        proxy.hold_replies.set()
+
+
+async def test_random_cancels_cost_no_connection_and_mix_nothing_up(
+    open_store: OpenStore, redis_server: RedisProcess, unique: str
+) -> None:
+    """Of 3,000 claims a random third is cancelled: every other answer is its own, over one and the same connection.
+
+    Protection: replies of cancelled callers are read in their turn.
+    """
+    async with FaultProxy(redis_server.port) as proxy:
+        store = await open_store(proxy.url)
+        chance = random.Random(20251128)
+
+        async def claim(number: int) -> None:
+            mine = a_claim(f"{unique}-{number}", token=f"token-number-{number:04}")
+            held = replace(mine, claim_token="another-token-16")
+            assert await store.claim(mine, 60_000) is None
+            assert await store.claim(held, 60_000) == mine
+
+        tasks: list[asyncio.Task[None]] = []
+        for number in range(3_000):
+            tasks.append(asyncio.create_task(claim(number)))
+            if chance.random() < 0.3:
+                await asyncio.sleep(0)
+            if chance.random() < 0.35:
+                chance.choice(tasks[-50:]).cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        cancelled = [result for result in results if isinstance(result, asyncio.CancelledError)]
+        assert [result for result in results if result is not None and result not in cancelled] == []
+        assert len(cancelled) > 500
+        assert proxy.connections == 1
+
+
+async def test_too_many_unanswered_commands_are_refused_unsent(
+    open_store: OpenStore, redis_server: RedisProcess, unique: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond the bound of waiting commands a claim is refused at once, and was certainly not applied."""
+    monkeypatch.setattr(channel_module, "MAX_UNANSWERED", 10)
+    async with FaultProxy(redis_server.port) as proxy:
+        store = await open_store(proxy.url)
+        proxy.hold_replies.clear()
+        claims = [asyncio.create_task(store.claim(a_claim(f"{unique}-{n}"), 60_000)) for n in range(11)]
+        done, waiting = await asyncio.wait(claims, return_when=asyncio.FIRST_COMPLETED)
+        error = done.pop().exception()
+        assert isinstance(error, StoreUnavailable)
+        assert (error.reason, error.applied, len(waiting)) == ("STORE_QUEUE_FULL", Applied.NO, 10)
+        proxy.hold_replies.set()
+        assert await asyncio.gather(*waiting) == [None] * 10
+
+
+async def test_a_redis_that_comes_later_is_used_by_itself(
+    open_store: OpenStore, own_redis: RedisProcess, unique: str
+) -> None:
+    """A store opens while Redis is away, refuses claims as certainly not applied, and serves once Redis is there."""
+    port = free_port()
+    store = await open_store(f"redis://127.0.0.1:{port}")
+    with pytest.raises(StoreUnavailable) as caught:
+        await store.claim(a_claim(unique), 60_000)
+    assert (caught.value.reason, caught.value.applied) == ("STORE_UNREACHABLE", Applied.NO)
+    own_redis.start(port)
+    assert await answered(service_over(store), ClaimRequest(unique)) is ClaimOutcome.CLAIMED
+
+
+async def test_a_restarted_redis_is_used_again(open_store: OpenStore, own_redis: RedisProcess, unique: str) -> None:
+    """After Redis was killed and started again, claims are served without anybody's help."""
+    own_redis.start()
+    service = service_over(await open_store(own_redis.url))
+    assert await answered(service, ClaimRequest(f"{unique}-1")) is ClaimOutcome.CLAIMED
+    own_redis.stop()
+    own_redis.start(own_redis.port)
+    assert await answered(service, ClaimRequest(f"{unique}-2")) is ClaimOutcome.CLAIMED
+
+
+@pytest.mark.parametrize(
+    ("configuration", "reason"),
+    [
+        ({"maxmemory": "1"}, "STORE_OUT_OF_MEMORY"),
+        ({"min-replicas-to-write": "1"}, "STORE_TOO_FEW_REPLICAS"),
+    ],
+)
+async def test_what_redis_refuses_was_not_applied(
+    open_store: OpenStore, own_redis: RedisProcess, unique: str, configuration: dict[str, str], reason: str
+) -> None:
+    """A Redis without memory or replicas refuses a claim, which is then certainly not applied."""
+    own_redis.start()
+    store = await open_store(own_redis.url)
+    with redis.Redis(port=own_redis.port) as admin:
+        for name, value in configuration.items():
+            admin.config_set(name, value)
+    with pytest.raises(StoreUnavailable) as caught:
+        await store.claim(a_claim(unique), 60_000)
+    assert (caught.value.reason, caught.value.applied) == (reason, Applied.NO)
+
+
+async def test_a_read_only_replica_refuses_and_the_connection_is_replaced(
+    open_store: OpenStore, own_redis: RedisProcess, unique: str
+) -> None:
+    """A primary that became a replica refuses claims; once it is a primary again, they are served."""
+    own_redis.start()
+    store = await open_store(own_redis.url)
+    with redis.Redis(port=own_redis.port) as admin:
+        admin.replicaof("127.0.0.1", free_port())
+        with pytest.raises(StoreUnavailable) as caught:
+            await store.claim(a_claim(unique), 60_000)
+        assert (caught.value.reason, caught.value.applied) == ("STORE_READ_ONLY", Applied.NO)
+        admin.replicaof("NO", "ONE")
+    assert await answered(service_over(store), ClaimRequest(unique)) is ClaimOutcome.CLAIMED
+
+
+async def test_user_password_and_database_come_from_the_url(
+    open_store: OpenStore, own_redis: RedisProcess, unique: str
+) -> None:
+    """User name, password (percent-encoded) and database of the URL are used; a wrong password is said so."""
+    own_redis.start()
+    with redis.Redis(port=own_redis.port, db=3) as admin:
+        admin.execute_command(
+            *("ACL", "SETUSER", "dedup", "on", ">p@ss/word", "~dedup:*", "+set", "+get", "+select", "+time")
+        )
+        store = await open_store(f"redis://dedup:p%40ss%2Fword@127.0.0.1:{own_redis.port}/3")
+        await store.check()
+        assert await store.claim(a_claim(unique), 60_000) is None
+        assert admin.exists(f"dedup:default:{unique}")
+        assert "p@ss" not in store.description
+
+        wrong = await open_store(f"redis://dedup:wrong@127.0.0.1:{own_redis.port}/3")
+        with pytest.raises(StoreUnavailable) as caught:
+            await wrong.check()
+        assert caught.value.reason == "STORE_NOT_AUTHENTICATED"
+        assert "wrong@" not in str(caught.value)
+
+        admin.execute_command("ACL", "SETUSER", "dedup", "-set")
+        with pytest.raises(StoreUnavailable) as caught:
+            await store.claim(a_claim(f"{unique}-2"), 60_000)
+        assert (caught.value.reason, caught.value.applied) == ("STORE_NOT_PERMITTED", Applied.NO)
+
+
+async def test_claims_travel_over_tls(open_store: OpenStore, tls_redis: tuple[RedisProcess, Path], unique: str) -> None:
+    """`rediss://` with the authority's certificate works, and without it the server is not trusted."""
+    server, authority = tls_redis
+    store = await open_store(f"rediss://127.0.0.1:{server.tls_port}/0?ssl_ca_certs={authority}")
+    service = service_over(store)
+    assert await answered(service, ClaimRequest(unique)) is ClaimOutcome.CLAIMED
+    assert await answered(service, ClaimRequest(unique)) is ClaimOutcome.DUPLICATE
+    untrusting = await open_store(f"rediss://127.0.0.1:{server.tls_port}/0")
+    with pytest.raises(StoreUnavailable) as caught:
+        await untrusting.check()
+    assert caught.value.reason == "STORE_UNREACHABLE"
+
+
+async def serve_info(info: bytes) -> asyncio.Server:
+    """Serve a Redis that answers INFO with `info` and knows nothing else: a version that cannot be installed here."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(65536):
+            writer.write(b"$%d\r\n%b\r\n" % (len(info), info))
+        writer.close()
+
+    return await asyncio.start_server(serve, "127.0.0.1", 0)
+
+
+@pytest.mark.parametrize(
+    ("info", "sentence"),
+    [
+        (b"# Server\r\nredis_version:6.2.14\r\nredis_mode:standalone\r\n", "use Redis 7.0 or newer"),
+        (b"# Server\r\nredis_version:7.0.15\r\nredis_mode:sentinel\r\n", "name the Redis server itself"),
+    ],
+)
+async def test_a_server_that_can_never_serve_is_refused_at_once(
+    open_store: OpenStore, info: bytes, sentence: str
+) -> None:
+    """A Redis that is too old, or a Sentinel, is refused at the start with a sentence that says what to use."""
+    async with await serve_info(info) as server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(StoreRefused, match=sentence):
+            await open_store(f"redis://127.0.0.1:{port}")
