@@ -4,7 +4,7 @@ import re
 
 UNITS_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 
-_DURATION = re.compile(r"(\d{1,15})(ms|s|m|h|d)")
+_DURATION = re.compile(r"([0-9]{1,15})(ms|s|m|h|d)")
 
 
 def parse_duration(text: str) -> int:
@@ -19,8 +19,8 @@ def parse_duration(text: str) -> int:
 
 
 def format_duration(milliseconds: int) -> str:
-    """Return the shortest text that `parse_duration` reads back as `milliseconds`."""
-    for unit in ("d", "h", "m", "s"):
+    """Return a text that `parse_duration` reads back as `milliseconds`: whole days, hours, seconds or milliseconds."""
+    for unit in ("d", "h", "s"):
         if milliseconds and milliseconds % UNITS_MS[unit] == 0:
             return f"{milliseconds // UNITS_MS[unit]}{unit}"
     return f"{milliseconds}ms"

@@ -21,6 +21,7 @@ from dedup_service.durations import format_duration, parse_duration
 ENV_PREFIX = "DEDUP_"
 CONFIG_VARIABLE = f"{ENV_PREFIX}CONFIG"
 TARGET_VARIABLE = f"{ENV_PREFIX}TARGET"
+STORE_URL_VARIABLE = f"{ENV_PREFIX}STORE_URL"
 
 # Kubernetes and Docker describe a service called "dedup" to its neighbours in variables like these.
 _LINK_VARIABLE = re.compile(r"DEDUP_(\w+_)?(SERVICE_HOST|SERVICE_PORT|PORT)(_\w+)?")
@@ -153,6 +154,7 @@ def load_settings(flags: dict[str, Any] | None = None, config_file: Path | None 
     Raises BadSettings, with one sentence that names each setting at fault.
     """
     _refuse_unknown_variables()
+    _refuse_empty_store_url()
     return _load(Settings, flags or {}, config_file)
 
 
@@ -182,6 +184,12 @@ def _load(base: type[SettingsT], flags: dict[str, Any], config_file: Path | None
 def target_from_environment() -> str | None:
     """Return the server that the client commands should call, if the environment names one."""
     return os.environ.get(TARGET_VARIABLE) or None
+
+
+def _refuse_empty_store_url() -> None:
+    # An unfilled secret in a manifest must not mean the embedded store, which dedups against this host alone.
+    if os.environ.get(STORE_URL_VARIABLE) == "":
+        raise BadSettings(f"{STORE_URL_VARIABLE} is set but empty: give it a value, or unset it for the embedded store")
 
 
 def _refuse_unknown_variables() -> None:

@@ -4,7 +4,7 @@ import secrets
 import time
 from collections.abc import Callable
 
-from dedup_service.claims.errors import InvalidRequest, TransactionNotFound
+from dedup_service.claims.errors import Applied, InvalidRequest, StoreUnavailable, TransactionNotFound
 from dedup_service.claims.limits import DEFAULT_NAMESPACE, Policy, claim_violations, identity_violations
 from dedup_service.claims.store import ClaimStore
 from dedup_service.claims.transaction import ClaimAnswer, ClaimOutcome, ClaimRequest, Transaction, TransactionState
@@ -55,7 +55,11 @@ class ClaimService:
         namespace = namespace or DEFAULT_NAMESPACE
         if violations := tuple(identity_violations(transaction_id, namespace)):
             raise InvalidRequest(*violations)
-        transaction = await self._store.get(namespace, transaction_id)
+        try:
+            transaction = await self._store.get(namespace, transaction_id)
+        except StoreUnavailable as error:
+            # Whatever became of the question, it changed nothing.
+            raise StoreUnavailable(error.reason, str(error), Applied.NO) from error
         if transaction is None:
             raise TransactionNotFound(f"no transaction with this id is claimed in the namespace {namespace!r}")
         return transaction

@@ -25,6 +25,9 @@ def healthcheck(
                 health_pb2.HealthCheckRequest(service=service), timeout=timeout_ms / 1000
             )
         except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.NOT_FOUND:
+                typer.echo(json.dumps({"status": "SERVICE_UNKNOWN"}) if as_json else "SERVICE_UNKNOWN")
+                raise typer.Exit(1) from None
             fail(error, as_json=as_json)
     status = health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
     typer.echo(json.dumps({"status": status}) if as_json else status)

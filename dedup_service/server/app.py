@@ -13,8 +13,9 @@ from dedup_service import __version__
 from dedup_service.claims import ClaimService, ClaimStore, Policy, StoreRefused
 from dedup_service.server.listeners import StartRefused, add_listener
 from dedup_service.server.readiness import Readiness
+from dedup_service.servicer.admission import Admission
 from dedup_service.servicer.dedup_servicer import SERVICE_NAME, DedupServicer, generic_handler
-from dedup_service.settings import Settings
+from dedup_service.settings import BadSettings, Settings
 from dedup_service.stores import make_store
 from dedup_service.telemetry.call_log import CallLog
 from dedup_service.telemetry.logs import logger
@@ -22,7 +23,10 @@ from dedup_service.telemetry.logs import logger
 # gRPC shares a port between servers by default, and a second server that was started by mistake would go unnoticed.
 _OPTIONS = (("grpc.so_reuseport", 0),)
 
-# What gRPC's own stop may take longer than the grace that it was given.
+# How long calls are refused with a reason before the server stops to listen.
+_LAME_DUCK_S = 0.25
+
+# What gRPC's own stop may take at most.
 _STOP_SLACK_S = 0.5
 
 
@@ -31,7 +35,7 @@ async def serve(settings: Settings, announce: Callable[[Sequence[str]], None]) -
 
     `announce` is called once with the addresses, when calls are accepted. At the shutdown health says NOT_SERVING
     first, then new calls are refused, and calls under way get the grace of the settings to end; a second signal ends
-    the grace. Raises StartRefused with one sentence when the server cannot start.
+    the grace. Raises StartRefused with one sentence when the server cannot start, and BadSettings for the store URL.
     """
     log = logger()
     store = _make_store(settings)
@@ -44,8 +48,9 @@ async def serve(settings: Settings, announce: Callable[[Sequence[str]], None]) -
         await readiness.check()
         claims = ClaimService(store, Policy(settings.default_ttl, settings.max_ttl))
         call_log = CallLog(log, plain_ids=settings.log_transaction_ids == "plain")
+        admission = Admission()
         server = grpc.aio.server(options=_OPTIONS)
-        server.add_generic_rpc_handlers((generic_handler(DedupServicer(claims), call_log),))
+        server.add_generic_rpc_handlers((generic_handler(DedupServicer(claims), call_log, admission),))
         health_pb2_grpc.add_HealthServicer_to_server(readiness.servicer, server)
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         addresses = [add_listener(server, address) for address in settings.listen]
@@ -60,7 +65,7 @@ async def serve(settings: Settings, announce: Callable[[Sequence[str]], None]) -
         log.info("draining", grace_ms=settings.shutdown_grace)
         watch.cancel()
         await readiness.not_serving()
-        await _drain(server, settings.shutdown_grace / 1000, stop)
+        await _drain(server, admission, settings.shutdown_grace / 1000, stop)
         log.info("stopped")
     finally:
         await store.close()
@@ -75,7 +80,7 @@ def _make_store(settings: Settings) -> ClaimStore:
             timeout_ms=settings.store_timeout,
         )
     except ValueError as error:
-        raise StartRefused(f"DEDUP_STORE_URL (--store-url): {error}") from None
+        raise BadSettings(f"DEDUP_STORE_URL (--store-url): {error}") from None
 
 
 def _stop_signals() -> asyncio.Queue[signal.Signals]:
@@ -86,12 +91,24 @@ def _stop_signals() -> asyncio.Queue[signal.Signals]:
     return received
 
 
-async def _drain(server: grpc.aio.Server, grace_s: float, stop: asyncio.Queue[signal.Signals]) -> None:
-    stopping = asyncio.create_task(server.stop(grace_s))
+async def _drain(
+    server: grpc.aio.Server, admission: Admission, grace_s: float, stop: asyncio.Queue[signal.Signals]
+) -> None:
+    # gRPC cancels the calls that it has received and not yet handed over when it stops, which tells their callers
+    # nothing. So new calls are refused with a reason first, until callers have had the time to go elsewhere.
+    admission.close()
+    patience = asyncio.create_task(_until_idle(admission, grace_s))
     impatience = asyncio.create_task(stop.get())
-    await asyncio.wait((stopping, impatience), timeout=grace_s + _STOP_SLACK_S, return_when=asyncio.FIRST_COMPLETED)
-    impatience.cancel()
-    if not stopping.done():
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_STOP_SLACK_S):
-                await server.stop(None)
+    await asyncio.wait((patience, impatience), return_when=asyncio.FIRST_COMPLETED)
+    for task in (patience, impatience):
+        task.cancel()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_STOP_SLACK_S):
+            await server.stop(None)
+
+
+async def _until_idle(admission: Admission, grace_s: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(grace_s):
+            await asyncio.sleep(_LAME_DUCK_S)
+            await admission.emptied()

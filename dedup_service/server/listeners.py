@@ -1,5 +1,6 @@
 """Where the server listens: TCP addresses and Unix sockets, and what can be wrong with them at the start."""
 
+import errno
 import os
 import socket
 import stat
@@ -29,17 +30,29 @@ def add_listener(server: grpc.aio.Server, address: str) -> str:
         with _umask(_SOCKET_UMASK):
             _bind(server, f"unix:{path}", address)
         return address
-    port = _bind(server, address, address)
-    return f"{address.rpartition(':')[0]}:{port}"
+    host, _, port = address.rpartition(":")
+    _probe(host.strip("[]"), int(port), address)
+    return f"{host}:{_bind(server, address, address)}"
 
 
 def _bind(server: grpc.aio.Server, target: str, address: str) -> int:
     try:
         return server.add_insecure_port(target)
     except RuntimeError:
-        raise StartRefused(
-            f"cannot listen on {address}: another server may listen there, or the address is not of this host"
-        ) from None
+        raise StartRefused(f"cannot listen on {address}: the log of gRPC above may say why") from None
+
+
+def _probe(host: str, port: int, address: str) -> None:
+    # gRPC knows why it cannot bind, and tells only its own log.
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(where)
+            probe.listen()
+    except OSError as error:
+        hint = ": does another server listen there?" if error.errno == errno.EADDRINUSE else ""
+        raise StartRefused(f"cannot listen on {address}: {error.strerror}{hint}") from None
 
 
 def _make_way(path: Path) -> None:

@@ -8,6 +8,7 @@ from google.protobuf.message import Message
 
 from dedup.v1 import dedup_pb2
 from dedup_service.claims import ClaimService, FieldViolation, InvalidRequest
+from dedup_service.servicer.admission import Admission
 from dedup_service.servicer.endpoint import Endpoint
 from dedup_service.servicer.error_table import NotServed
 from dedup_service.servicer.messages import claim_request, claim_response, milliseconds, transaction_message
@@ -36,7 +37,7 @@ class DedupServicer:
         return dedup_pb2.GetTransactionResponse(transaction=transaction_message(transaction))
 
 
-def generic_handler(servicer: DedupServicer, call_log: CallLog) -> grpc.GenericRpcHandler:
+def generic_handler(servicer: DedupServicer, call_log: CallLog, admission: Admission) -> grpc.GenericRpcHandler:
     """Return the whole service as gRPC wants it, each rpc inside its endpoint.
 
     The endpoints take and give bytes, so that decoding happens inside the guard and not in gRPC, which would answer a
@@ -49,11 +50,12 @@ def generic_handler(servicer: DedupServicer, call_log: CallLog) -> grpc.GenericR
     methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
     for method in dedup_pb2.DESCRIPTOR.services_by_name["DedupService"].methods:
         endpoint = Endpoint(
-            method.name,
-            getattr(dedup_pb2, method.input_type.name),
-            handlers.get(method.name) or _not_served(method.name),
-            _outcome_reader(method.output_type),
-            call_log,
+            method=method.name,
+            request_type=getattr(dedup_pb2, method.input_type.name),
+            handler=handlers.get(method.name) or _not_served(method.name),
+            outcome_of=_outcome_reader(method.output_type),
+            call_log=call_log,
+            admission=admission,
         )
         methods[method.name] = grpc.unary_unary_rpc_method_handler(endpoint.serve)
     return grpc.method_handlers_generic_handler(SERVICE_NAME, methods)

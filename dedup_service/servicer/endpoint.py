@@ -9,6 +9,7 @@ from typing import Generic, NoReturn
 import grpc
 from google.protobuf.message import Message
 
+from dedup_service.servicer.admission import Admission
 from dedup_service.servicer.decoding import RequestT, decode_request
 from dedup_service.servicer.error_table import failure_of
 from dedup_service.telemetry.call_log import CallLog, CallRecord
@@ -16,6 +17,9 @@ from dedup_service.telemetry.correlation import CORRELATION_HEADER, correlation_
 
 # https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md: binary metadata that carries google.rpc.Status.
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
+
+# A caller whose deadline has passed by its own clock cancels; by ours it may be about to pass.
+_CLOCK_TOLERANCE_S = 0.05
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
 
@@ -30,17 +34,20 @@ class Endpoint(Generic[RequestT]):
 
     def __init__(
         self,
+        *,
         method: str,
         request_type: type[RequestT],
         handler: Callable[[RequestT], Awaitable[Message]],
         outcome_of: Callable[[Message], str],
         call_log: CallLog,
+        admission: Admission,
     ) -> None:
         self._method = method
         self._request_type = request_type
         self._handler = handler
         self._outcome_of = outcome_of
         self._call_log = call_log
+        self._admission = admission
 
     async def serve(self, raw: bytes, context: Context) -> bytes:
         """Serve one call; a bound coroutine method is what gRPC recognises as asynchronous."""
@@ -48,15 +55,20 @@ class Endpoint(Generic[RequestT]):
         record = CallRecord(self._method, correlation_id(context.invocation_metadata() or ()), time.time())
         trailer = (CORRELATION_HEADER, record.correlation_id)
         try:
-            request = decode_request(self._request_type, raw)
-            record.transaction_id = getattr(request, "transaction_id", "")
-            reply = await self._handler(request)
+            self._admission.enter()
+            try:
+                request = decode_request(self._request_type, raw)
+                record.transaction_id = getattr(request, "transaction_id", "")
+                reply = await self._handler(request)
+            finally:
+                self._admission.leave()
             record.outcome = self._outcome_of(reply)
             context.set_trailing_metadata((trailer,))
             return reply.SerializeToString()
         except asyncio.CancelledError:
             remaining = context.time_remaining()
-            record.code = "DEADLINE_EXCEEDED" if remaining is not None and remaining <= 0 else "CANCELLED"
+            late = remaining is not None and remaining < _CLOCK_TOLERANCE_S
+            record.code = "DEADLINE_EXCEEDED" if late else "CANCELLED"
             raise
         except Exception as error:  # noqa: BLE001 - the outermost guard: gRPC would send the exception's text
             await self._refuse(error, record, trailer, context)

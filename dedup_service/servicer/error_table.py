@@ -15,6 +15,7 @@ from dedup_service.claims import (
     TransactionNotFound,
     UnreadableValue,
 )
+from dedup_service.servicer.admission import ServerStopping
 
 ERROR_DOMAIN = "dedup.v1"
 
@@ -72,6 +73,7 @@ _TABLE = {
     StoreUnavailable: _Row(grpc.StatusCode.UNAVAILABLE, retry_after_ms=RETRY_AFTER_MS),
     StoreRefused: _Row(grpc.StatusCode.UNAVAILABLE, "STORE_REFUSED"),
     UnreadableValue: _Row(grpc.StatusCode.FAILED_PRECONDITION),
+    ServerStopping: _Row(grpc.StatusCode.UNAVAILABLE, "SERVER_STOPPING", RETRY_AFTER_MS),
     NotServed: _Row(grpc.StatusCode.UNIMPLEMENTED, "NOT_SERVED"),
 }
 

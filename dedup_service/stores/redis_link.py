@@ -117,7 +117,7 @@ class RedisLink:
             await connection.disconnect(nowait=True)
             raise
         # The one private name of redis-py that we rely on: its writer's transport, which the channel takes over.
-        transport: asyncio.Transport = cast("Any", connection)._writer.transport
+        transport: asyncio.Transport = cast("Any", connection)._writer.transport  # noqa: SLF001
         channel = RedisChannel(transport, self._timeout_ms, asyncio.get_running_loop())
         transport.set_protocol(channel)
         channel.ended.add_done_callback(lambda _: self._dispose(connection))
@@ -139,6 +139,10 @@ class RedisLink:
                 "STORE_NOT_AUTHENTICATED",
                 f"Redis at {self._target} refused the user name or password of the store URL: {error}",
                 Applied.NO,
+            ) from error
+        except exceptions.NoPermissionError as error:
+            raise StoreUnavailable(
+                "STORE_NOT_PERMITTED", f"the Redis user of the store URL lacks a right: {error}", Applied.NO
             ) from error
         except (exceptions.RedisError, OSError) as error:
             raise StoreUnavailable(

@@ -1,6 +1,7 @@
 """What a Redis URL may say. Query arguments come from a short list: the driver lets them override its retries."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 SCHEMES = ("redis", "rediss", "unix")
@@ -70,6 +71,9 @@ def parse_redis_url(url: str) -> RedisTarget:
 def _tcp_target(parts: SplitResult, port: int, query: dict[str, str]) -> RedisTarget:
     if not parts.hostname:
         raise ValueError("the store URL names no host: write redis://host:6379/0")
+    for name, path in query.items():
+        if not Path(path).is_file():
+            raise ValueError(f"the store URL names {path!r} as {name}, which is no file")
     return RedisTarget(
         host=unquote(parts.hostname),
         port=port,

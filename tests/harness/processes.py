@@ -115,6 +115,7 @@ class ServiceProcess:
         self.arguments = ("--listen", "127.0.0.1:0", *arguments)
         self.logs: list[dict[str, Any]] = []
         self.stderr_lines: list[str] = []
+        self.stdout = ""
         clean = {name: value for name, value in os.environ.items() if not name.startswith("DEDUP_")}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "dedup_service", "serve", *self.arguments],
@@ -182,11 +183,12 @@ class ServiceProcess:
     def _read_log(self) -> None:
         assert self._process.stderr is not None
         assert self._process.stdout is not None
-        with self._process.stderr as stderr, self._process.stdout:
+        with self._process.stderr as stderr, self._process.stdout as stdout:
             for line in stderr:
                 self.stderr_lines.append(line)
                 if line.startswith("{"):
                     self.logs.append(json.loads(line))
+            self.stdout = stdout.read()
 
 
 def run_command(*arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,111 @@
+"""Settings: where they come from, which one wins, and what a bad one says."""
+
+from pathlib import Path
+
+import pytest
+
+from dedup_service.durations import format_duration, parse_duration
+from dedup_service.settings import BadSettings, listening_address, load_settings
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_this_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DEDUP_CONFIG", "DEDUP_STORE_URL", "DEDUP_LISTEN"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_flags_win_over_the_environment_and_it_over_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The nearest source wins for each setting alone."""
+    file = tmp_path / "settings.toml"
+    file.write_text('default_ttl = "1s"\nmax_ttl = "2h"\nkey_prefix = "file:"\n')
+    monkeypatch.setenv("DEDUP_CONFIG", str(file))
+    monkeypatch.setenv("DEDUP_DEFAULT_TTL", "2s")
+    monkeypatch.setenv("DEDUP_KEY_PREFIX", "environment:")
+    settings = load_settings({"default_ttl": "3s"})
+    assert (settings.default_ttl, settings.max_ttl, settings.key_prefix) == (3_000, 7_200_000, "environment:")
+
+
+def test_an_empty_variable_is_as_if_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`DEDUP_KEY_PREFIX=` in a manifest means the default."""
+    monkeypatch.setenv("DEDUP_KEY_PREFIX", "")
+    assert load_settings().key_prefix == "dedup:"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("DEDUP_DEFAULT_TTL", "60", "'60' is not a duration: write a whole number and a unit"),
+        ("DEDUP_DEFAULT_TTL", "0s", "greater than 0"),
+        ("DEDUP_MAX_TTL", "1s", "DEDUP_DEFAULT_TTL (60s) is longer than DEDUP_MAX_TTL (1s)"),
+        ("DEDUP_LISTEN", "127.0.0.1", "'127.0.0.1' is no address"),
+        ("DEDUP_LISTEN", "127.0.0.1:70000", "is no address"),
+        ("DEDUP_LISTEN", ",", "names no address"),
+        ("DEDUP_LISTEN", "unix://relative.sock", "is no Unix socket"),
+        ("DEDUP_LISTEN", "unix:///" + "x" * 104, "at most 103 bytes"),
+        ("DEDUP_LOG_LEVEL", "loud", "DEDUP_LOG_LEVEL (--log-level)"),
+        ("DEDUP_REQUIRE_STORE_URL", "true", "DEDUP_STORE_URL is not set and DEDUP_REQUIRE_STORE_URL is"),
+        ("DEDUP_STORE_URL", "", "DEDUP_STORE_URL is set but empty: give it a value"),
+        ("DEDUP_STOR_URL", "redis://x", "there is no setting DEDUP_STOR_URL: did you mean DEDUP_STORE_URL?"),
+        ("DEDUP_CONFIG", "/nowhere.toml", "'/nowhere.toml' does not exist"),
+    ],
+)
+def test_a_bad_setting_is_one_clear_sentence(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, words: str
+) -> None:
+    """A bad value names its setting and what to write; a misspelt one is refused, not ignored."""
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(BadSettings) as caught:
+        load_settings()
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ['default_tll = "1s"', "default_ttl = "])
+def test_a_bad_file_is_refused(tmp_path: Path, text: str) -> None:
+    """An unknown key and broken TOML stop the start."""
+    file = tmp_path / "settings.toml"
+    file.write_text(text)
+    with pytest.raises(BadSettings):
+        load_settings(config_file=file)
+
+
+@pytest.mark.parametrize(
+    "name", ["DEDUP_SERVICE_HOST", "DEDUP_PORT", "DEDUP_PORT_50051_TCP_ADDR", "DEDUP_SERVICE_PORT_GRPC"]
+)
+def test_what_kubernetes_says_of_a_service_called_dedup_is_no_setting(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The variables that describe a neighbouring service do not stop the start."""
+    monkeypatch.setenv(name, "tcp://10.0.0.1:50051")
+    load_settings()
+
+
+def test_secrets_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store URL, which may hold a password, is not in the representation of the settings."""
+    monkeypatch.setenv("DEDUP_STORE_URL", "redis://:hunter2@cache")
+    settings = load_settings()
+    assert "hunter2" not in repr(settings)
+    assert settings.effective_store_url == "redis://:hunter2@cache"
+
+
+def test_a_probe_needs_only_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the server listens can be asked for even if its other settings are given to it as flags."""
+    monkeypatch.setenv("DEDUP_REQUIRE_STORE_URL", "true")
+    monkeypatch.setenv("DEDUP_LISTEN", "127.0.0.1:1,127.0.0.1:2")
+    assert listening_address() == "127.0.0.1:1"
+
+
+@pytest.mark.parametrize(
+    ("text", "ms"), [("1ms", 1), ("250ms", 250), ("60s", 60_000), ("2h", 7_200_000), ("7d", 604_800_000)]
+)
+def test_durations(text: str, ms: int) -> None:
+    """Durations are written with a unit, and come back in their shortest form."""
+    assert parse_duration(text) == ms
+    assert parse_duration(format_duration(ms)) == ms
+
+
+@pytest.mark.parametrize("text", ["", "60", "1.5s", "-1s", "1 s", "s", "1w", "\u0661s", "1s2"])
+def test_what_is_no_duration(text: str) -> None:
+    """Anything but a whole number and a unit is refused."""
+    with pytest.raises(ValueError, match="is not a duration"):
+        parse_duration(text)

@@ -1,0 +1,31 @@
+"""Channels and stubs to the service under test, and services of a test's own."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from dedup.v1 import dedup_pb2_grpc
+from harness.processes import ServiceProcess
+
+
+@pytest.fixture
+def stub(service: ServiceProcess) -> Iterator[dedup_pb2_grpc.DedupServiceStub]:
+    """A stub of the service, over each store."""
+    with service.channel() as channel:
+        yield dedup_pb2_grpc.DedupServiceStub(channel)
+
+
+@pytest.fixture
+def start_service() -> Iterator[Callable[..., ServiceProcess]]:
+    """Starts services of a test's own, and ends them with it."""
+    started: list[ServiceProcess] = []
+
+    def start(*arguments: str, **options: Any) -> ServiceProcess:
+        process = ServiceProcess(*arguments, **options)
+        started.append(process)
+        return process.start()
+
+    yield start
+    for process in started:
+        process.kill()

@@ -1,0 +1,47 @@
+"""grpcurl as people use it: no proto file, names found by reflection."""
+
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+
+from harness.processes import ServiceProcess
+
+GRPCURL = shutil.which("grpcurl")
+
+# CI builds grpcurl; elsewhere it is an optional tool. The variable makes its absence a failure there.
+pytestmark = pytest.mark.skipif(
+    GRPCURL is None and "DEDUP_TEST_GRPCURL" not in os.environ, reason="grpcurl is not on PATH"
+)
+
+
+def grpcurl(*arguments: str) -> str:
+    """Run grpcurl in plaintext and return what it printed."""
+    assert GRPCURL is not None, "grpcurl is not on PATH"
+    ended = subprocess.run([GRPCURL, "-plaintext", *arguments], capture_output=True, text=True, timeout=30, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def test_list_and_describe(service: ServiceProcess) -> None:
+    """The service and the claim rpc are found without a proto file."""
+    assert "dedup.v1.DedupService" in grpcurl(service.target, "list").splitlines()
+    described = grpcurl(service.target, "describe", "dedup.v1.DedupService")
+    assert "rpc ClaimTransaction ( .dedup.v1.ClaimTransactionRequest )" in described
+    assert "expire_time" in grpcurl(service.target, "describe", "dedup.v1.ClaimTransactionRequest")
+
+
+def test_claim_twice(service: ServiceProcess, unique: str) -> None:
+    """The first call is CLAIMED, the second DUPLICATE with the holder."""
+    arguments = (
+        "-d",
+        json.dumps({"transaction_id": unique, "claimant": "by hand", "ttl": "30s"}),
+        service.target,
+        "dedup.v1.DedupService/ClaimTransaction",
+    )
+    first, second = json.loads(grpcurl(*arguments)), json.loads(grpcurl(*arguments))
+    assert first["outcome"] == "CLAIM_OUTCOME_CLAIMED"
+    assert second["outcome"] == "CLAIM_OUTCOME_DUPLICATE"
+    assert second["transaction"]["claimant"] == "by hand"

@@ -1,0 +1,344 @@
+"""The server as operators meet it: health, reflection, listeners, shutdown, outages, and what it logs."""
+
+import asyncio
+import hashlib
+import signal
+import socket
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
+from dedup.v1 import dedup_pb2, dedup_pb2_grpc
+from harness.errors import refused
+from harness.fault_proxy import FaultProxy
+from harness.polling import eventually, wait_until
+from harness.processes import RedisProcess, ServiceProcess, free_port, run_command
+
+StartService = Callable[..., ServiceProcess]
+Claim = dedup_pb2.ClaimTransactionRequest
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def health_of(service: ServiceProcess, name: str) -> int:
+    """Return the health status of one name."""
+    with service.channel() as channel:
+        reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=name))
+    return int(reply.status)
+
+
+def claim(service: ServiceProcess, transaction_id: str, **metadata: str) -> grpc.Call:
+    """Claim over a channel of its own and return the finished call."""
+    pairs = tuple((name.replace("_", "-"), value) for name, value in metadata.items())
+    with service.channel() as channel:
+        _, call = dedup_pb2_grpc.DedupServiceStub(channel).ClaimTransaction.with_call(
+            Claim(transaction_id=transaction_id), metadata=pairs
+        )
+    return call
+
+
+def test_reflection_describes_the_service(service: ServiceProcess) -> None:
+    """Tools without the proto file find the service and its messages."""
+    with service.channel() as channel:
+        database = ProtoReflectionDescriptorDatabase(channel)
+        assert {"dedup.v1.DedupService", "grpc.health.v1.Health"} <= set(database.get_services())
+        file = database.FindFileContainingSymbol("dedup.v1.DedupService")
+        assert file.name == "dedup/v1/dedup.proto"
+
+
+def test_health_is_serving_by_both_names(service: ServiceProcess) -> None:
+    """The server as a whole and the service by its name are SERVING while the store answers."""
+    assert health_of(service, "") == SERVING
+    assert health_of(service, "dedup.v1.DedupService") == SERVING
+
+
+def test_health_follows_redis(start_service: StartService, tmp_path: Path, unique: str) -> None:
+    """Not serving until Redis answers, serving then, not serving while it is gone, and serving again by itself."""
+    port = free_port()
+    service = start_service("--store-url", f"redis://127.0.0.1:{port}", "--store-timeout", "500ms")
+    assert health_of(service, "") == health_of(service, "dedup.v1.DedupService") == NOT_SERVING
+    with service.channel() as channel:
+        stub = dedup_pb2_grpc.DedupServiceStub(channel)
+        answer = refused(lambda: stub.ClaimTransaction(Claim(transaction_id=unique)))
+    assert (answer.code, answer.reason, answer.applied) == (grpc.StatusCode.UNAVAILABLE, "STORE_UNREACHABLE", "no")
+    assert answer.retry_after_ms
+    redis_server = RedisProcess(tmp_path).start(port)
+    try:
+        wait_until(lambda: health_of(service, "") == SERVING, what="SERVING")
+        assert health_of(service, "dedup.v1.DedupService") == SERVING
+        redis_server.pause()
+        wait_until(lambda: health_of(service, "") == NOT_SERVING, what="NOT_SERVING")
+        redis_server.resume()
+        wait_until(lambda: health_of(service, "dedup.v1.DedupService") == SERVING, what="SERVING again")
+        assert [len(service.events(name)) for name in ("store_ready", "store_not_ready")] == [2, 2]
+    finally:
+        redis_server.stop()
+
+
+def test_a_second_server_on_the_port_fails_loudly(service: ServiceProcess, tmp_path: Path) -> None:
+    """A server does not share another one's port in silence.
+
+    Protection: grpc.so_reuseport is off.
+    """
+    ended = run_command("serve", "--listen", service.target, "--store-url", f"sqlite://{tmp_path / 'x.db'}")
+    assert ended.returncode == 1
+    sentence = f"dedup-service: cannot listen on {service.target}: Address already in use: does another server"
+    assert [line for line in ended.stderr.splitlines() if not line.startswith(("{", sentence))] == []
+    assert sentence in ended.stderr
+
+
+def test_a_unix_socket_is_narrow_and_is_not_taken_from_a_living_server(
+    start_service: StartService, tmp_path: Path, unique: str
+) -> None:
+    """A Unix socket serves with mode 0660; a second server leaves it alone, and replaces that of a dead one.
+
+    Protections: the umask around the bind, and the probe before it.
+    """
+    path = tmp_path / "dedup.sock"
+    store = ("--store-url", f"sqlite://{tmp_path / 'claims.db'}")
+    first = start_service("--listen", f"unix://{path}", *store)
+    assert first.target == f"unix://{path}"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o660
+    claim(first, unique)
+    ended = run_command("serve", "--listen", f"unix://{path}", *store)
+    assert (ended.returncode, "another server listens there" in ended.stderr) == (1, True)
+    claim(first, f"{unique}-still-there")
+    first.kill()
+    assert path.exists()
+    claim(start_service("--listen", f"unix://{path}", *store), f"{unique}-again")
+
+
+def test_a_file_in_the_place_of_the_socket_is_kept(tmp_path: Path) -> None:
+    """A server does not remove a file that is no socket."""
+    path = tmp_path / "precious"
+    path.write_text("data")
+    ended = run_command("serve", "--listen", f"unix://{path}", "--store-url", f"sqlite://{tmp_path / 'claims.db'}")
+    assert (ended.returncode, "no socket is in its place" in ended.stderr) == (1, True)
+    assert path.read_text() == "data"
+
+
+def test_the_service_starts_over_one_socket_and_several_ports(
+    start_service: StartService, tmp_path: Path, unique: str
+) -> None:
+    """All addresses of the setting serve the same claims."""
+    path = tmp_path / "dedup.sock"
+    listen = f"127.0.0.1:0,unix://{path},[::1]:0" if socket.has_ipv6 else f"127.0.0.1:0,unix://{path}"
+    service = start_service("--listen", listen, "--store-url", f"sqlite://{tmp_path / 'claims.db'}")
+    outcomes = []
+    for address in service.addresses:
+        with grpc.insecure_channel(address) as channel:
+            stub = dedup_pb2_grpc.DedupServiceStub(channel)
+            outcomes.append(stub.ClaimTransaction(Claim(transaction_id=unique)).outcome)
+    assert outcomes == [dedup_pb2.CLAIM_OUTCOME_CLAIMED] + [dedup_pb2.CLAIM_OUTCOME_DUPLICATE] * (len(outcomes) - 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_under_load_ends_every_call_with_an_answer(
+    start_service: StartService, redis_server: RedisProcess, unique: str, number: signal.Signals
+) -> None:
+    """At the shutdown calls under way are answered, later ones are told UNAVAILABLE, and the server exits with 0."""
+    service = await asyncio.to_thread(start_service, "--store-url", redis_server.url, "--shutdown-grace", "5s")
+    codes: list[grpc.StatusCode] = []
+
+    async def caller(stub: "dedup_pb2_grpc.DedupServiceAsyncStub", caller_number: int) -> None:
+        for attempt in range(10_000):
+            try:
+                request = Claim(transaction_id=f"{unique}-{caller_number}-{attempt}")
+                reply = await stub.ClaimTransaction(request, timeout=20)
+            except grpc.aio.AioRpcError as error:
+                codes.append(error.code())
+                return
+            assert reply.outcome == dedup_pb2.CLAIM_OUTCOME_CLAIMED
+            codes.append(grpc.StatusCode.OK)
+
+    async with grpc.aio.insecure_channel(service.target) as channel:
+        stub = dedup_pb2_grpc.DedupServiceStub(channel)
+        callers = [asyncio.create_task(caller(stub, caller_number)) for caller_number in range(32)]
+
+        async def busy() -> bool:
+            return len(codes) > 200
+
+        await eventually(busy, what="load")
+        service.signal(number)
+        await asyncio.gather(*callers)
+    assert set(codes) == {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}
+    refusals = [line for line in service.events("call") if line["code"] != "OK"]
+    assert {(line["reason"], line["applied"]) for line in refusals} == {("SERVER_STOPPING", "no")}
+    assert await asyncio.to_thread(service.wait) == 0
+    assert [event["event"] for event in service.logs if event["event"] in ("draining", "stopped")] == [
+        *("draining", "stopped"),
+    ]
+
+
+async def test_calls_under_way_at_the_shutdown_get_the_grace(
+    start_service: StartService, redis_server: RedisProcess, unique: str
+) -> None:
+    """A claim that Redis has not answered when SIGTERM comes is answered before the server ends.
+
+    Protection: the drain, before which health already says NOT_SERVING.
+    """
+    async with FaultProxy(redis_server.port) as proxy:
+        service = await asyncio.to_thread(
+            start_service, "--store-url", proxy.url, "--store-timeout", "20s", "--shutdown-grace", "20s"
+        )
+        async with grpc.aio.insecure_channel(service.target) as channel:
+            health = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+            assert (await health.read()).status == SERVING
+            proxy.hold_replies.clear()
+            call = dedup_pb2_grpc.DedupServiceStub(channel).ClaimTransaction(Claim(transaction_id=unique))
+            await eventually(lambda: _sent(proxy), what="the command")
+            service.signal(signal.SIGTERM)
+            assert (await health.read()).status == NOT_SERVING
+            assert not call.done()
+            health.cancel()
+            proxy.hold_replies.set()
+            assert (await call).outcome == dedup_pb2.CLAIM_OUTCOME_CLAIMED
+        assert await asyncio.to_thread(service.wait) == 0
+
+
+async def _sent(proxy: FaultProxy) -> bool:
+    return b"\r\nSET\r\n" in proxy.sent_upstream
+
+
+async def test_killed_between_redis_and_the_reply_then_retried(
+    start_service: StartService, redis_server: RedisProcess, unique: str
+) -> None:
+    """A server killed after Redis decided loses the reply; a retry of the same token elsewhere is CLAIMED, once.
+
+    Protection: the caller's token in the stored value.
+    """
+    request = Claim(transaction_id=unique, claim_token="token-of-sixteen")
+    async with FaultProxy(redis_server.port) as proxy:
+        doomed = await asyncio.to_thread(start_service, "--store-url", proxy.url, "--store-timeout", "20s")
+        async with grpc.aio.insecure_channel(doomed.target) as channel:
+            proxy.hold_replies.clear()
+            call = dedup_pb2_grpc.DedupServiceStub(channel).ClaimTransaction(request)
+            await eventually(lambda: _sent(proxy), what="the command")
+            await asyncio.to_thread(doomed.kill)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        proxy.hold_replies.set()
+    other = await asyncio.to_thread(start_service, "--store-url", redis_server.url)
+    with other.channel() as plain:
+        stub = dedup_pb2_grpc.DedupServiceStub(plain)
+        retried = stub.ClaimTransaction(request)
+        assert (retried.outcome, retried.replayed) == (dedup_pb2.CLAIM_OUTCOME_CLAIMED, True)
+        stranger = stub.ClaimTransaction(Claim(transaction_id=unique))
+        assert stranger.outcome == dedup_pb2.CLAIM_OUTCOME_DUPLICATE
+
+
+async def test_a_cancelled_call_is_logged_and_harms_nobody(
+    start_service: StartService, redis_server: RedisProcess, unique: str
+) -> None:
+    """Calls that end by deadline or cancel are logged as such, and the next call gets its own answer."""
+    async with FaultProxy(redis_server.port) as proxy:
+        service = await asyncio.to_thread(start_service, "--store-url", proxy.url, "--store-timeout", "20s")
+        async with grpc.aio.insecure_channel(service.target) as channel:
+            stub = dedup_pb2_grpc.DedupServiceStub(channel)
+            assert (await stub.ClaimTransaction(Claim(transaction_id=f"{unique}-0"))).outcome
+            proxy.hold_replies.clear()
+            late = stub.ClaimTransaction(Claim(transaction_id=f"{unique}-1"), timeout=0.3)
+            gone = stub.ClaimTransaction(Claim(transaction_id=f"{unique}-2"))
+            await eventually(lambda: _sent(proxy), what="the command")
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await late
+            assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            gone.cancel()
+
+            async def logged() -> bool:
+                return {"CANCELLED", "DEADLINE_EXCEEDED"} <= {line["code"] for line in service.events("call")}
+
+            await eventually(logged, what="the log lines")
+            proxy.hold_replies.set()
+            reply = await stub.ClaimTransaction(Claim(transaction_id=f"{unique}-3", claimant="me"))
+            assert (reply.outcome, reply.transaction.claimant) == (dedup_pb2.CLAIM_OUTCOME_CLAIMED, "me")
+
+
+def last_call(service: ServiceProcess, correlation_id: str) -> dict[str, object]:
+    """Return the log line of a call, once it is there."""
+
+    def found() -> list[dict[str, object]]:
+        return [line for line in service.events("call") if line["correlation_id"] == correlation_id]
+
+    wait_until(found, what="the log line")
+    return found()[-1]
+
+
+TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        ({"x_correlation_id": "abc-1", "x_request_id": "no", "traceparent": f"00-{TRACE_ID}-{'1' * 16}-01"}, "abc-1"),
+        ({"x_request_id": "req-2", "traceparent": f"00-{TRACE_ID}-{'1' * 16}-01"}, "req-2"),
+        ({"traceparent": f"00-{TRACE_ID}-{'1' * 16}-01"}, TRACE_ID),
+        ({"x_correlation_id": "x" * 129, "x_request_id": "req-3"}, "req-3"),
+        ({"traceparent": "nonsense"}, None),
+        ({}, None),
+    ],
+)
+def test_the_callers_correlation_id_is_logged_and_returned(
+    service: ServiceProcess, unique: str, metadata: dict[str, str], expected: str | None
+) -> None:
+    """The caller's id, or a generated one, is in the trailing metadata and in the log line of the call."""
+    call = claim(service, unique, **metadata)
+    returned = str(dict(call.trailing_metadata())["x-correlation-id"])
+    assert returned == (expected or returned)
+    assert len(returned) == 32 or expected
+    line = last_call(service, returned)
+    assert {
+        "method": line["method"],
+        "code": line["code"],
+        "outcome": line["outcome"],
+        "transaction": line["transaction"],
+    } == {
+        "method": "ClaimTransaction",
+        "code": "OK",
+        "outcome": "CLAIMED",
+        "transaction": hashlib.sha256(unique.encode()).hexdigest()[:16],
+    }
+    assert line["started"]
+    assert isinstance(line["duration_ms"], float)
+
+
+def test_ids_and_tokens_stay_out_of_the_log(service: ServiceProcess, unique: str) -> None:
+    """No line of the log holds a transaction id or a token, of a claim or of a refusal."""
+    request = Claim(transaction_id=unique, claim_token=f"secret-{unique}")
+    with service.channel() as channel:
+        stub = dedup_pb2_grpc.DedupServiceStub(channel)
+        stub.ClaimTransaction(request)
+        request.ttl.FromSeconds(0)
+        call = stub.ClaimTransaction.future(request, metadata=(("x-correlation-id", unique[:8]),))
+        assert call.exception() is not None
+    line = last_call(service, unique[:8])
+    assert (line["code"], line["reason"], line["applied"]) == ("INVALID_ARGUMENT", "INVALID_REQUEST", "no")
+    assert not [text for text in service.stderr_lines if unique in text]
+
+
+def test_ids_are_plain_where_a_setting_says_so(start_service: StartService, tmp_path: Path, unique: str) -> None:
+    """With DEDUP_LOG_TRANSACTION_IDS=plain the id itself is in the log line."""
+    service = start_service(
+        "--store-url",
+        f"sqlite://{tmp_path / 'claims.db'}",
+        environment={"DEDUP_LOG_TRANSACTION_IDS": "plain"},
+    )
+    call = claim(service, unique)
+    assert last_call(service, str(dict(call.trailing_metadata())["x-correlation-id"]))["transaction"] == unique
+
+
+def test_without_a_store_url_the_embedded_store_is_used_and_said(tmp_path: Path, unique: str) -> None:
+    """Without a URL claims are in a file of the user's state folder, and the start says that only this host sees it."""
+    service = ServiceProcess(environment={"XDG_STATE_HOME": str(tmp_path)}).start()
+    try:
+        claim(service, unique)
+        assert "only this host" in service.events("embedded_store")[0]["message"]
+        assert (tmp_path / "dedup-service" / "claims.db").is_file()
+    finally:
+        service.stop()
