@@ -13,7 +13,7 @@ GRPCURL = shutil.which("grpcurl")
 
 # CI builds grpcurl; elsewhere it is an optional tool. The variable makes its absence a failure there.
 pytestmark = pytest.mark.skipif(
-    GRPCURL is None and "DEDUP_TEST_GRPCURL" not in os.environ, reason="grpcurl is not on PATH"
+    GRPCURL is None and "REQUIRE_GRPCURL" not in os.environ, reason="grpcurl is not on PATH"
 )
 
 

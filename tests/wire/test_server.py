@@ -5,6 +5,7 @@ import hashlib
 import signal
 import socket
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
+from dedup_service.server import app
 from harness.errors import refused
 from harness.fault_proxy import FaultProxy
 from harness.polling import eventually, wait_until
@@ -83,7 +85,7 @@ def test_health_follows_redis(start_service: StartService, tmp_path: Path, uniqu
 def test_a_second_server_on_the_port_fails_loudly(service: ServiceProcess, tmp_path: Path) -> None:
     """A server does not share another one's port in silence.
 
-    Protection: grpc.so_reuseport is off.
+    Protections: grpc.so_reuseport is off, and the probe before the bind, which also says why. Either one is enough.
     """
     ended = run_command("serve", "--listen", service.target, "--store-url", f"sqlite://{tmp_path / 'x.db'}")
     assert ended.returncode == 1
@@ -180,7 +182,7 @@ async def test_calls_under_way_at_the_shutdown_get_the_grace(
 ) -> None:
     """A claim that Redis has not answered when SIGTERM comes is answered before the server ends.
 
-    Protection: the drain, before which health already says NOT_SERVING.
+    Protection: the wait for calls under way, during which new ones are refused. Health says NOT_SERVING before.
     """
     async with FaultProxy(redis_server.port) as proxy:
         service = await asyncio.to_thread(
@@ -194,7 +196,11 @@ async def test_calls_under_way_at_the_shutdown_get_the_grace(
             await eventually(lambda: _sent(proxy), what="the command")
             service.signal(signal.SIGTERM)
             assert (await health.read()).status == NOT_SERVING
-            assert not call.done()
+            begun = time.monotonic()
+            while time.monotonic() < begun + 2 * app._LAME_DUCK_S:
+                with pytest.raises(grpc.aio.AioRpcError, match="shutting down"):
+                    await dedup_pb2_grpc.DedupServiceStub(channel).ClaimTransaction(Claim(transaction_id=unique))
+                assert not call.done()
             health.cancel()
             proxy.hold_replies.set()
             assert (await call).outcome == dedup_pb2.CLAIM_OUTCOME_CLAIMED

@@ -1,0 +1,295 @@
+"""The SQLite file of the embedded store: what is in it, how a batch is carried out, and what can be wrong with it."""
+
+import contextlib
+import errno
+import itertools
+import os
+import sqlite3
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dedup_service.claims import Applied, FieldViolation, InvalidRequest, StoreRefused, StoreUnavailable
+from dedup_service.stores.sqlite_thread import Answer, Operation
+
+SCHEMA_VERSION = 1
+
+# "DEDU" in ASCII: tells our files from those of other applications.
+APPLICATION_ID = 0x44454455
+
+_SCHEMA = (
+    # With a rowid: new claims are appended, and the index of expiries stays small. Measured as fast as without, or up
+    # to twice as fast in large batches.
+    "CREATE TABLE claims (key BLOB PRIMARY KEY NOT NULL, value BLOB NOT NULL, expire_time_ms INTEGER NOT NULL)",
+    "CREATE INDEX claims_by_expiry ON claims (expire_time_ms)",
+    f"PRAGMA application_id = {APPLICATION_ID}",
+    f"PRAGMA user_version = {SCHEMA_VERSION}",
+)
+
+# Many rows a statement: every statement gives up the interpreter's lock, and a busy event loop keeps it for 5 ms.
+_ROWS = 64
+# The plus sign keeps SQLite from ever searching by the expiry here.
+_SELECT = "SELECT key, value FROM claims WHERE key IN ({}) AND +expire_time_ms > ?"
+_SELECTS = [_SELECT.format(",".join("?" * count)) for count in range(_ROWS + 1)]
+_INSERT = "INSERT OR REPLACE INTO claims VALUES {}"
+_INSERTS = [_INSERT.format(",".join(["(?,?,?)"] * count)) for count in range(_ROWS + 1)]
+_RECLAIM = "DELETE FROM claims WHERE rowid IN (SELECT rowid FROM claims WHERE expire_time_ms <= ? LIMIT ?)"
+
+# Rows of one idle step: about a millisecond, which is what a claim may have to wait for it.
+_RECLAIM_STEP = 100
+
+_WAL_BYTES = 4 * 1024 * 1024
+
+_MAX_TIME_MS = 2**63 - 1
+
+# Primary result codes of SQLite: the stable reason, and what it means.
+_FAILURES = {
+    sqlite3.SQLITE_BUSY: ("STORE_BUSY", "another process holds its lock"),
+    sqlite3.SQLITE_LOCKED: ("STORE_BUSY", "another process holds its lock"),
+    sqlite3.SQLITE_NOMEM: ("STORE_OUT_OF_MEMORY", "there is not enough memory"),
+    sqlite3.SQLITE_READONLY: ("STORE_READ_ONLY", "it cannot be written: check its owner, its mode and its file system"),
+    sqlite3.SQLITE_IOERR: ("STORE_IO_ERROR", "the disk failed: check the system log"),
+    sqlite3.SQLITE_CORRUPT: ("STORE_CORRUPT", "it is damaged: move it away, and check the disk"),
+    sqlite3.SQLITE_NOTADB: ("STORE_CORRUPT", "it is not a SQLite database: choose another path"),
+    sqlite3.SQLITE_FULL: ("STORE_FULL", "the disk is full: make room"),
+    sqlite3.SQLITE_CANTOPEN: ("STORE_CANNOT_OPEN", "it cannot be opened: check its folder"),
+}
+_BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+# What waiting does not mend when it is met while connecting.
+_FINAL_CODES = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+_FINAL_ERRNOS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+)
+_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+
+
+class ClaimFile:
+    """The file itself, driven by the thread. After any failure it connects anew: SQLite then checks it afresh."""
+
+    def __init__(self, path: Path, clock_ms: Callable[[], int]) -> None:
+        self.name = f"the sqlite file {path}"
+        self._path = path
+        self._wal_path = Path(f"{path}-wal")
+        self._clock_ms = clock_ms
+        self._connection: sqlite3.Connection | None = None
+        self._identity: tuple[int, int] | None = None
+
+    def begin(self) -> bool:
+        """Take the write lock, connecting first where needed; see BatchFile."""
+        connecting = self._connection is None
+        try:
+            if self._connection is None:
+                self._connection = self._connect()
+            self._check_identity()
+            self._connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.Error as error:
+            if _code(error) in _BUSY:
+                return False
+            self.close()
+            failure = self._failure(error)
+            if connecting and _code(error) in _FINAL_CODES:
+                raise StoreRefused(str(failure)) from error
+            raise failure from error
+        except OSError as error:
+            self.close()
+            if error.errno in _FINAL_ERRNOS:
+                raise StoreRefused(f"{self.name}: {error.strerror}: choose another path, or mend this one") from error
+            reason = "STORE_FULL" if error.errno in _FULL_ERRNOS else "STORE_IO_ERROR"
+            raise StoreUnavailable(reason, f"{self.name}: {error.strerror}", Applied.NO) from error
+        except BaseException:
+            self.close()
+            raise
+        return True
+
+    def carry_out(self, operations: Sequence[Operation]) -> None:
+        """Carry out a batch under the lock that `begin` took, commit it, and set the answers."""
+        committing = False
+        try:
+            # Read only now: time spent waiting for the lock must not shorten a claim, nor revive an expired one.
+            now_ms = self._clock_ms()
+            held = self._held([one.key for one in operations if one.key is not None], now_ms)
+            fresh: dict[bytes, tuple[bytes, bytes, int]] = {}
+            for one in operations:
+                one.answer = _decide(one, held, fresh, now_ms)
+            self._keep(list(fresh.values()))
+            if fresh:
+                # Twice as many as come in, so that a busy store gets rid of a backlog too.
+                self._execute(_RECLAIM, (now_ms, 2 * len(fresh)))
+            if any(one.key is None for one in operations):
+                # A check writes what is there already: a full or read-only disk shows in no other way.
+                self._execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            committing = True
+            self._execute("COMMIT")
+        except Exception as error:  # noqa: BLE001 - whatever it is, every caller hears of it and the thread goes on.
+            self.close()
+            for one in operations:
+                # Of a failed commit nobody knows whether it reached the disk; what wrote nothing was not applied.
+                wrote = one.value is not None and one.answer is None
+                applied = Applied.UNKNOWN if committing and wrote else Applied.NO
+                one.answer = self._failure(error, applied) if isinstance(error, sqlite3.Error) else error
+
+    def reclaim(self) -> bool:
+        """Delete a few expired claims, and return whether there may be more."""
+        if self._connection is None:
+            return False
+        try:
+            now_ms = self._clock_ms()
+            # Looks first, so that an idle store takes no lock and writes nothing.
+            if not self._execute("SELECT 1 FROM claims WHERE expire_time_ms <= ? LIMIT 1", (now_ms,)).fetchall():
+                return False
+            self._execute("BEGIN IMMEDIATE")
+            count = self._execute(_RECLAIM, (now_ms, _RECLAIM_STEP)).rowcount
+            self._execute("COMMIT")
+        except Exception as error:  # noqa: BLE001 - upkeep must not end the thread; a lasting fault shows in the next call.
+            if _code(error) not in _BUSY:
+                self.close()
+            return False
+        return count == _RECLAIM_STEP
+
+    def checkpoint(self) -> None:
+        """Move the log into the database once it is large; no caller waits for it, as one would inside a commit."""
+        with contextlib.suppress(OSError):
+            if self._connection is not None and self._wal_path.stat().st_size > _WAL_BYTES:
+                try:
+                    # Truncating waits for the write lock and keeps it. SQLite before 3.51.3 can, very rarely, damage a
+                    # database when one process starts its log anew while another copies it; so they rarely meet.
+                    self._execute("PRAGMA busy_timeout = 100")
+                    self._execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                    self._execute("PRAGMA busy_timeout = 0")
+                except sqlite3.Error:
+                    self.close()
+
+    def close(self) -> None:
+        """Roll back what is open, and close the connection; the next `begin` makes another."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with contextlib.suppress(sqlite3.Error):
+                connection.rollback()
+            with contextlib.suppress(sqlite3.Error):
+                connection.close()
+
+    def _connect(self) -> sqlite3.Connection:
+        self._make_file()
+        connection = sqlite3.connect(self._path, timeout=0, isolation_level=None, cached_statements=4 * _ROWS)
+        try:
+            self._prepare(connection)
+            self._identity = self._identify()
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        # Nothing is written before the file is known to be ours or empty.
+        empty = self._recognise(connection)
+        if connection.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
+            raise StoreRefused(f"{self.name} is on a file system without shared memory: choose a local disk")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA wal_autocheckpoint = 0")
+        if empty:
+            connection.execute("BEGIN IMMEDIATE")
+            # Another process may have been faster.
+            if self._recognise(connection):
+                for statement in _SCHEMA:
+                    connection.execute(statement)
+            connection.execute("COMMIT")
+        elif connection.execute("PRAGMA quick_check(1)").fetchall() != [("ok",)]:
+            raise StoreRefused(f"{self.name} is damaged: move it away, and check the disk")
+
+    def _make_file(self) -> None:
+        for folder in reversed(self._path.parents):
+            folder.mkdir(mode=0o700, exist_ok=True)
+        if not self._path.exists():
+            # Never opened where it exists: closing it again would drop the locks of a connection in this process.
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        elif not self._path.is_file():
+            raise StoreRefused(f"{self.name} is not a regular file: choose another path")
+        # SQLite would open it for reading, and say so only at the first write. The log is made beside it.
+        if not (os.access(self._path, os.R_OK | os.W_OK) and os.access(self._path.parent, os.W_OK | os.X_OK)):
+            raise StoreRefused(f"{self.name} or its folder may not be written by this process: change owner or mode")
+
+    def _recognise(self, connection: sqlite3.Connection) -> bool:
+        """Return whether the database is empty. Raises StoreRefused unless it is that or ours."""
+        ((application, version, objects),) = connection.execute(
+            "SELECT application_id, user_version, (SELECT count(*) FROM sqlite_schema)"
+            " FROM pragma_application_id, pragma_user_version"
+        ).fetchall()
+        if (application, version, objects) == (0, 0, 0):
+            return True
+        if application != APPLICATION_ID:
+            raise StoreRefused(f"{self.name} is the database of another application: choose another path")
+        if version != SCHEMA_VERSION:
+            raise StoreRefused(
+                f"{self.name} has schema version {version} and this service knows {SCHEMA_VERSION}: "
+                "upgrade this service, or choose another path"
+            )
+        return False
+
+    def _identify(self) -> tuple[int, int] | None:
+        try:
+            stat = self._path.stat()
+        except FileNotFoundError:
+            return None
+        return stat.st_dev, stat.st_ino
+
+    def _check_identity(self) -> None:
+        """Raise StoreUnavailable when the path no longer leads to the open file: others would claim in another one."""
+        if self._identify() != self._identity:
+            raise StoreUnavailable(
+                "STORE_FILE_REPLACED",
+                f"{self.name} was removed or replaced while it was open: its claims are gone",
+                Applied.NO,
+            )
+
+    def _held(self, keys: list[bytes], now_ms: int) -> dict[bytes, bytes]:
+        held: dict[bytes, bytes] = {}
+        for at in range(0, len(keys), _ROWS):
+            part = keys[at : at + _ROWS]
+            held.update(self._execute(_SELECTS[len(part)], (*part, now_ms)).fetchall())
+        return held
+
+    def _keep(self, rows: list[tuple[bytes, bytes, int]]) -> None:
+        for at in range(0, len(rows), _ROWS):
+            part = rows[at : at + _ROWS]
+            self._execute(_INSERTS[len(part)], tuple(itertools.chain.from_iterable(part)))
+
+    def _execute(self, statement: str, parameters: Sequence[bytes | int] = ()) -> sqlite3.Cursor:
+        if self._connection is None:
+            raise sqlite3.ProgrammingError("there is no connection")
+        return self._connection.execute(statement, parameters)
+
+    def _failure(self, error: sqlite3.Error, applied: Applied = Applied.NO) -> StoreUnavailable:
+        reason, meaning = _FAILURES.get(_code(error), ("STORE_ERROR", str(error)))
+        return StoreUnavailable(reason, f"{self.name}: {meaning}", applied)
+
+
+def _decide(
+    operation: Operation, held: dict[bytes, bytes], fresh: dict[bytes, tuple[bytes, bytes, int]], now_ms: int
+) -> Answer:
+    """Return the answer to one operation of a batch, and add the claim that it wins to `held` and `fresh`."""
+    key, value, ttl_ms, expire_time_ms = operation.key, operation.value, operation.ttl_ms, operation.expire_time_ms
+    if key is None:
+        return None
+    if value is None:
+        return held.get(key)
+    if ttl_ms is not None:
+        expire_time_ms = now_ms + ttl_ms
+    if expire_time_ms is None or not now_ms < expire_time_ms <= _MAX_TIME_MS:
+        return InvalidRequest(FieldViolation("expire_time", "is not in the future: send a later time, or a ttl"))
+    holder = held.get(key)
+    if holder is None:
+        held[key] = value
+        fresh[key] = (key, value, expire_time_ms)
+    return holder
+
+
+def _code(error: Exception) -> int:
+    """Return SQLite's primary result code, 0 for any other error."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF

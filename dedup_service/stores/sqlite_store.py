@@ -1,0 +1,101 @@
+"""The embedded store: claims in one SQLite file, for trying it out, tests and use on a single host."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from dedup_service.claims import Applied, StoreRefused, StoreUnavailable, Transaction, system_clock_ms
+from dedup_service.stores.keys import KeyLayout
+from dedup_service.stores.sqlite_file import ClaimFile
+from dedup_service.stores.sqlite_thread import BatchThread
+from dedup_service.stores.stored_value import decode, encode
+
+
+class SqliteStore:
+    """Keeps claims in one SQLite file that several processes of one host may share.
+
+    A claim is on the disk when it is acknowledged. Every call ends within about `timeout_ms` milliseconds with its
+    answer or StoreUnavailable; more than `queue_limit` waiting calls are refused at once. Expired claims are deleted
+    with later ones, and every `idle_ms` milliseconds when nothing is asked.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        key_layout: KeyLayout,
+        *,
+        clock_ms: Callable[[], int] = system_clock_ms,
+        timeout_ms: int = 1_000,
+        queue_limit: int = 10_000,
+        idle_ms: int = 1_000,
+    ) -> None:
+        self._path = path.absolute()
+        self._key_layout = key_layout
+        self._clock_ms = clock_ms
+        self._timeout_s = timeout_ms / 1_000
+        self._queue_limit = queue_limit
+        self._idle_s = idle_ms / 1_000
+        self._thread: BatchThread | None = None
+
+    @property
+    def description(self) -> str:
+        """Where the claims are, for people."""
+        return f"sqlite file {self._path} (only this host sees its claims)"
+
+    async def open(self) -> None:
+        """Create the file where needed, and begin to serve. One that cannot be used yet is tried again by every call.
+
+        Raises StoreRefused when it never can be: no permission, not a database, another application's database, a
+        newer version's, or damaged. Such a file is left as it is.
+        """
+        if self._thread is None:
+            file = ClaimFile(self._path, self._clock_ms)
+            self._thread = BatchThread(file, file.name, self._timeout_s, self._queue_limit, self._idle_s)
+            self._thread.start()
+        try:
+            await self.check()
+        except StoreUnavailable:
+            pass
+        except StoreRefused:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        """Answer what is queued, for at most the time-out, and close the file; may be called twice."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            await thread.close()
+
+    async def check(self) -> None:
+        """Return when the file could be written and synced.
+
+        Raises StoreUnavailable when it could not, and StoreRefused as `open` does.
+        """
+        await self._running().submit()
+
+    async def claim(self, claim: Transaction, ttl_ms: int | None) -> Transaction | None:
+        """Store `claim` durably unless its transaction is held, in one transaction, and return the holder or None.
+
+        It expires `ttl_ms` from now by this host's clock, or at `claim.expire_time_ms` when `ttl_ms` is None. Raises
+        InvalidRequest when that moment is in the past or beyond 64 bits, StoreUnavailable and UnreadableValue.
+        """
+        key = self._key_layout(claim.namespace, claim.transaction_id)
+        value = await self._ask(key, encode(claim), ttl_ms, claim.expire_time_ms)
+        return None if value is None else decode(value, claim.namespace, claim.transaction_id)
+
+    async def get(self, namespace: str, transaction_id: str) -> Transaction | None:
+        """Return the holder of a transaction, or None. Raises StoreUnavailable and UnreadableValue."""
+        value = await self._ask(self._key_layout(namespace, transaction_id))
+        return None if value is None else decode(value, namespace, transaction_id)
+
+    async def _ask(
+        self, key: bytes, value: bytes | None = None, ttl_ms: int | None = None, expire_time_ms: int | None = None
+    ) -> bytes | None:
+        try:
+            return await self._running().submit(key, value, ttl_ms, expire_time_ms)
+        except StoreRefused as refusal:
+            raise StoreUnavailable("STORE_REFUSED", str(refusal), Applied.NO) from refusal
+
+    def _running(self) -> BatchThread:
+        if self._thread is None:
+            raise StoreUnavailable("STORE_CLOSED", f"the sqlite file {self._path} is not open", Applied.NO)
+        return self._thread
