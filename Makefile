@@ -1,0 +1,97 @@
+# Works with GNU make 3.81 and BSD tools, which is what macOS brings.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help run test check smoke format protos stubs-current lock redis clean no-environment
+
+# The lock has wheels for these versions; a newer Python would compile grpcio for half an hour. Each is asked to run,
+# since version managers put names on PATH that do not.
+PYTHON ?= $(shell for python in python3.14 python3.13 python3.12 python3.11 python3; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null && \
+	echo $$python && break; done)
+
+# protoc finds its plugin by PATH, and the tests their redis-server, which a bare PATH of macOS or cron does not show.
+export PATH := $(CURDIR)/.venv/bin:$(PATH):/usr/bin:/usr/local/bin:/opt/homebrew/bin
+
+# $(call install,DEBIAN PACKAGE,WHAT TO TYPE): root on Debian, as in CI and containers, gets the package; others are
+# told the line, since sudo is theirs to decide. A Redis service that its package may start does not matter: each test
+# run starts servers of its own, on free ports.
+install = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "Installing $(1)…"; \
+		export DEBIAN_FRONTEND=noninteractive; \
+		apt-get -qq update && apt-get -qq install -y --no-install-recommends $(1) >/dev/null; \
+	else echo "Missing: please run '$(2)', then the same make target again." >&2; exit 1; fi
+
+# $(call generate,FOLDER)
+generate = .venv/bin/python -m grpc_tools.protoc -I protos --python_out=$(1) --pyi_out=$(1) \
+	--grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) protos/dedup/v1/dedup.proto
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+	@echo 'Options: ARGS="..." is handed on by run, test and lock; PYTHON=... chooses the Python of a new .venv.'
+
+run: .venv/run.stamp ## Start the service (ARGS="--store-url redis://127.0.0.1:6379")
+	@exec .venv/bin/dedup-service serve --banner $(ARGS)
+
+test: .venv/dev.stamp redis ## Run every test (ARGS="-k claim" chooses)
+	.venv/bin/pytest -n auto $(ARGS)
+
+check: .venv/dev.stamp stubs-current ## Lint, format, types, layers, contract, generated stubs, lock
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+	cd protos && ../.venv/bin/buf lint
+	cd protos && ../.venv/bin/buf format -d --exit-code
+	.venv/bin/python -m pip check
+
+smoke: .venv/pyvenv.cfg ## Install a clean copy with plain pip, and claim twice
+	.venv/bin/python scripts/smoke.py
+
+format: .venv/dev.stamp ## Format the code and the contract
+	.venv/bin/ruff check --fix-only
+	.venv/bin/ruff format
+	cd protos && ../.venv/bin/buf format -w
+
+protos: .venv/dev.stamp ## Write the generated Python stubs anew
+	$(call generate,clients/python)
+
+stubs-current: .venv/dev.stamp
+	@stubs=$$(mktemp -d) && trap 'rm -rf "$$stubs"' EXIT && $(call generate,"$$stubs") && \
+	diff -r -u -x __pycache__ -x __init__.py clients/python/dedup/v1 "$$stubs/dedup/v1" || \
+	{ echo "generated stubs are stale: run make protos" >&2; exit 1; }
+
+# What is locked stays, unless ARGS="--upgrade" or ARGS="--upgrade-package NAME" says otherwise. Resolved for the oldest
+# Python, whichever runs it; run.txt follows dev.txt, since both are installed into one environment.
+LOCK = "$$tools/bin/uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--annotation-style line --custom-compile-command "make lock" pyproject.toml
+
+lock: .venv/pyvenv.cfg ## Write requirements/*.txt anew (ARGS="--upgrade" for the newest)
+	@tools=$$(mktemp -d) && trap 'rm -rf "$$tools"' EXIT && .venv/bin/python -m venv "$$tools" && \
+	"$$tools/bin/pip" install --quiet --disable-pip-version-check uv==0.13.9 && \
+	$(LOCK) --group dev -c requirements/constraints.txt -o requirements/dev.txt $(ARGS) && \
+	$(LOCK) --group build -c requirements/dev.txt -o requirements/run.txt
+
+clean: ## Remove the environment, caches and builds
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# One environment serves both: what dev.txt installs includes run.txt, hence the second stamp.
+.venv/%.stamp: requirements/%.txt pyproject.toml .venv/pyvenv.cfg
+	@echo "Setting up the environment in .venv (about a minute)…"
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch .venv/run.stamp $@
+
+# An environment whose Python has gone, as after an upgrade of the system, is made anew. Debian splits what venv needs
+# out of python3, and venv without it leaves a broken folder behind.
+.venv/pyvenv.cfg: $(shell .venv/bin/python -c 'import pip' 2>/dev/null || echo no-environment)
+	@[ -n "$(PYTHON)" ] || { echo "Python 3.11 to 3.14 is needed: install one, or name it with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
+		package=$$($(PYTHON) -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])') && \
+		$(call install,$$package,sudo apt-get install $$package); }
+	@$(PYTHON) -m venv --clear .venv
+
+redis:
+	@command -v redis-server >/dev/null || { $(call install,redis-server,$(if \
+		$(filter Darwin,$(shell uname)),brew install redis,sudo apt-get install redis-server)); }
