@@ -28,6 +28,9 @@ _LINK_VARIABLE = re.compile(r"DEDUP_(\w+_)?(SERVICE_HOST|SERVICE_PORT|PORT)(_\w+
 
 _TCP_ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]+):(\d{1,5})")
 _MAX_PORT = 65_535
+# How long a completed transaction is remembered where neither its holder nor the operator says, and the maximum allows.
+_DEFAULT_RETENTION_MS = 24 * 3_600_000
+_MAX_DURATION_MS = 36_500 * 86_400_000
 # sun_path of a Unix socket address holds 108 bytes with its closing zero on Linux, 104 elsewhere.
 _MAX_SOCKET_PATH = 103
 
@@ -36,8 +39,17 @@ class BadSettings(Exception):
     """A setting is wrong; the message is one sentence for the operator and never contains a secret."""
 
 
+def duration_setting(text: str) -> int:
+    """Return the milliseconds of a duration that an operator wrote, at most a hundred years; raise ValueError."""
+    milliseconds = parse_duration(text)
+    # A protobuf time ends with the year 9999, so that a claim beyond it would be made and then not be told.
+    if milliseconds > _MAX_DURATION_MS:
+        raise ValueError(f"{text!r} is too long: write at most {format_duration(_MAX_DURATION_MS)}")
+    return milliseconds
+
+
 def _duration(value: object) -> object:
-    return parse_duration(value) if isinstance(value, str) else value
+    return duration_setting(value) if isinstance(value, str) else value
 
 
 def _addresses(value: object) -> object:
@@ -71,6 +83,8 @@ def default_store_url() -> str:
 
 
 DurationMs = Annotated[int, BeforeValidator(_duration), Field(gt=0)]
+# The outer validator is what the command line knows a duration by.
+OptionalDurationMs = Annotated[DurationMs | None, BeforeValidator(_duration)]
 Addresses = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_addresses)]
 
 
@@ -117,6 +131,19 @@ class Settings(Listening):
     )
     default_ttl: DurationMs = Field(60_000, description="How long a claim lives when its caller does not say.")
     max_ttl: DurationMs = Field(7 * 86_400_000, description="How long a claim may live at most.")
+    retention: OptionalDurationMs = Field(
+        None,
+        description="How long a completed transaction is remembered when its holder does not say.  "
+        "[default: 24h, or the maximum ttl where that is shorter]",
+    )
+    max_result_bytes: int = Field(
+        4_096, gt=0, le=1_048_576, description="How many bytes the result of a completed transaction may have."
+    )
+    policy_file: Path | None = Field(
+        None,
+        description="A TOML file of namespaces and what applies to each; SIGHUP rereads it.  "
+        "[default: none, all namespaces are alike]",
+    )
     store_timeout: DurationMs = Field(1_000, description="How long to wait for one answer of the store.")
     shutdown_grace: DurationMs = Field(
         10_000, description="How long calls under way may take to end after SIGTERM or SIGINT."
@@ -135,6 +162,11 @@ class Settings(Listening):
                 f"{ENV_PREFIX}DEFAULT_TTL ({format_duration(self.default_ttl)}) is longer than "
                 f"{ENV_PREFIX}MAX_TTL ({format_duration(self.max_ttl)}): lower the one or raise the other"
             )
+        if self.retention is not None and self.retention > self.max_ttl:
+            raise ValueError(
+                f"{ENV_PREFIX}RETENTION ({format_duration(self.retention)}) is longer than "
+                f"{ENV_PREFIX}MAX_TTL ({format_duration(self.max_ttl)}): lower the one or raise the other"
+            )
         if self.require_store_url and self.store_url is None:
             raise ValueError(
                 f"{ENV_PREFIX}STORE_URL is not set and {ENV_PREFIX}REQUIRE_STORE_URL is: a container that dedups "
@@ -146,6 +178,10 @@ class Settings(Listening):
     def effective_store_url(self) -> str:
         """The store URL to use, which may contain a password."""
         return self.store_url.get_secret_value() if self.store_url else default_store_url()
+
+    def retention_under(self, max_ttl: int) -> int:
+        """Return the retention where claims live at most `max_ttl`: as set, else the default cut to that maximum."""
+        return min(_DEFAULT_RETENTION_MS, max_ttl) if self.retention is None else self.retention
 
 
 def load_settings(flags: dict[str, Any] | None = None, config_file: Path | None = None) -> Settings:

@@ -9,18 +9,22 @@ from dedup_service.claims.errors import (
     TransactionNotFound,
     UnreadableValue,
 )
-from dedup_service.claims.limits import DEFAULT_NAMESPACE, Policy
-from dedup_service.claims.service import ClaimService, system_clock_ms
+from dedup_service.claims.limits import DEFAULT_NAMESPACE
+from dedup_service.claims.policy import Policies, Policy
+from dedup_service.claims.service import DEFAULT_MAX_RESULT_BYTES, ClaimService, system_clock_ms
 from dedup_service.claims.store import ClaimStore
 from dedup_service.claims.transaction import (
     ClaimAnswer,
     ClaimOutcome,
     ClaimRequest,
+    HolderRequest,
     Transaction,
     TransactionState,
 )
+from dedup_service.claims.transitions import Completion, Extension, Release
 
 __all__ = [
+    "DEFAULT_MAX_RESULT_BYTES",
     "DEFAULT_NAMESPACE",
     "Applied",
     "ClaimAnswer",
@@ -28,9 +32,14 @@ __all__ = [
     "ClaimRequest",
     "ClaimService",
     "ClaimStore",
+    "Completion",
+    "Extension",
     "FieldViolation",
+    "HolderRequest",
     "InvalidRequest",
+    "Policies",
     "Policy",
+    "Release",
     "StoreRefused",
     "StoreUnavailable",
     "Transaction",

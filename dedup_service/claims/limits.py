@@ -2,10 +2,10 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from dedup_service.claims.errors import FieldViolation
-from dedup_service.claims.transaction import ClaimRequest
+from dedup_service.claims.policy import Policy
+from dedup_service.claims.transaction import ClaimRequest, HolderRequest
 from dedup_service.durations import format_duration
 
 DEFAULT_NAMESPACE = "default"
@@ -15,19 +15,12 @@ MAX_CLAIMANT_BYTES = 256
 MIN_TOKEN_LENGTH = 16
 MAX_TOKEN_LENGTH = 64
 MAX_FINGERPRINT_BYTES = 64
+MAX_WAIT_MS = 300_000
 
 _NAMESPACE = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
 _TOKEN = re.compile(r"[\x20-\x7e]{16,64}")
 # Unicode's category Cc: the C0 controls, delete, and the C1 controls.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """How long claims live when the caller does not say, and at most. Both are milliseconds."""
-
-    default_ttl_ms: int
-    max_ttl_ms: int
 
 
 def identity_violations(transaction_id: str, namespace: str) -> Iterator[FieldViolation]:
@@ -67,6 +60,27 @@ def claim_violations(request: ClaimRequest, namespace: str, policy: Policy, now_
         yield FieldViolation(
             "payload_fingerprint",
             f"has {len(request.payload_fingerprint)} bytes, at most {MAX_FINGERPRINT_BYTES} are allowed: send a digest",
+        )
+    if request.wait_ms < 0:
+        yield FieldViolation("wait", "is negative: leave it out in order not to wait")
+    elif request.wait_ms > MAX_WAIT_MS:
+        yield FieldViolation("wait", f"is longer than the maximum of {format_duration(MAX_WAIT_MS)}")
+
+
+def holder_violations(
+    request: HolderRequest, namespace: str, policy: Policy, now_ms: int, max_result_bytes: int
+) -> Iterator[FieldViolation]:
+    """Yield everything that is wrong with a completion, an extension or a release."""
+    yield from identity_violations(request.transaction_id, namespace)
+    yield from expiry_violations(request.ttl_ms, request.expire_time_ms, policy, now_ms)
+    if not request.claim_token:
+        yield FieldViolation("claim_token", "is empty: send the token that the claim returned")
+    elif not _TOKEN.fullmatch(request.claim_token):
+        yield FieldViolation("claim_token", "is no claim token: send the one that the claim returned")
+    if len(request.result) > max_result_bytes:
+        yield FieldViolation(
+            "result",
+            f"has {len(request.result)} bytes, at most {max_result_bytes} are allowed: keep it elsewhere, send a key",
         )
 
 

@@ -2,12 +2,26 @@
 
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 from dedup_service.claims.errors import Applied, InvalidRequest, StoreUnavailable, TransactionNotFound
-from dedup_service.claims.limits import DEFAULT_NAMESPACE, Policy, claim_violations, identity_violations
+from dedup_service.claims.limits import DEFAULT_NAMESPACE, claim_violations, holder_violations, identity_violations
+from dedup_service.claims.policy import Policies, Policy
 from dedup_service.claims.store import ClaimStore
-from dedup_service.claims.transaction import ClaimAnswer, ClaimOutcome, ClaimRequest, Transaction, TransactionState
+from dedup_service.claims.transaction import (
+    ClaimAnswer,
+    ClaimOutcome,
+    ClaimRequest,
+    HolderRequest,
+    Transaction,
+    TransactionState,
+)
+from dedup_service.claims.transitions import Completion, Extension, Release
+from dedup_service.claims.waiting import WaitingRoom
+
+DEFAULT_MAX_RESULT_BYTES = 4_096
 
 
 def system_clock_ms() -> int:
@@ -16,43 +30,100 @@ def system_clock_ms() -> int:
 
 
 class ClaimService:
-    """Admits each transaction at most once, over any store."""
+    """Admits each transaction at most once, over any store.
 
-    def __init__(self, store: ClaimStore, policy: Policy, clock_ms: Callable[[], int] = system_clock_ms) -> None:
+    Every method raises InvalidRequest before anything is written, StoreUnavailable and UnreadableValue.
+    """
+
+    def __init__(
+        self,
+        store: ClaimStore,
+        policies: Policies,
+        *,
+        max_result_bytes: int = DEFAULT_MAX_RESULT_BYTES,
+        clock_ms: Callable[[], int] = system_clock_ms,
+    ) -> None:
         self._store = store
-        self._policy = policy
+        self._max_result_bytes = max_result_bytes
         self._clock_ms = clock_ms
+        self._waiting = WaitingRoom(store)
+        self.policies = policies
+        """The rules in force; may be replaced at any time, and calls under way keep those that they began with."""
+        self.shadow_duplicates: Counter[str] = Counter()
+        """How many claims of each namespace were let through by shadow mode alone."""
+
+    async def close(self) -> None:
+        """Let everybody who waits go on to their answer, and let nobody wait any more."""
+        await self._waiting.close()
 
     async def claim(self, request: ClaimRequest) -> ClaimAnswer:
         """Claim a transaction with one atomic command of the store.
 
         CLAIMED only when the store took this very claim, or holds one in progress with the caller's own token (then
-        `replayed`). Raises InvalidRequest before anything is written, StoreUnavailable and UnreadableValue.
+        `replayed`), or when the namespace is in shadow mode (then `shadow_duplicate` says what it would have been).
         """
-        now_ms = self._clock_ms()
         namespace = request.namespace or DEFAULT_NAMESPACE
-        if violations := tuple(claim_violations(request, namespace, self._policy, now_ms)):
+        policy = self.policies.of(namespace)
+        if violations := tuple(claim_violations(request, namespace, policy, self._clock_ms())):
             raise InvalidRequest(*violations)
-        ttl_ms = request.ttl_ms
-        if ttl_ms is None and request.expire_time_ms is None:
-            ttl_ms = self._policy.default_ttl_ms
-        claim = Transaction(
-            namespace=namespace,
-            transaction_id=request.transaction_id,
-            claim_token=request.claim_token or secrets.token_urlsafe(16),
-            claimant=request.claimant,
-            claim_time_ms=now_ms,
-            expire_time_ms=request.expire_time_ms if ttl_ms is None else now_ms + ttl_ms,
-            payload_fingerprint=request.payload_fingerprint,
+        request = replace(request, namespace=namespace, claim_token=request.claim_token or secrets.token_urlsafe(16))
+        answer = await self._claim_once(request, policy)
+        if policy.shadow and answer.outcome is not ClaimOutcome.CLAIMED:
+            self.shadow_duplicates[namespace] += 1
+            return replace(answer, outcome=ClaimOutcome.CLAIMED, shadow_duplicate=True)
+        if request.wait_ms and _is_in_progress(answer):
+            return await self._wait_and_claim(request, policy, answer)
+        return answer
+
+    async def complete(self, request: HolderRequest) -> Transaction | None:
+        """Complete a transaction and return it, or None when the token does not hold it.
+
+        Repeating a completion with its token and result returns the transaction as it was completed.
+        """
+        namespace, policy = self._check_holder(request)
+        ttl_ms, expire_time_ms, now_ms = self._lifetime(request.ttl_ms, request.expire_time_ms, policy.retention_ms)
+        completed = await self._store.complete(
+            Completion(
+                namespace,
+                request.transaction_id,
+                request.claim_token,
+                result=request.result,
+                completion_time_ms=now_ms,
+                expire_time_ms=expire_time_ms,
+                ttl_ms=ttl_ms,
+            )
         )
-        return decide(claim, await self._store.claim(claim, ttl_ms))
+        if completed is not None:
+            self._waiting.tell(namespace, request.transaction_id)
+        return completed
+
+    async def release(self, request: HolderRequest) -> bool:
+        """Give a claim in progress back, and return whether the token held it."""
+        namespace, _ = self._check_holder(request)
+        released = await self._store.release(Release(namespace, request.transaction_id, request.claim_token))
+        if released:
+            self._waiting.tell(namespace, request.transaction_id)
+        return released
+
+    async def extend(self, request: HolderRequest) -> Transaction | None:
+        """Move the end of a claim in progress and return it, or None when the token does not hold it."""
+        namespace, policy = self._check_holder(request)
+        ttl_ms, expire_time_ms, _ = self._lifetime(request.ttl_ms, request.expire_time_ms, policy.default_ttl_ms)
+        return await self._store.extend(
+            Extension(
+                namespace,
+                request.transaction_id,
+                request.claim_token,
+                expire_time_ms=expire_time_ms,
+                ttl_ms=ttl_ms,
+                allow_shortening=request.allow_shortening,
+            )
+        )
 
     async def get(self, namespace: str, transaction_id: str) -> Transaction:
-        """Return a transaction and change nothing.
-
-        Raises TransactionNotFound, InvalidRequest, StoreUnavailable and UnreadableValue.
-        """
+        """Return a transaction and change nothing. Raises TransactionNotFound when nobody holds it."""
         namespace = namespace or DEFAULT_NAMESPACE
+        self.policies.of(namespace)
         if violations := tuple(identity_violations(transaction_id, namespace)):
             raise InvalidRequest(*violations)
         try:
@@ -64,15 +135,58 @@ class ClaimService:
             raise TransactionNotFound(f"no transaction with this id is claimed in the namespace {namespace!r}")
         return transaction
 
+    async def _claim_once(self, request: ClaimRequest, policy: Policy) -> ClaimAnswer:
+        ttl_ms, expire_time_ms, now_ms = self._lifetime(request.ttl_ms, request.expire_time_ms, policy.default_ttl_ms)
+        claim = Transaction(
+            namespace=request.namespace,
+            transaction_id=request.transaction_id,
+            claim_token=request.claim_token,
+            claimant=request.claimant,
+            claim_time_ms=now_ms,
+            expire_time_ms=expire_time_ms,
+            payload_fingerprint=request.payload_fingerprint,
+        )
+        return decide(claim, request.claim_token, await self._store.claim(claim, ttl_ms))
 
-def decide(claim: Transaction, holder: Transaction | None) -> ClaimAnswer:
-    """Return what it means that a store met `holder` when it was asked to keep `claim`."""
+    async def _wait_and_claim(self, request: ClaimRequest, policy: Policy, answer: ClaimAnswer) -> ClaimAnswer:
+        until = time.monotonic() + request.wait_ms / 1_000
+        while _is_in_progress(answer) and (left_s := until - time.monotonic()) > 0:
+            await self._waiting.ended(request.namespace, request.transaction_id, left_s)
+            # Asked anew also at the end of the wait: what was known before may have changed since.
+            answer = await self._claim_once(request, policy)
+            if self._waiting.closed:
+                break
+        return answer
+
+    def _check_holder(self, request: HolderRequest) -> tuple[str, Policy]:
+        namespace = request.namespace or DEFAULT_NAMESPACE
+        policy = self.policies.of(namespace)
+        found = holder_violations(request, namespace, policy, self._clock_ms(), self._max_result_bytes)
+        if violations := tuple(found):
+            raise InvalidRequest(*violations)
+        return namespace, policy
+
+    def _lifetime(self, ttl_ms: int | None, expire_time_ms: int | None, default_ms: int) -> tuple[int | None, int, int]:
+        """Return the ttl (None when the end was given as a time), the end, and the present."""
+        now_ms = self._clock_ms()
+        if expire_time_ms is not None:
+            return None, expire_time_ms, now_ms
+        ttl_ms = default_ms if ttl_ms is None else ttl_ms
+        return ttl_ms, now_ms + ttl_ms, now_ms
+
+
+def decide(claim: Transaction, token: str, holder: Transaction | None) -> ClaimAnswer:
+    """Return what it means that a store met `holder` when it was asked to keep `claim`, made with `token`."""
     if holder is None:
-        return ClaimAnswer(ClaimOutcome.CLAIMED, claim)
+        return ClaimAnswer(ClaimOutcome.CLAIMED, claim, token)
     fingerprints = (claim.payload_fingerprint, holder.payload_fingerprint)
     if all(fingerprints) and fingerprints[0] != fingerprints[1]:
-        return ClaimAnswer(ClaimOutcome.PAYLOAD_MISMATCH, holder)
+        return ClaimAnswer(ClaimOutcome.PAYLOAD_MISMATCH, holder, token)
     # A completed transaction is a duplicate even to its own token: CLAIMED always means that there is work to do.
-    if holder.claim_token == claim.claim_token and holder.state is TransactionState.IN_PROGRESS:
-        return ClaimAnswer(ClaimOutcome.CLAIMED, holder, replayed=True)
-    return ClaimAnswer(ClaimOutcome.DUPLICATE, holder)
+    if holder.claim_token == token and holder.state is TransactionState.IN_PROGRESS:
+        return ClaimAnswer(ClaimOutcome.CLAIMED, holder, token, replayed=True)
+    return ClaimAnswer(ClaimOutcome.DUPLICATE, holder, token)
+
+
+def _is_in_progress(answer: ClaimAnswer) -> bool:
+    return answer.outcome is ClaimOutcome.DUPLICATE and answer.transaction.state is TransactionState.IN_PROGRESS

@@ -3,6 +3,7 @@
 from typing import Protocol
 
 from dedup_service.claims.transaction import Transaction
+from dedup_service.claims.transitions import Completion, Extension, Release
 
 
 class ClaimStore(Protocol):
@@ -36,6 +37,21 @@ class ClaimStore(Protocol):
 
         The stored claim expires `ttl_ms` from now by the clock of the store, or at `claim.expire_time_ms` when `ttl_ms`
         is None. Raises InvalidRequest when that moment is in the past by the clock of the store, and UnreadableValue.
+        """
+
+    async def complete(self, completion: Completion) -> Transaction | None:
+        """Carry out `completion.of` the live holder in one atomic step, and return what it returned; None without one.
+
+        Raises as `claim` does.
+        """
+
+    async def release(self, release: Release) -> bool:
+        """Forget the live holder if `release.releases` it, in one atomic step, and say whether. Raises as `claim`."""
+
+    async def extend(self, extension: Extension) -> Transaction | None:
+        """Carry out `extension.of` the live holder in one atomic step, and return what it returned; None without one.
+
+        Whether it would shorten the claim is judged by the clock of the store. Raises as `claim` does.
         """
 
     async def get(self, namespace: str, transaction_id: str) -> Transaction | None:

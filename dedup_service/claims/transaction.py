@@ -44,7 +44,8 @@ class Transaction:
 class ClaimRequest:
     """One caller's question, as it came in: nothing in it has been checked yet.
 
-    At most one of `ttl_ms` and `expire_time_ms` is set; an empty `claim_token` asks for a generated one.
+    At most one of `ttl_ms` and `expire_time_ms` is set; an empty `claim_token` asks for a generated one. A duplicate of
+    work in progress waits up to `wait_ms` for its end.
     """
 
     transaction_id: str
@@ -54,12 +55,34 @@ class ClaimRequest:
     claim_token: str = field(default="", repr=False)
     claimant: str = ""
     payload_fingerprint: bytes = b""
+    wait_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class HolderRequest:
+    """What a caller asks of a transaction that its token holds, as it came in.
+
+    `result` belongs to a completion, `allow_shortening` to an extension; a release has no expiry.
+    """
+
+    transaction_id: str
+    namespace: str = ""
+    claim_token: str = field(default="", repr=False)
+    ttl_ms: int | None = None
+    expire_time_ms: int | None = None
+    result: bytes = b""
+    allow_shortening: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ClaimAnswer:
-    """The outcome of one claim, and the transaction as the store holds it after it."""
+    """The outcome of one claim, and the transaction as the store holds it after it.
+
+    `claim_token` is the caller's own. It may differ from the transaction's, which nobody but its holder may see.
+    """
 
     outcome: ClaimOutcome
     transaction: Transaction
+    claim_token: str = field(repr=False)
     replayed: bool = False
+    shadow_duplicate: bool = False

@@ -10,8 +10,10 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from dedup_service import __version__
-from dedup_service.claims import ClaimService, ClaimStore, Policy, StoreRefused
+from dedup_service.claims import ClaimService, ClaimStore, StoreRefused
 from dedup_service.server.listeners import StartRefused, add_listener
+from dedup_service.server.policy_file import load_policies
+from dedup_service.server.policy_reload import PolicyReload
 from dedup_service.server.readiness import Readiness
 from dedup_service.servicer.admission import Admission
 from dedup_service.servicer.dedup_servicer import SERVICE_NAME, DedupServicer, generic_handler
@@ -34,10 +36,13 @@ async def serve(settings: Settings, announce: Callable[[Sequence[str]], None]) -
     """Serve until SIGTERM or SIGINT, then drain and return.
 
     `announce` is called once with the addresses, when calls are accepted. At the shutdown health says NOT_SERVING
-    first, then new calls are refused, and calls under way get the grace of the settings to end; a second signal ends
-    the grace. Raises StartRefused with one sentence when the server cannot start, and BadSettings for the store URL.
+    first, then new calls are refused, those that wait for the end of others' work are answered, and calls under way
+    get the grace of the settings to end; a second signal ends the grace. At SIGHUP the policy file is read anew. Raises
+    StartRefused with one sentence when the server cannot start, and BadSettings for the store URL and the policy file.
     """
     log = logger()
+    policy_reload = PolicyReload(settings, log)
+    policies = load_policies(settings)
     store = _make_store(settings)
     try:
         await store.open()
@@ -46,7 +51,7 @@ async def serve(settings: Settings, announce: Callable[[Sequence[str]], None]) -
     try:
         readiness = Readiness(store, (health.OVERALL_HEALTH, SERVICE_NAME), settings.store_timeout, log)
         await readiness.check()
-        claims = ClaimService(store, Policy(settings.default_ttl, settings.max_ttl))
+        claims = ClaimService(store, policies, max_result_bytes=settings.max_result_bytes)
         call_log = CallLog(log, plain_ids=settings.log_transaction_ids == "plain")
         admission = Admission()
         server = grpc.aio.server(options=_OPTIONS)
@@ -55,18 +60,25 @@ async def serve(settings: Settings, announce: Callable[[Sequence[str]], None]) -
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         addresses = [add_listener(server, address) for address in settings.listen]
         await server.start()
+        policy_reload.log_loaded(claims)
         stop = _stop_signals()
         log.info("serving", addresses=addresses, store=store.description, version=__version__)
         if settings.store_url is None:
             log.warning("embedded_store", message="no store URL is set: only this host sees these claims")
         announce(addresses)
-        watch = asyncio.create_task(readiness.watch())
+        background = (asyncio.create_task(readiness.watch()), asyncio.create_task(policy_reload.follow(claims)))
         await stop.get()
         log.info("draining", grace_ms=settings.shutdown_grace)
-        watch.cancel()
+        for task in background:
+            task.cancel()
         await readiness.not_serving()
+        # gRPC cancels the calls that it has received and not yet handed over when it stops, which tells their callers
+        # nothing. So new calls are refused with a reason first, until callers have had the time to go elsewhere.
+        admission.close()
+        # Those who wait would otherwise wait out the grace, and then be cancelled.
+        await claims.close()
         await _drain(server, admission, settings.shutdown_grace / 1000, stop)
-        log.info("stopped")
+        log.info("stopped", shadow_duplicates=dict(claims.shadow_duplicates))
     finally:
         await store.close()
 
@@ -94,9 +106,6 @@ def _stop_signals() -> asyncio.Queue[signal.Signals]:
 async def _drain(
     server: grpc.aio.Server, admission: Admission, grace_s: float, stop: asyncio.Queue[signal.Signals]
 ) -> None:
-    # gRPC cancels the calls that it has received and not yet handed over when it stops, which tells their callers
-    # nothing. So new calls are refused with a reason first, until callers have had the time to go elsewhere.
-    admission.close()
     patience = asyncio.create_task(_until_idle(admission, grace_s))
     impatience = asyncio.create_task(stop.get())
     await asyncio.wait((patience, impatience), return_when=asyncio.FIRST_COMPLETED)

@@ -1,18 +1,34 @@
 """The rpcs of the contract over the claim service."""
 
-from collections.abc import Awaitable, Callable
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import grpc
-from google.protobuf.message import Message
 
 from dedup.v1 import dedup_pb2
 from dedup_service.claims import ClaimService, FieldViolation, InvalidRequest
 from dedup_service.servicer.admission import Admission
-from dedup_service.servicer.endpoint import Endpoint
-from dedup_service.servicer.error_table import NotServed
-from dedup_service.servicer.messages import claim_request, claim_response, milliseconds, transaction_message
+from dedup_service.servicer.endpoint import Endpoint, Handler, TimeRemaining
+from dedup_service.servicer.error_table import failure_of, new_incident
+from dedup_service.servicer.messages import (
+    batched_claim_request,
+    claim_request,
+    claim_response,
+    complete_request,
+    extend_request,
+    release_request,
+    transaction_message,
+)
 from dedup_service.telemetry.call_log import CallLog
+from dedup_service.telemetry.logs import logger
+
+MAX_BATCH = 1_000
+
+# What the way back to the caller may take, of the time that the caller waits.
+_ANSWER_MARGIN_MS = 50
 
 SERVICE_NAME = dedup_pb2.DESCRIPTOR.services_by_name["DedupService"].full_name
 
@@ -23,18 +39,74 @@ class DedupServicer:
     def __init__(self, claims: ClaimService) -> None:
         self._claims = claims
 
-    async def claim_transaction(self, request: dedup_pb2.ClaimTransactionRequest) -> dedup_pb2.ClaimTransactionResponse:
+    async def claim_transaction(
+        self, request: dedup_pb2.ClaimTransactionRequest, time_remaining: TimeRemaining
+    ) -> dedup_pb2.ClaimTransactionResponse:
         """Serve ClaimTransaction."""
-        if wait_ms := milliseconds("wait", request.wait):
-            if wait_ms < 0:
-                raise InvalidRequest(FieldViolation("wait", "is negative: leave it out in order not to wait"))
-            raise NotServed("this version cannot wait for the end of a duplicate's work: send the claim without `wait`")
-        return claim_response(await self._claims.claim(claim_request(request)))
+        claim = claim_request(request)
+        if claim.wait_ms > 0 and (remaining_s := time_remaining()) is not None:
+            # The answer at the end of the wait has to arrive before the caller has gone.
+            claim = replace(claim, wait_ms=max(0, min(claim.wait_ms, int(remaining_s * 1_000) - _ANSWER_MARGIN_MS)))
+        return claim_response(await self._claims.claim(claim))
 
-    async def get_transaction(self, request: dedup_pb2.GetTransactionRequest) -> dedup_pb2.GetTransactionResponse:
+    async def complete_transaction(
+        self, request: dedup_pb2.CompleteTransactionRequest, _: TimeRemaining
+    ) -> dedup_pb2.CompleteTransactionResponse:
+        """Serve CompleteTransaction."""
+        completed = await self._claims.complete(complete_request(request))
+        if completed is None:
+            return dedup_pb2.CompleteTransactionResponse(outcome=dedup_pb2.COMPLETE_OUTCOME_NOT_HELD)
+        return dedup_pb2.CompleteTransactionResponse(
+            outcome=dedup_pb2.COMPLETE_OUTCOME_COMPLETED, transaction=transaction_message(completed)
+        )
+
+    async def release_transaction(
+        self, request: dedup_pb2.ReleaseTransactionRequest, _: TimeRemaining
+    ) -> dedup_pb2.ReleaseTransactionResponse:
+        """Serve ReleaseTransaction."""
+        released = await self._claims.release(release_request(request))
+        outcome = dedup_pb2.RELEASE_OUTCOME_RELEASED if released else dedup_pb2.RELEASE_OUTCOME_NOT_HELD
+        return dedup_pb2.ReleaseTransactionResponse(outcome=outcome)
+
+    async def extend_transaction(
+        self, request: dedup_pb2.ExtendTransactionRequest, _: TimeRemaining
+    ) -> dedup_pb2.ExtendTransactionResponse:
+        """Serve ExtendTransaction."""
+        extended = await self._claims.extend(extend_request(request))
+        if extended is None:
+            return dedup_pb2.ExtendTransactionResponse(outcome=dedup_pb2.EXTEND_OUTCOME_NOT_HELD)
+        return dedup_pb2.ExtendTransactionResponse(
+            outcome=dedup_pb2.EXTEND_OUTCOME_EXTENDED, transaction=transaction_message(extended)
+        )
+
+    async def get_transaction(
+        self, request: dedup_pb2.GetTransactionRequest, _: TimeRemaining
+    ) -> dedup_pb2.GetTransactionResponse:
         """Serve GetTransaction."""
         transaction = await self._claims.get(request.namespace, request.transaction_id)
         return dedup_pb2.GetTransactionResponse(transaction=transaction_message(transaction))
+
+    async def batch_claim_transactions(
+        self, request: dedup_pb2.BatchClaimTransactionsRequest, _: TimeRemaining
+    ) -> dedup_pb2.BatchClaimTransactionsResponse:
+        """Serve BatchClaimTransactions: all entries reach the store in one turn of the loop, in their order."""
+        if not 1 <= len(request.requests) <= MAX_BATCH:
+            raise InvalidRequest(
+                FieldViolation("requests", f"has {len(request.requests)} claims: send 1 to {MAX_BATCH} in one batch")
+            )
+        entries = await asyncio.gather(*map(self._batch_entry, request.requests))
+        return dedup_pb2.BatchClaimTransactionsResponse(entries=entries)
+
+    async def _batch_entry(self, request: dedup_pb2.ClaimTransactionRequest) -> dedup_pb2.BatchClaimEntry:
+        try:
+            claim = batched_claim_request(request)
+            return dedup_pb2.BatchClaimEntry(response=claim_response(await self._claims.claim(claim)))
+        except Exception as error:  # noqa: BLE001 - whatever becomes of one entry, the others have their answers
+            incident = new_incident()
+            failure = failure_of(error, incident)
+            if failure.code is grpc.StatusCode.INTERNAL:
+                logger().error("incident", incident=incident, exc_info=error)
+            return dedup_pb2.BatchClaimEntry(error=failure.status())
 
 
 def generic_handler(servicer: DedupServicer, call_log: CallLog, admission: Admission) -> grpc.GenericRpcHandler:
@@ -43,16 +115,20 @@ def generic_handler(servicer: DedupServicer, call_log: CallLog, admission: Admis
     The endpoints take and give bytes, so that decoding happens inside the guard and not in gRPC, which would answer a
     message that it cannot decode with the text of the exception.
     """
-    handlers: dict[str, Callable[[Any], Awaitable[Message]]] = {
+    handlers: dict[str, Handler[Any]] = {
         "ClaimTransaction": servicer.claim_transaction,
+        "CompleteTransaction": servicer.complete_transaction,
+        "ReleaseTransaction": servicer.release_transaction,
+        "ExtendTransaction": servicer.extend_transaction,
         "GetTransaction": servicer.get_transaction,
+        "BatchClaimTransactions": servicer.batch_claim_transactions,
     }
     methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
     for method in dedup_pb2.DESCRIPTOR.services_by_name["DedupService"].methods:
         endpoint = Endpoint(
             method=method.name,
             request_type=getattr(dedup_pb2, method.input_type.name),
-            handler=handlers.get(method.name) or _not_served(method.name),
+            handler=handlers[method.name],
             outcome_of=_outcome_reader(method.output_type),
             call_log=call_log,
             admission=admission,
@@ -61,16 +137,19 @@ def generic_handler(servicer: DedupServicer, call_log: CallLog, admission: Admis
     return grpc.method_handlers_generic_handler(SERVICE_NAME, methods)
 
 
-def _not_served(method: str) -> Callable[[Message], Awaitable[Message]]:
-    async def refuse(_: Message) -> Message:
-        raise NotServed(f"{method} is part of the contract, and this version of the server does not serve it yet")
-
-    return refuse
-
-
 def _outcome_reader(response: Any) -> Callable[[Any], str]:  # noqa: ANN401 - a descriptor, whose stubs lack a type
+    if "entries" in response.fields_by_name:
+        return _outcomes_of_batch
     field = response.fields_by_name.get("outcome")
     if field is None:
         return lambda _: ""
     names = {number: value.name.partition("_OUTCOME_")[2] for number, value in field.enum_type.values_by_number.items()}
+    if "shadow_duplicate" in response.fields_by_name:
+        return lambda reply: "SHADOW_DUPLICATE" if reply.shadow_duplicate else names[reply.outcome]
     return lambda reply: names[reply.outcome]
+
+
+def _outcomes_of_batch(reply: dedup_pb2.BatchClaimTransactionsResponse) -> str:
+    read = _outcome_reader(dedup_pb2.ClaimTransactionResponse.DESCRIPTOR)
+    outcomes = Counter(read(entry.response) if entry.HasField("response") else "ERROR" for entry in reply.entries)
+    return " ".join(f"{outcome}={count}" for outcome, count in sorted(outcomes.items()))

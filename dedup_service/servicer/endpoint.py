@@ -1,7 +1,6 @@
 """The one wrapper around every rpc: decode, call, answer or refuse, and write the log line. Nothing escapes it."""
 
 import asyncio
-import secrets
 import time
 from collections.abc import Awaitable, Callable
 from typing import Generic, NoReturn
@@ -11,7 +10,7 @@ from google.protobuf.message import Message
 
 from dedup_service.servicer.admission import Admission
 from dedup_service.servicer.decoding import RequestT, decode_request
-from dedup_service.servicer.error_table import failure_of
+from dedup_service.servicer.error_table import failure_of, new_incident
 from dedup_service.telemetry.call_log import CallLog, CallRecord
 from dedup_service.telemetry.correlation import CORRELATION_HEADER, correlation_id
 
@@ -22,6 +21,11 @@ STATUS_DETAILS_KEY = "grpc-status-details-bin"
 _CLOCK_TOLERANCE_S = 0.05
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
+
+# How many seconds the caller will still wait, None without a deadline.
+TimeRemaining = Callable[[], float | None]
+
+Handler = Callable[[RequestT, TimeRemaining], Awaitable[Message]]
 
 
 class Endpoint(Generic[RequestT]):
@@ -37,7 +41,7 @@ class Endpoint(Generic[RequestT]):
         *,
         method: str,
         request_type: type[RequestT],
-        handler: Callable[[RequestT], Awaitable[Message]],
+        handler: Handler[RequestT],
         outcome_of: Callable[[Message], str],
         call_log: CallLog,
         admission: Admission,
@@ -59,7 +63,7 @@ class Endpoint(Generic[RequestT]):
             try:
                 request = decode_request(self._request_type, raw)
                 record.transaction_id = getattr(request, "transaction_id", "")
-                reply = await self._handler(request)
+                reply = await self._handler(request, context.time_remaining)
             finally:
                 self._admission.leave()
             record.outcome = self._outcome_of(reply)
@@ -79,7 +83,7 @@ class Endpoint(Generic[RequestT]):
     async def _refuse(
         self, error: Exception, record: CallRecord, trailer: tuple[str, str], context: Context
     ) -> NoReturn:
-        incident = secrets.token_hex(8)
+        incident = new_incident()
         failure = failure_of(error, incident)
         record.code = failure.code.name
         record.reason = failure.reason

@@ -1,5 +1,6 @@
 """The one table from what went wrong to what the caller is told: code, reason, applied, and whether to try again."""
 
+import secrets
 from dataclasses import dataclass
 
 import grpc
@@ -21,10 +22,6 @@ ERROR_DOMAIN = "dedup.v1"
 
 # Long enough for a reconnect or an election to get on, short enough for a user who waits.
 RETRY_AFTER_MS = 200
-
-
-class NotServed(Exception):
-    """The contract has this, and this version of the server does not serve it yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +71,12 @@ _TABLE = {
     StoreRefused: _Row(grpc.StatusCode.UNAVAILABLE, "STORE_REFUSED"),
     UnreadableValue: _Row(grpc.StatusCode.FAILED_PRECONDITION),
     ServerStopping: _Row(grpc.StatusCode.UNAVAILABLE, "SERVER_STOPPING", RETRY_AFTER_MS),
-    NotServed: _Row(grpc.StatusCode.UNIMPLEMENTED, "NOT_SERVED"),
 }
+
+
+def new_incident() -> str:
+    """Return an opaque id by which a caller can quote a bug."""
+    return secrets.token_hex(8)
 
 
 def failure_of(error: Exception, incident: str) -> Failure:

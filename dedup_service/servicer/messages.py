@@ -1,5 +1,7 @@
 """Messages to domain values and back: protobuf durations and times at the edge, integer milliseconds inside."""
 
+from typing import Protocol
+
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -9,6 +11,7 @@ from dedup_service.claims import (
     ClaimOutcome,
     ClaimRequest,
     FieldViolation,
+    HolderRequest,
     InvalidRequest,
     Transaction,
 )
@@ -25,15 +28,55 @@ _OUTCOMES = {
 
 def claim_request(message: dedup_pb2.ClaimTransactionRequest) -> ClaimRequest:
     """Return the claim that a message asks for; raise InvalidRequest for what milliseconds cannot say."""
-    expiry = message.WhichOneof("expiry")
+    ttl_ms, expire_time_ms = _lifetime(message, message.WhichOneof("expiry"))
     return ClaimRequest(
         transaction_id=message.transaction_id,
         namespace=message.namespace,
-        ttl_ms=milliseconds("ttl", message.ttl) if expiry == "ttl" else None,
-        expire_time_ms=milliseconds("expire_time", message.expire_time) if expiry == "expire_time" else None,
+        ttl_ms=ttl_ms,
+        expire_time_ms=expire_time_ms,
         claim_token=message.claim_token,
         claimant=message.claimant,
         payload_fingerprint=message.payload_fingerprint,
+        wait_ms=milliseconds("wait", message.wait) if message.HasField("wait") else 0,
+    )
+
+
+def batched_claim_request(message: dedup_pb2.ClaimTransactionRequest) -> ClaimRequest:
+    """Return the claim that an entry of a batch asks for; raise InvalidRequest also for one that would wait."""
+    claim = claim_request(message)
+    if claim.wait_ms:
+        raise InvalidRequest(FieldViolation("wait", "is not for batches: claim this transaction alone"))
+    return claim
+
+
+def complete_request(message: dedup_pb2.CompleteTransactionRequest) -> HolderRequest:
+    """Return the completion that a message asks for; raise InvalidRequest as `claim_request`."""
+    ttl_ms, expire_time_ms = _lifetime(message, message.WhichOneof("retention"))
+    return HolderRequest(
+        transaction_id=message.transaction_id,
+        namespace=message.namespace,
+        claim_token=message.claim_token,
+        ttl_ms=ttl_ms,
+        expire_time_ms=expire_time_ms,
+        result=message.result,
+    )
+
+
+def release_request(message: dedup_pb2.ReleaseTransactionRequest) -> HolderRequest:
+    """Return the release that a message asks for."""
+    return HolderRequest(message.transaction_id, message.namespace, message.claim_token)
+
+
+def extend_request(message: dedup_pb2.ExtendTransactionRequest) -> HolderRequest:
+    """Return the extension that a message asks for; raise InvalidRequest as `claim_request`."""
+    ttl_ms, expire_time_ms = _lifetime(message, message.WhichOneof("expiry"))
+    return HolderRequest(
+        transaction_id=message.transaction_id,
+        namespace=message.namespace,
+        claim_token=message.claim_token,
+        ttl_ms=ttl_ms,
+        expire_time_ms=expire_time_ms,
+        allow_shortening=message.allow_shortening,
     )
 
 
@@ -42,8 +85,9 @@ def claim_response(answer: ClaimAnswer) -> dedup_pb2.ClaimTransactionResponse:
     claimed = answer.outcome is ClaimOutcome.CLAIMED
     return dedup_pb2.ClaimTransactionResponse(
         outcome=_OUTCOMES[answer.outcome],
-        claim_token=answer.transaction.claim_token if claimed else None,
+        claim_token=answer.claim_token if claimed else None,
         replayed=answer.replayed,
+        shadow_duplicate=answer.shadow_duplicate,
         transaction=transaction_message(answer.transaction),
     )
 
@@ -61,6 +105,21 @@ def transaction_message(transaction: Transaction) -> dedup_pb2.Transaction:
         completion_time=_timestamp(transaction.completion_time_ms),
         result=transaction.result,
     )
+
+
+class WithLifetime(Protocol):
+    """A request with a ttl or an expire time."""
+
+    ttl: Duration
+    expire_time: Timestamp
+
+
+def _lifetime(message: WithLifetime, chosen: str | None) -> tuple[int | None, int | None]:
+    if chosen == "ttl":
+        return milliseconds("ttl", message.ttl), None
+    if chosen == "expire_time":
+        return None, milliseconds("expire_time", message.expire_time)
+    return None, None
 
 
 def milliseconds(field: str, value: Duration | Timestamp) -> int:

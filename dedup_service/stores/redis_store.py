@@ -1,21 +1,27 @@
-"""Claims in one Redis or Valkey server: `SET key value NX GET PX`, one command that decides."""
+"""Claims in one Redis or Valkey server: `SET key value NX GET PX` decides, one script a change compares the token."""
 
 from typing import Any
 
 import hiredis
+import msgpack
 
 from dedup_service.claims import (
     Applied,
+    Completion,
+    Extension,
     FieldViolation,
     InvalidRequest,
+    Release,
     StoreUnavailable,
     Transaction,
+    TransactionState,
     UnreadableValue,
     system_clock_ms,
 )
 from dedup_service.stores import stored_value
 from dedup_service.stores.keys import KeyLayout
 from dedup_service.stores.redis_link import RedisLink
+from dedup_service.stores.redis_scripts import COMPLETE, EXTEND, RELEASE, Script
 
 # What an error reply that begins with this word means; in each case Redis did not carry the command out.
 _REFUSALS = {
@@ -75,17 +81,38 @@ class RedisStore:
         """Store the claim unless its key is held; see ClaimStore.claim."""
         key = self._key(claim.namespace, claim.transaction_id)
         value = stored_value.encode(claim)
-        if ttl_ms is not None:
-            expiry = ("PX", ttl_ms)
-        else:
-            # Redis stores a key whose PXAT is past, forgets it at once and reports success: a claim that holds nothing.
-            if claim.expire_time_ms is None or claim.expire_time_ms <= system_clock_ms() + self._clock_ahead_ms:
-                raise InvalidRequest(FieldViolation("expire_time", "is in the past by the clock of Redis: send a ttl"))
-            expiry = ("PXAT", claim.expire_time_ms)
-        reply = await self._execute("SET", key, value, "NX", "GET", *expiry)
+        reply = await self._execute("SET", key, value, "NX", "GET", *self._expiry(ttl_ms, claim.expire_time_ms))
         if reply is None:
             return None
         return stored_value.decode(_value(reply), claim.namespace, claim.transaction_id)
+
+    async def complete(self, completion: Completion) -> Transaction | None:
+        """Complete what the token holds; see ClaimStore.complete."""
+        return await self._change(
+            COMPLETE,
+            completion,
+            completion.result,
+            _packed(completion.expire_time_ms),
+            _packed(TransactionState.COMPLETED.value),
+            _packed(completion.completion_time_ms),
+            _packed(completion.result),
+            *self._expiry(completion.ttl_ms, completion.expire_time_ms),
+        )
+
+    async def release(self, release: Release) -> bool:
+        """Forget what the token holds; see ClaimStore.release."""
+        key = self._key(release.namespace, release.transaction_id)
+        return bool(await self._run(RELEASE, key, release.claim_token))
+
+    async def extend(self, extension: Extension) -> Transaction | None:
+        """Move the end of what the token holds; see ClaimStore.extend."""
+        return await self._change(
+            EXTEND,
+            extension,
+            _packed(extension.expire_time_ms),
+            *self._expiry(extension.ttl_ms, extension.expire_time_ms),
+            int(extension.allow_shortening),
+        )
 
     async def get(self, namespace: str, transaction_id: str) -> Transaction | None:
         """Return the holder; see ClaimStore.get. Only a claim by an unknown holder costs a second command."""
@@ -103,15 +130,45 @@ class RedisStore:
             namespace, transaction_id, None if expire_time_ms == _NO_EXPIRY else int(expire_time_ms)
         )
 
+    def _expiry(self, ttl_ms: int | None, expire_time_ms: int | None) -> tuple[str, int]:
+        if ttl_ms is not None:
+            return "PX", ttl_ms
+        # Redis stores a key whose PXAT is past, forgets it at once and reports success: a claim that holds nothing.
+        if expire_time_ms is None or expire_time_ms <= system_clock_ms() + self._clock_ahead_ms:
+            raise InvalidRequest(FieldViolation("expire_time", "is in the past by the clock of Redis: send a ttl"))
+        return "PXAT", expire_time_ms
+
+    async def _change(
+        self, script: Script, change: Completion | Extension, *arguments: bytes | str | int
+    ) -> Transaction | None:
+        key = self._key(change.namespace, change.transaction_id)
+        reply = await self._run(script, key, change.claim_token, *arguments)
+        if reply is None:
+            return None
+        return stored_value.decode(_value(reply), change.namespace, change.transaction_id)
+
+    async def _run(self, script: Script, key: bytes, *arguments: bytes | str | int) -> Any:  # noqa: ANN401 - as _execute
+        try:
+            return await self._execute("EVALSHA", script.sha, 1, key, *arguments)
+        except _ScriptForgotten:
+            # Redis has certainly not run it, so this repeats nothing; EVAL makes Redis remember it again.
+            return await self._execute("EVAL", script.text, 1, key, *arguments)
+
     async def _execute(self, *command: bytes | str | int) -> Any:  # noqa: ANN401 - what Redis may answer
         channel = self._link.channel or await self._link.connected()
         reply = await channel.send(*command)
         if type(reply) is hiredis.ReplyError:
+            if str(reply).startswith("NOSCRIPT"):
+                raise _ScriptForgotten
             failure = _error_of_reply(str(reply))
             if str(reply).startswith(_STALE_AFTER) and isinstance(failure, StoreUnavailable):
                 channel.retire(failure)
             raise failure
         return reply
+
+
+class _ScriptForgotten(Exception):
+    """Redis does not know the script by its name: it restarted, or its scripts were flushed."""
 
 
 # PEXPIRETIME's answers for a key that is not there, and for one that never expires.
@@ -127,6 +184,11 @@ def _value(reply: object) -> bytes:
     )
 
 
+def _packed(value: int | bytes) -> bytes:
+    packed: bytes = msgpack.packb(value)
+    return packed
+
+
 def _error_of_reply(text: str) -> StoreUnavailable | UnreadableValue:
     word = text.partition(" ")[0]
     if word == "WRONGTYPE":
@@ -134,6 +196,8 @@ def _error_of_reply(text: str) -> StoreUnavailable | UnreadableValue:
             "KEY_OF_ANOTHER_TYPE",
             "the key of this transaction holds another type of Redis value: choose another key prefix or id",
         )
+    if word in stored_value.UNREADABLE:
+        return UnreadableValue(word, stored_value.UNREADABLE[word])
     if word in _REFUSALS:
         reason, sentence = _REFUSALS[word]
         return StoreUnavailable(reason, f"{sentence} ({word})", Applied.NO)

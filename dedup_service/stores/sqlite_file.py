@@ -8,8 +8,8 @@ import sqlite3
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dedup_service.claims import Applied, FieldViolation, InvalidRequest, StoreRefused, StoreUnavailable
-from dedup_service.stores.sqlite_thread import Answer, Operation
+from dedup_service.claims import Applied, InvalidRequest, StoreRefused, StoreUnavailable, UnreadableValue
+from dedup_service.stores.sqlite_thread import FORGET, Operation, Row
 
 SCHEMA_VERSION = 1
 
@@ -38,8 +38,6 @@ _RECLAIM = "DELETE FROM claims WHERE rowid IN (SELECT rowid FROM claims WHERE ex
 _RECLAIM_STEP = 100
 
 _WAL_BYTES = 4 * 1024 * 1024
-
-_MAX_TIME_MS = 2**63 - 1
 
 # Primary result codes of SQLite: the stable reason, and what it means.
 _FAILURES = {
@@ -114,13 +112,14 @@ class ClaimFile:
             # Read only now: time spent waiting for the lock must not shorten a claim, nor revive an expired one.
             now_ms = self._clock_ms()
             held = self._held([one.key for one in operations if one.key is not None], now_ms)
-            fresh: dict[bytes, tuple[bytes, bytes, int]] = {}
+            changes: dict[bytes, Row] = {}
             for one in operations:
-                one.answer = _decide(one, held, fresh, now_ms)
-            self._keep(list(fresh.values()))
-            if fresh:
+                _carry_out(one, held, changes, now_ms)
+            self._keep([(key, *row) for key, row in changes.items() if row is not FORGET])
+            self._forget([key for key, row in changes.items() if row is FORGET])
+            if changes:
                 # Twice as many as come in, so that a busy store gets rid of a backlog too.
-                self._execute(_RECLAIM, (now_ms, 2 * len(fresh)))
+                self._execute(_RECLAIM, (now_ms, 2 * len(changes)))
             if any(one.key is None for one in operations):
                 # A check writes what is there already: a full or read-only disk shows in no other way.
                 self._execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
@@ -130,8 +129,7 @@ class ClaimFile:
             self.close()
             for one in operations:
                 # Of a failed commit nobody knows whether it reached the disk; what wrote nothing was not applied.
-                wrote = one.value is not None and one.answer is None
-                applied = Applied.UNKNOWN if committing and wrote else Applied.NO
+                applied = Applied.UNKNOWN if committing and one.changed else Applied.NO
                 one.answer = self._failure(error, applied) if isinstance(error, sqlite3.Error) else error
 
     def reclaim(self) -> bool:
@@ -260,6 +258,10 @@ class ClaimFile:
             part = rows[at : at + _ROWS]
             self._execute(_INSERTS[len(part)], tuple(itertools.chain.from_iterable(part)))
 
+    def _forget(self, keys: list[bytes]) -> None:
+        for key in keys:
+            self._execute("DELETE FROM claims WHERE key = ?", (key,))
+
     def _execute(self, statement: str, parameters: Sequence[bytes | int] = ()) -> sqlite3.Cursor:
         if self._connection is None:
             raise sqlite3.ProgrammingError("there is no connection")
@@ -270,24 +272,25 @@ class ClaimFile:
         return StoreUnavailable(reason, f"{self.name}: {meaning}", applied)
 
 
-def _decide(
-    operation: Operation, held: dict[bytes, bytes], fresh: dict[bytes, tuple[bytes, bytes, int]], now_ms: int
-) -> Answer:
-    """Return the answer to one operation of a batch, and add the claim that it wins to `held` and `fresh`."""
-    key, value, ttl_ms, expire_time_ms = operation.key, operation.value, operation.ttl_ms, operation.expire_time_ms
-    if key is None:
-        return None
-    if value is None:
-        return held.get(key)
-    if ttl_ms is not None:
-        expire_time_ms = now_ms + ttl_ms
-    if expire_time_ms is None or not now_ms < expire_time_ms <= _MAX_TIME_MS:
-        return InvalidRequest(FieldViolation("expire_time", "is not in the future: send a later time, or a ttl"))
-    holder = held.get(key)
-    if holder is None:
-        held[key] = value
-        fresh[key] = (key, value, expire_time_ms)
-    return holder
+def _carry_out(operation: Operation, held: dict[bytes, bytes], changes: dict[bytes, Row], now_ms: int) -> None:
+    """Set the answer of one operation of a batch, and note in `held` and `changes` what it does to its key."""
+    operation.answer, operation.changed = None, False
+    key, step = operation.key, operation.step
+    if key is None or step is None:
+        return
+    try:
+        operation.answer, row = step(held.get(key), now_ms)
+    except (InvalidRequest, UnreadableValue) as error:
+        operation.answer = error
+        return
+    if row is None:
+        return
+    operation.changed = True
+    changes[key] = row
+    if row is FORGET:
+        held.pop(key, None)
+    else:
+        held[key] = row[0]
 
 
 def _code(error: Exception) -> int:

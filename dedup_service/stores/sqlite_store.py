@@ -3,11 +3,25 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from dedup_service.claims import Applied, StoreRefused, StoreUnavailable, Transaction, system_clock_ms
+from dedup_service.claims import (
+    Applied,
+    Completion,
+    Extension,
+    FieldViolation,
+    InvalidRequest,
+    Release,
+    StoreRefused,
+    StoreUnavailable,
+    Transaction,
+    system_clock_ms,
+)
 from dedup_service.stores.keys import KeyLayout
 from dedup_service.stores.sqlite_file import ClaimFile
-from dedup_service.stores.sqlite_thread import BatchThread
+from dedup_service.stores.sqlite_thread import FORGET, BatchThread, Row, Step
 from dedup_service.stores.stored_value import decode, encode
+
+# What a column of SQLite holds.
+_MAX_TIME_MS = 2**63 - 1
 
 
 class SqliteStore:
@@ -78,20 +92,55 @@ class SqliteStore:
         It expires `ttl_ms` from now by this host's clock, or at `claim.expire_time_ms` when `ttl_ms` is None. Raises
         InvalidRequest when that moment is in the past or beyond 64 bits, StoreUnavailable and UnreadableValue.
         """
-        key = self._key_layout(claim.namespace, claim.transaction_id)
-        value = await self._ask(key, encode(claim), ttl_ms, claim.expire_time_ms)
-        return None if value is None else decode(value, claim.namespace, claim.transaction_id)
+        value = encode(claim)
+
+        def step(held: bytes | None, now_ms: int) -> tuple[bytes | None, Row | None]:
+            return (held, None) if held is not None else (None, (value, _end(ttl_ms, claim.expire_time_ms, now_ms)))
+
+        holder = await self._ask(claim.namespace, claim.transaction_id, step)
+        return None if holder is None else decode(holder, claim.namespace, claim.transaction_id)
+
+    async def complete(self, completion: Completion) -> Transaction | None:
+        """Complete what the token holds, durably; see ClaimStore.complete."""
+        return await self._change(completion)
+
+    async def extend(self, extension: Extension) -> Transaction | None:
+        """Move the end of what the token holds, durably; see ClaimStore.extend."""
+        return await self._change(extension)
+
+    async def release(self, release: Release) -> bool:
+        """Forget what the token holds, durably; see ClaimStore.release."""
+
+        def step(held: bytes | None, _: int) -> tuple[bytes | None, Row | None]:
+            if held is None or not release.releases(decode(held, release.namespace, release.transaction_id)):
+                return None, None
+            return held, FORGET
+
+        return await self._ask(release.namespace, release.transaction_id, step) is not None
 
     async def get(self, namespace: str, transaction_id: str) -> Transaction | None:
         """Return the holder of a transaction, or None. Raises StoreUnavailable and UnreadableValue."""
-        value = await self._ask(self._key_layout(namespace, transaction_id))
-        return None if value is None else decode(value, namespace, transaction_id)
+        held = await self._ask(namespace, transaction_id, _look, may_change=False)
+        return None if held is None else decode(held, namespace, transaction_id)
 
-    async def _ask(
-        self, key: bytes, value: bytes | None = None, ttl_ms: int | None = None, expire_time_ms: int | None = None
-    ) -> bytes | None:
+    async def _change(self, change: Completion | Extension) -> Transaction | None:
+        def step(held: bytes | None, now_ms: int) -> tuple[bytes | None, Row | None]:
+            if held is None:
+                return None, None
+            holder = decode(held, change.namespace, change.transaction_id)
+            changed = change.of(holder)
+            if changed is None or changed is holder:
+                return (None if changed is None else held), None
+            value = encode(changed, over=held)
+            return value, (value, _end(change.ttl_ms, change.expire_time_ms, now_ms))
+
+        value = await self._ask(change.namespace, change.transaction_id, step)
+        return None if value is None else decode(value, change.namespace, change.transaction_id)
+
+    async def _ask(self, namespace: str, transaction_id: str, step: Step, *, may_change: bool = True) -> bytes | None:
+        key = self._key_layout(namespace, transaction_id)
         try:
-            return await self._running().submit(key, value, ttl_ms, expire_time_ms)
+            return await self._running().submit(key, step, may_change=may_change)
         except StoreRefused as refusal:
             raise StoreUnavailable("STORE_REFUSED", str(refusal), Applied.NO) from refusal
 
@@ -99,3 +148,15 @@ class SqliteStore:
         if self._thread is None:
             raise StoreUnavailable("STORE_CLOSED", f"the sqlite file {self._path} is not open", Applied.NO)
         return self._thread
+
+
+def _look(held: bytes | None, _: int) -> tuple[bytes | None, Row | None]:
+    return held, None
+
+
+def _end(ttl_ms: int | None, expire_time_ms: int | None, now_ms: int) -> int:
+    if ttl_ms is not None:
+        expire_time_ms = now_ms + ttl_ms
+    if expire_time_ms is None or not now_ms < expire_time_ms <= _MAX_TIME_MS:
+        raise InvalidRequest(FieldViolation("expire_time", "is not in the future: send a later time, or a ttl"))
+    return expire_time_ms

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,16 +22,28 @@ MAX_BATCH = 256
 _LOCK_POLL_S = 0.001
 
 
+# What becomes of a key: None leaves it as it is, otherwise its new value and expiry, or that it is forgotten.
+Row = tuple[bytes, int]
+FORGET: Row = (b"", 0)
+
+# Given the live value of a key and the present in Unix milliseconds: the answer, and what becomes of the key. It runs
+# in the thread, and may raise what its own caller should be told.
+Step = Callable[[bytes | None, int], tuple[bytes | None, Row | None]]
+
+
 @dataclass(slots=True, eq=False)
 class Operation:
-    """One call on its way through the thread: a claim has a key and a value, a look only a key, a check neither."""
+    """One call on its way through the thread: a step on a key, or a check of the file where there is no key.
+
+    `may_change` says whether the step may write, `changed` whether it did.
+    """
 
     future: asyncio.Future[Answer]
     since: float
     key: bytes | None = None
-    value: bytes | None = None
-    ttl_ms: int | None = None
-    expire_time_ms: int | None = None
+    step: Step | None = None
+    may_change: bool = False
+    changed: bool = False
     answer: Answer = None
 
 
@@ -88,18 +100,14 @@ class BatchThread:
         self._thread.start()
 
     async def submit(
-        self,
-        key: bytes | None = None,
-        value: bytes | None = None,
-        ttl_ms: int | None = None,
-        expire_time_ms: int | None = None,
+        self, key: bytes | None = None, step: Step | None = None, *, may_change: bool = False
     ) -> bytes | None:
         """Return the answer to one operation.
 
         Raises whatever the file answered, and StoreUnavailable when the queue is full, at the time-out and when closed.
         """
         loop = self._loop
-        operation = Operation(loop.create_future(), loop.time(), key, value, ttl_ms, expire_time_ms)
+        operation = Operation(loop.create_future(), loop.time(), key, step, may_change)
         with self._changed:
             if self._closing:
                 raise StoreUnavailable("STORE_CLOSED", f"{self._subject} is closed", Applied.NO)
@@ -209,7 +217,7 @@ class BatchThread:
         for one in waiting:
             _answer(one, StoreUnavailable(reason, message, Applied.NO))
         for one in taken:
-            applied = Applied.NO if one.value is None else Applied.UNKNOWN
+            applied = Applied.UNKNOWN if one.may_change else Applied.NO
             _answer(one, StoreUnavailable(reason, message, applied))
 
     def _end(self) -> None:

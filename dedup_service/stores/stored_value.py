@@ -11,12 +11,23 @@ from dedup_service.claims import Transaction, TransactionState, UnreadableValue
 
 VERSION = 1
 
+UNREADABLE = {
+    "VALUE_VERSION_UNKNOWN": f"the stored value has another version than {VERSION}, which this service reads: "
+    "upgrade this service, or wait until the transaction expires",
+    "VALUE_DAMAGED": "the stored value is damaged: find out what else writes to this key, then delete it or let it "
+    "expire",
+}
+"""Why a value cannot be read: the stable reason, and what to do."""
+
 _FIELDS = 9
 _FIELD_TYPES = (int, str, str, int, int, int, bytes, int, bytes)
 
 
-def encode(claim: Transaction) -> bytes:
-    """Return the stored value of a claim that this service writes."""
+def encode(claim: Transaction, over: bytes | None = None) -> bytes:
+    """Return the stored value of a claim that this service writes.
+
+    `over` is the value of the same claim that it replaces: fields which a newer version added to it are kept.
+    """
     packed: bytes = msgpack.packb(
         (
             VERSION,
@@ -28,6 +39,7 @@ def encode(claim: Transaction) -> bytes:
             claim.payload_fingerprint,
             claim.completion_time_ms or 0,
             claim.result,
+            *(msgpack.unpackb(over)[_FIELDS:] if over is not None else ()),
         )
     )
     return packed
@@ -47,17 +59,10 @@ def decode(value: bytes, namespace: str, transaction_id: str) -> Transaction:
     if not isinstance(fields, list) or not fields or type(fields[0]) is not int:
         return unknown_holder(namespace, transaction_id)
     if fields[0] != VERSION:
-        raise UnreadableValue(
-            "VALUE_VERSION_UNKNOWN",
-            f"the stored value has version {fields[0]} and this service reads version {VERSION}: "
-            "upgrade this service, or wait until the transaction expires",
-        )
+        raise _unreadable("VALUE_VERSION_UNKNOWN")
     known = fields[:_FIELDS]
     if tuple(map(type, known)) != _FIELD_TYPES or fields[5] not in tuple(TransactionState):
-        raise UnreadableValue(
-            "VALUE_DAMAGED",
-            "the stored value is damaged: find out what else writes to this key, then delete it or let it expire",
-        )
+        raise _unreadable("VALUE_DAMAGED")
     _, token, claimant, claim_time_ms, expire_time_ms, state, fingerprint, completion_time_ms, result = known
     return Transaction(
         namespace=namespace,
@@ -71,6 +76,10 @@ def decode(value: bytes, namespace: str, transaction_id: str) -> Transaction:
         completion_time_ms=completion_time_ms or None,
         result=result,
     )
+
+
+def _unreadable(reason: str) -> UnreadableValue:
+    return UnreadableValue(reason, UNREADABLE[reason])
 
 
 def unknown_holder(namespace: str, transaction_id: str, expire_time_ms: int | None = None) -> Transaction:

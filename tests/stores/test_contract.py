@@ -11,6 +11,7 @@ from dedup_service.claims import (
     ClaimService,
     ClaimStore,
     InvalidRequest,
+    Policies,
     Policy,
     StoreUnavailable,
     TransactionNotFound,
@@ -20,13 +21,13 @@ from dedup_service.claims import (
 from harness.claims import a_claim
 from harness.polling import eventually
 
-POLICY = Policy(default_ttl_ms=60_000, max_ttl_ms=86_400_000)
+POLICY = Policy(default_ttl_ms=60_000, max_ttl_ms=86_400_000, retention_ms=3_600_000)
 
 
 @pytest.fixture
 def claims(store: ClaimStore) -> ClaimService:
     """The claim semantics over the store."""
-    return ClaimService(store, POLICY)
+    return ClaimService(store, Policies(POLICY))
 
 
 async def test_the_first_claim_is_stored_and_the_second_meets_it(store: ClaimStore, unique: str) -> None:

@@ -16,7 +16,9 @@ from dedup_service.claims import (
     ClaimOutcome,
     ClaimRequest,
     ClaimService,
+    HolderRequest,
     InvalidRequest,
+    Policies,
     Policy,
     StoreRefused,
     StoreUnavailable,
@@ -24,11 +26,14 @@ from dedup_service.claims import (
 )
 from dedup_service.stores import make_store
 from dedup_service.stores import redis_channel as channel_module
+from dedup_service.stores.redis_scripts import COMPLETE, EXTEND, RELEASE
 from dedup_service.stores.redis_store import RedisStore
 from harness.claims import a_claim
 from harness.fault_proxy import FaultProxy
 from harness.polling import eventually
 from harness.processes import RedisProcess, free_port
+
+TOKEN = "token-of-sixteen"
 
 OpenStore = Callable[..., Awaitable[RedisStore]]
 
@@ -74,7 +79,7 @@ def tls_redis(tmp_path: Path) -> Iterator[tuple[RedisProcess, Path]]:
 
 def service_over(store: RedisStore) -> ClaimService:
     """Return the claim semantics over a store."""
-    return ClaimService(store, Policy(default_ttl_ms=60_000, max_ttl_ms=86_400_000))
+    return ClaimService(store, Policies(Policy(default_ttl_ms=60_000, max_ttl_ms=86_400_000, retention_ms=60_000)))
 
 
 async def test_key_and_value_are_as_documented(open_store: OpenStore, redis_client: redis.Redis, unique: str) -> None:
@@ -161,6 +166,71 @@ async def test_a_key_of_another_type_is_left_alone(
             await call
         assert caught.value.reason == "KEY_OF_ANOTHER_TYPE"
     assert redis_client.hgetall(key) == {b"field": b"value"}
+
+
+async def test_forgotten_scripts_are_loaded_again(
+    open_store: OpenStore, redis_client: redis.Redis, unique: str
+) -> None:
+    """When Redis forgot the scripts a change still works, and is carried out once."""
+    service = service_over(await open_store())
+    await service.claim(ClaimRequest(unique, claim_token=TOKEN))
+    holder = HolderRequest(unique, claim_token=TOKEN)
+    for change in (service.extend, service.complete, service.complete):
+        redis_client.script_flush()
+        assert await change(holder) is not None
+    redis_client.script_flush()
+    assert not await service.release(holder)
+    assert len(redis_client.script_exists(COMPLETE.sha, EXTEND.sha, RELEASE.sha)) == 3
+
+
+async def test_fields_of_a_newer_version_survive_a_change(
+    open_store: OpenStore, redis_client: redis.Redis, unique: str
+) -> None:
+    """Extending and completing leave what a newer writer added at the end of the value as it is."""
+    service = service_over(await open_store())
+    await service.claim(ClaimRequest(unique, claim_token=TOKEN, payload_fingerprint=b"\xff" * 64))
+    key = f"dedup:default:{unique}"
+    newer = [*msgpack.unpackb(redis_client.get(key)), "added", b"\xfe", 7]
+    redis_client.set(key, msgpack.packb(newer), keepttl=True)
+    holder = HolderRequest(unique, claim_token=TOKEN, result=b"paid", ttl_ms=70_000)
+    assert await service.extend(holder) is not None
+    assert await service.complete(holder) is not None
+    fields = msgpack.unpackb(redis_client.get(key))
+    assert fields[9:] == ["added", b"\xfe", 7]
+    assert (fields[5], fields[8]) == (2, b"paid")
+    assert 60_000 < redis_client.pttl(key) <= 70_000
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (msgpack.packb([2, TOKEN]), "VALUE_VERSION_UNKNOWN"),
+        (msgpack.packb([1, TOKEN] + [0] * 20), "VALUE_VERSION_UNKNOWN"),
+        (msgpack.packb([1, TOKEN]), "VALUE_DAMAGED"),
+        (msgpack.packb([1, TOKEN, "", 1, 2, 1, b"x" * 9])[:-3], "VALUE_DAMAGED"),
+        (b"\xc3", None),
+        (b"plain", None),
+        (b"", None),
+        (b"\x91", None),
+        (msgpack.packb(["1", TOKEN]), None),
+    ],
+)
+async def test_a_change_leaves_alone_what_it_cannot_read(
+    open_store: OpenStore, redis_client: redis.Redis, unique: str, value: bytes, reason: str | None
+) -> None:
+    """Values of another version fail a change, values of others are not held, and neither is touched."""
+    service = service_over(await open_store())
+    key = f"dedup:default:{unique}"
+    redis_client.set(key, value, px=60_000)
+    holder = HolderRequest(unique, claim_token=TOKEN)
+    for change in (service.complete, service.extend, service.release):
+        if reason is None:
+            assert not await change(holder)
+        else:
+            with pytest.raises(UnreadableValue) as caught:
+                await change(holder)
+            assert caught.value.reason == reason
+    assert redis_client.get(key) == value
 
 
 async def test_an_expire_time_past_by_the_clock_of_redis_is_refused(open_store: OpenStore, unique: str) -> None:
@@ -382,12 +452,30 @@ async def test_user_password_and_database_come_from_the_url(
     own_redis.start()
     with redis.Redis(port=own_redis.port, db=3) as admin:
         admin.execute_command(
-            *("ACL", "SETUSER", "dedup", "on", ">p@ss/word", "~dedup:*", "+set", "+get", "+select", "+time")
+            *(
+                "ACL",
+                "SETUSER",
+                "dedup",
+                "on",
+                ">p@ss/word",
+                "~dedup:*",
+                "+set",
+                "+get",
+                "+del",
+                "+eval",
+                "+evalsha",
+                "+pexpiretime",
+                "+select",
+                "+time",
+            )
         )
         store = await open_store(f"redis://dedup:p%40ss%2Fword@127.0.0.1:{own_redis.port}/3")
         await store.check()
         assert await store.claim(a_claim(unique), 60_000) is None
         assert admin.exists(f"dedup:default:{unique}")
+        holder = HolderRequest(unique, claim_token=TOKEN)
+        assert await service_over(store).extend(holder)
+        assert await service_over(store).complete(holder)
         assert "p@ss" not in store.description
 
         wrong = await open_store(f"redis://dedup:wrong@127.0.0.1:{own_redis.port}/3")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from dedup_service.claims import ClaimRequest, Policy
 from dedup_service.claims.limits import claim_violations
 
-POLICY = Policy(default_ttl_ms=60_000, max_ttl_ms=3_600_000)
+POLICY = Policy(default_ttl_ms=60_000, max_ttl_ms=3_600_000, retention_ms=60_000)
 NOW_MS = 1_700_000_000_000
 
 

@@ -37,6 +37,17 @@ def test_an_empty_variable_is_as_if_unset(monkeypatch: pytest.MonkeyPatch) -> No
         ("DEDUP_DEFAULT_TTL", "60", "'60' is not a duration: write a whole number and a unit"),
         ("DEDUP_DEFAULT_TTL", "0s", "greater than 0"),
         ("DEDUP_MAX_TTL", "1s", "DEDUP_DEFAULT_TTL (60s) is longer than DEDUP_MAX_TTL (1s)"),
+        ("DEDUP_MAX_TTL", "36501d", "DEDUP_MAX_TTL (--max-ttl): '36501d' is too long: write at most 36500d"),
+        ("DEDUP_RETENTION", "8d", "DEDUP_RETENTION (8d) is longer than DEDUP_MAX_TTL (7d): lower the one"),
+        ("DEDUP_RETENTION", "60", "DEDUP_RETENTION (--retention): '60' is not a duration"),
+        ("DEDUP_RETENTION", "0s", "DEDUP_RETENTION (--retention): Input should be greater than 0"),
+        ("DEDUP_MAX_RESULT_BYTES", "0", "DEDUP_MAX_RESULT_BYTES (--max-result-bytes): Input should be greater than 0"),
+        ("DEDUP_MAX_RESULT_BYTES", "1048577", "less than or equal to 1048576"),
+        (
+            "DEDUP_MAX_RESULT_BYTES",
+            "4k",
+            "DEDUP_MAX_RESULT_BYTES (--max-result-bytes): Input should be a valid integer",
+        ),
         ("DEDUP_LISTEN", "127.0.0.1", "'127.0.0.1' is no address"),
         ("DEDUP_LISTEN", "127.0.0.1:70000", "is no address"),
         ("DEDUP_LISTEN", ",", "names no address"),
@@ -58,6 +69,38 @@ def test_a_bad_setting_is_one_clear_sentence(
         load_settings()
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "retention"),
+    [
+        ({}, 86_400_000),
+        ({"max_ttl": "1h"}, 3_600_000),
+        ({"retention": "2h"}, 7_200_000),
+        ({"retention": "7d"}, 604_800_000),
+    ],
+)
+def test_the_retention_is_a_day_unless_said_or_cut_by_the_maximum(flags: dict[str, str], retention: int) -> None:
+    """Completed transactions are remembered as long as set, else 24 hours, else the shorter maximum."""
+    settings = load_settings(flags)
+    assert settings.retention_under(settings.max_ttl) == retention
+
+
+@pytest.mark.parametrize(("text", "size"), [("1", 1), ("4096", 4_096), ("1048576", 1_048_576)])
+def test_results_may_have_one_byte_to_one_mebibyte(text: str, size: int) -> None:
+    """The limit of a result is a number of bytes, and 4096 when nobody says."""
+    assert load_settings({"max_result_bytes": text}).max_result_bytes == size
+    assert load_settings().max_result_bytes == 4_096
+
+
+def test_the_policy_file_is_a_setting_like_any_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its path comes from flag, environment or settings file, and an empty variable names none."""
+    file = tmp_path / "settings.toml"
+    file.write_text('policy_file = "/etc/dedup/policies.toml"\n')
+    assert load_settings(config_file=file).policy_file == Path("/etc/dedup/policies.toml")
+    assert load_settings({"policy_file": "here.toml"}, file).policy_file == Path("here.toml")
+    monkeypatch.setenv("DEDUP_POLICY_FILE", "")
+    assert load_settings().policy_file is None
 
 
 @pytest.mark.parametrize("text", ['default_tll = "1s"', "default_ttl = "])

@@ -64,6 +64,7 @@ BAD: dict[str, tuple[str, Callable[[str], Claim], str]] = {
     ),
     "long claimant": ("claimant", lambda u: Claim(transaction_id=u, claimant="é" * 129), "256 bytes"),
     "claimant with controls": ("claimant", lambda u: Claim(transaction_id=u, claimant="a\tb"), "U+0009"),
+    "long wait": ("wait", lambda u: Claim(transaction_id=u, wait=Duration(seconds=301)), "maximum of 300s"),
     "negative wait": ("wait", lambda u: Claim(transaction_id=u, wait=Duration(seconds=-1)), "negative"),
 }
 

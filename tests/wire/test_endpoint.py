@@ -2,31 +2,28 @@
 
 import io
 import json
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from typing import Any
 
 import grpc
 import pytest
-import structlog
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from dedup.v1 import dedup_pb2, dedup_pb2_grpc
+from dedup.v1 import dedup_pb2
 from dedup_service.claims import (
     Applied,
-    ClaimService,
-    Policy,
+    Completion,
+    Extension,
+    Release,
     StoreRefused,
     StoreUnavailable,
     Transaction,
     UnreadableValue,
 )
-from dedup_service.servicer.admission import Admission
-from dedup_service.servicer.dedup_servicer import DedupServicer, generic_handler
 from dedup_service.servicer.error_table import RETRY_AFTER_MS
-from dedup_service.telemetry.call_log import CallLog
 from harness.claims import a_claim
+from harness.in_process import serving
 
 SECRET = "redis://:hunter2@10.0.0.1"
 
@@ -54,27 +51,21 @@ class FailingStore:
             raise self._answer
         return self._answer
 
-    async def get(self, _: str, __: str) -> Transaction | None:
+    async def complete(self, _: Completion) -> Transaction | None:
         """Raise or answer."""
         return await self.claim(a_claim("x"), None)
 
+    async def release(self, _: Release) -> bool:
+        """Raise or answer."""
+        return await self.claim(a_claim("x"), None) is not None
 
-@asynccontextmanager
-async def serving(store: FailingStore, log: io.StringIO) -> AsyncIterator["dedup_pb2_grpc.DedupServiceAsyncStub"]:
-    """Yield a stub of an in-process server over a store."""
-    logger = structlog.wrap_logger(
-        structlog.WriteLogger(log),
-        processors=[structlog.processors.format_exc_info, structlog.processors.JSONRenderer()],
-        wrapper_class=structlog.BoundLogger,
-    )
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
-    servicer = DedupServicer(ClaimService(store, Policy(60_000, 60_000)))
-    server.add_generic_rpc_handlers((generic_handler(servicer, CallLog(logger, plain_ids=False), Admission()),))
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        yield dedup_pb2_grpc.DedupServiceStub(channel)
-    await server.stop(None)
+    async def extend(self, _: Extension) -> Transaction | None:
+        """Raise or answer."""
+        return await self.claim(a_claim("x"), None)
+
+    async def get(self, _: str, __: str) -> Transaction | None:
+        """Raise or answer."""
+        return await self.claim(a_claim("x"), None)
 
 
 CASES: dict[str, tuple[Callable[[], Exception], grpc.StatusCode, str, str, bool]] = {

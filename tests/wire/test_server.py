@@ -77,7 +77,9 @@ def test_health_follows_redis(start_service: StartService, tmp_path: Path, uniqu
         wait_until(lambda: health_of(service, "") == NOT_SERVING, what="NOT_SERVING")
         redis_server.resume()
         wait_until(lambda: health_of(service, "dedup.v1.DedupService") == SERVING, what="SERVING again")
-        assert [len(service.events(name)) for name in ("store_ready", "store_not_ready")] == [2, 2]
+        # Health is told before the log.
+        wait_until(lambda: len(service.events("store_ready")) == 2, what="the log line")
+        assert len(service.events("store_not_ready")) == 2
     finally:
         redis_server.stop()
 

@@ -9,9 +9,10 @@ Four rules for every caller:
  3. A duplicate is an expected outcome in an OK reply; an error means that the question was not answered.
  4. Answer your own caller 409 for a duplicate, and 503 (never 409) when this service is unavailable.
 
-Every error carries google.rpc.ErrorInfo with the domain "dedup.v1", a stable reason, and the metadata entry
-"applied": "no" when the call certainly changed nothing, "unknown" when it may have. Errors that a retry may mend
-also carry google.rpc.RetryInfo; invalid arguments carry google.rpc.BadRequest with a violation for each field.
+Every error of the service carries google.rpc.ErrorInfo with the domain "dedup.v1", a stable reason, and the metadata
+entry "applied": "no" when the call certainly changed nothing, "unknown" when it may have. Errors that a retry may
+mend also carry google.rpc.RetryInfo; invalid arguments carry google.rpc.BadRequest with a violation for each field.
+An error without ErrorInfo was made by gRPC itself, such as the caller's own deadline: read it as "unknown".
 """
 
 from collections import abc as _abc

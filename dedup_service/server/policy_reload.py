@@ -1,0 +1,55 @@
+"""SIGHUP: the policy file is read anew, and whatever is in it, the server goes on."""
+
+import asyncio
+import signal
+from typing import Any
+
+from dedup_service.claims import ClaimService, Policies
+from dedup_service.server.policy_file import load_policies
+from dedup_service.settings import BadSettings, Settings
+
+
+class PolicyReload:
+    """Rereads the policy file at SIGHUP, one reading at a time; from its making on the signal ends nothing."""
+
+    def __init__(self, settings: Settings, log: Any) -> None:  # noqa: ANN401 - as in logs.logger
+        self._settings = settings
+        self._log = log
+        self._asked = asyncio.Event()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._asked.set)
+
+    def log_loaded(self, claims: ClaimService) -> None:
+        """Write what applies now and what shadow mode has let through so far; nothing without a policy file."""
+        if self._settings.policy_file is None:
+            return
+        self._log.info(
+            "policy_loaded",
+            file=str(self._settings.policy_file),
+            namespaces=sorted(claims.policies.namespaces),
+            allow_unknown_namespaces=claims.policies.allow_unknown,
+            shadow_duplicates=dict(claims.shadow_duplicates),
+        )
+
+    async def follow(self, claims: ClaimService) -> None:
+        """Give `claims` the rules of every new version of the file, for ever; cancelled at the shutdown.
+
+        A file that is not usable changes nothing, and the log says why.
+        """
+        while True:
+            await self._asked.wait()
+            # Before the reading, since a signal during it is about a file that may be newer than what was read.
+            self._asked.clear()
+            await self._reload(claims)
+
+    async def _reload(self, claims: ClaimService) -> None:
+        if self._settings.policy_file is None:
+            self._log.info("policy_none", message="SIGHUP changes nothing: no policy file is set")
+            return
+        try:
+            # In a thread, since calls must not wait for a slow disk.
+            policies: Policies = await asyncio.to_thread(load_policies, self._settings)
+        except BadSettings as error:
+            self._log.error("policy_kept", file=str(self._settings.policy_file), message=str(error))
+            return
+        claims.policies = policies
+        self.log_loaded(claims)

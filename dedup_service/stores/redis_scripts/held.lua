@@ -1,0 +1,57 @@
+-- Put before each of the other scripts. Field numbers are those of the stored value, counted from 1:
+-- version, token, claimant, claim time, expire time, state, fingerprint, completion time, result.
+
+local IN_PROGRESS, COMPLETED = 1, 2
+
+-- How many bytes after the first say the length of a msgpack bin 8, bin 16 and bin 32.
+local BIN_LENGTH = {[0xc4] = 1, [0xc5] = 2, [0xc6] = 4}
+
+-- Returns where the object at `offset` ends, and the object. Redis' cmsgpack knows no bin, which fingerprint and result
+-- are.
+local function unpack_at(value, offset)
+  assert(offset < #value)
+  local length = BIN_LENGTH[string.byte(value, offset + 1)]
+  if not length then
+    local ends, object = cmsgpack.unpack_one(value, offset)
+    -- At the end of its input unpack_one says -1.
+    return ends < 0 and #value or ends, object
+  end
+  local size = 0
+  for position = offset + 2, offset + 1 + length do
+    size = size * 256 + string.byte(value, position)
+  end
+  local begins = offset + 1 + length
+  assert(begins + size <= #value)
+  return begins + size, string.sub(value, begins + 1, begins + size)
+end
+
+-- Returns the stored value, its first nine fields, and the offset at which each of them begins (the tenth is where the
+-- ninth ends), when `token` holds the key; nil when nobody holds it, or somebody else does. Raises for a value that this
+-- version cannot read. Scripts put a new value together from slices of the old one, so that fields which a newer
+-- version added at the end stay as they are.
+local function held(key, token)
+  local value = redis.call('GET', key)
+  local first = value and string.byte(value, 1)
+  -- Only an array that begins with a number was written by this service.
+  if not first or first < 0x91 or (first > 0x9f and first ~= 0xdc) then
+    return nil
+  end
+  local understood, offset, version = pcall(unpack_at, value, 1)
+  if first == 0xdc or (understood and type(version) == 'number' and version ~= 1) then
+    error({err = 'VALUE_VERSION_UNKNOWN'})
+  end
+  if not understood or type(version) ~= 'number' then
+    return nil
+  end
+  local fields, begins = {version}, {1, offset}
+  for number = 2, 9 do
+    understood, begins[number + 1], fields[number] = pcall(unpack_at, value, begins[number])
+    if not understood then
+      error({err = 'VALUE_DAMAGED'})
+    end
+  end
+  if fields[2] ~= token then
+    return nil
+  end
+  return value, fields, begins
+end

@@ -1,0 +1,32 @@
+"""A server in the process of the test, over a store that the test brings."""
+
+import io
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+import structlog
+
+from dedup.v1 import dedup_pb2_grpc
+from dedup_service.claims import ClaimService, ClaimStore, Policies, Policy
+from dedup_service.servicer.admission import Admission
+from dedup_service.servicer.dedup_servicer import DedupServicer, generic_handler
+from dedup_service.telemetry.call_log import CallLog
+
+
+@asynccontextmanager
+async def serving(store: ClaimStore, log: io.StringIO) -> AsyncIterator["dedup_pb2_grpc.DedupServiceAsyncStub"]:
+    """Yield a stub of an in-process server over a store."""
+    logger = structlog.wrap_logger(
+        structlog.WriteLogger(log),
+        processors=[structlog.processors.format_exc_info, structlog.processors.JSONRenderer()],
+        wrapper_class=structlog.BoundLogger,
+    )
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    servicer = DedupServicer(ClaimService(store, Policies(Policy(60_000, 60_000, 60_000))))
+    server.add_generic_rpc_handlers((generic_handler(servicer, CallLog(logger, plain_ids=False), Admission()),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield dedup_pb2_grpc.DedupServiceStub(channel)
+    await server.stop(None)

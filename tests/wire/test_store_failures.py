@@ -1,0 +1,105 @@
+"""Every way in which Redis can fail to answer a claim, as the caller sees it over gRPC.
+
+Protection in each case: the table of refusals in the store and the table of errors in the servicer. Whatever happens,
+the answer is an error that says whether the claim was made: never CLAIMED, never DUPLICATE, and never a second SET.
+"""
+
+import io
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from dedup.v1 import dedup_pb2
+from dedup_service.stores import make_store
+from harness.in_process import serving
+from harness.polling import eventually
+from harness.scripted_redis import Behaviour, ScriptedRedis, says, says_and_hangs_up
+
+UNAVAILABLE, FAILED_PRECONDITION = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.FAILED_PRECONDITION
+
+REFUSALS: dict[bytes, tuple[grpc.StatusCode, str, str]] = {
+    b"OOM command not allowed when used memory > 'maxmemory'.": (UNAVAILABLE, "STORE_OUT_OF_MEMORY", "no"),
+    b"READONLY You can't write against a read only replica.": (UNAVAILABLE, "STORE_READ_ONLY", "no"),
+    b"LOADING Redis is loading the dataset in memory": (UNAVAILABLE, "STORE_LOADING", "no"),
+    b"MASTERDOWN Link with MASTER is down": (UNAVAILABLE, "STORE_MASTER_DOWN", "no"),
+    b"CLUSTERDOWN Hash slot not served": (UNAVAILABLE, "STORE_CLUSTER_DOWN", "no"),
+    b"NOAUTH Authentication required.": (UNAVAILABLE, "STORE_NOT_AUTHENTICATED", "no"),
+    b"NOPERM User x has no permissions to run the 'set' command": (UNAVAILABLE, "STORE_NOT_PERMITTED", "no"),
+    b"BUSY Redis is busy running a script.": (UNAVAILABLE, "STORE_BUSY", "no"),
+    b"MISCONF Redis is configured to save RDB snapshots": (UNAVAILABLE, "STORE_MISCONFIGURED", "no"),
+    b"NOREPLICAS Not enough good replicas to write.": (UNAVAILABLE, "STORE_TOO_FEW_REPLICAS", "no"),
+    b"MOVED 3999 127.0.0.1:6381": (UNAVAILABLE, "STORE_MOVED", "no"),
+    b"WRONGTYPE Operation against a key holding the wrong kind of value": (
+        *(FAILED_PRECONDITION, "KEY_OF_ANOTHER_TYPE", "no"),
+    ),
+    b"ERR syntax error": (UNAVAILABLE, "STORE_ERROR", "unknown"),
+    b"UPSTREAM-FAILURE of some proxy": (UNAVAILABLE, "STORE_ERROR", "unknown"),
+}
+
+FAULTS: dict[str, tuple[Behaviour, str]] = {
+    "nonsense": (says(b"HTTP/1.1 400 Bad Request\r\n\r\n"), "STORE_PROTOCOL_ERROR"),
+    "a number": (says(b":1\r\n"), "STORE_PROTOCOL_ERROR"),
+    "an array": (says(b"*1\r\n$1\r\nx\r\n"), "STORE_PROTOCOL_ERROR"),
+    "half a reply, then silence": (says(b"$10\r\nabc"), "STORE_TIMEOUT"),
+    "half a reply, then the end": (says_and_hangs_up(b"$10\r\nabc"), "STORE_CONNECTION_LOST"),
+    "silence": (says(b""), "STORE_TIMEOUT"),
+    "the end": (says_and_hangs_up(b""), "STORE_CONNECTION_LOST"),
+}
+
+
+@asynccontextmanager
+async def claiming(behaviour: Behaviour) -> AsyncIterator[tuple[grpc.aio.AioRpcError, ScriptedRedis]]:
+    """Claim through a service over a Redis of this behaviour, and yield the error with which that ended."""
+    async with ScriptedRedis(behaviour) as server:
+        store = make_store(server.url, key_layout="prefixed", key_prefix="dedup:", timeout_ms=300)
+        await store.open()
+        try:
+            async with serving(store, io.StringIO()) as stub:
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await stub.ClaimTransaction(dedup_pb2.ClaimTransactionRequest(transaction_id="x"))
+                yield caught.value, server
+        finally:
+            await store.close()
+
+
+def assert_told(error: grpc.aio.AioRpcError, code: grpc.StatusCode, reason: str, applied: str) -> None:
+    """Fail unless the error says so, with advice to retry where that may help."""
+    status = rpc_status.from_call(error)
+    assert status is not None
+    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+    assert status.details[0].Unpack(info)
+    assert (error.code(), info.reason, info.metadata["applied"]) == (code, reason, applied)
+    assert [detail.Unpack(retry) for detail in status.details[1:]] == ([True] if code is UNAVAILABLE else [])
+
+
+@pytest.mark.parametrize("reply", REFUSALS, ids=lambda reply: reply.split()[0].decode())
+async def test_every_error_reply_has_its_place(reply: bytes) -> None:
+    """An error reply of Redis becomes its code, reason and applied; its text, which may quote a token, goes nowhere."""
+    async with claiming(says(b"-%b\r\n" % reply)) as (error, server):
+        assert_told(error, *REFUSALS[reply])
+        assert reply.partition(b" ")[2].decode() not in repr(error)
+        assert server.sets == 1
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_every_fault_of_the_connection_is_doubt(fault: str) -> None:
+    """Whatever comes instead of a reply, or nothing, is UNAVAILABLE and says that the claim may have been made."""
+    behaviour, reason = FAULTS[fault]
+    async with claiming(behaviour) as (error, server):
+        assert_told(error, UNAVAILABLE, reason, "unknown")
+        assert server.sets == 1
+
+
+@pytest.mark.parametrize("reply", [b"READONLY x", b"NOAUTH x", b"MASTERDOWN x"])
+async def test_a_connection_to_the_wrong_server_is_replaced(reply: bytes) -> None:
+    """After a refusal that shows another server behind the address, claims go over a new connection."""
+    async with claiming(says(b"-%b\r\n" % reply)) as (_, server):
+
+        async def connected_again() -> bool:
+            return server.connections >= 2
+
+        await eventually(connected_again, what="a new connection")
