@@ -5,8 +5,11 @@ import sys
 import typer
 
 from dedup_service.cli.ask import claim, get
+from dedup_service.cli.batch import batch
 from dedup_service.cli.healthcheck import healthcheck
+from dedup_service.cli.hold import complete, extend, release
 from dedup_service.cli.serve import serve_command, version_option
+from dedup_service.cli.watch import watch
 from dedup_service.settings import BadSettings
 
 app = typer.Typer(
@@ -22,6 +25,11 @@ app.callback()(version_option)
 app.command("serve")(serve_command())
 app.command("claim")(claim)
 app.command("get")(get)
+app.command("complete")(complete)
+app.command("release")(release)
+app.command("extend")(extend)
+app.command("watch")(watch)
+app.command("batch")(batch)
 app.command("healthcheck")(healthcheck)
 
 

@@ -7,7 +7,8 @@ import grpc
 import typer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from dedup_service.cli.channel import AsJson, Target, Timeout, duration_option, fail, open_channel
+from dedup_service.cli.channel import fail, open_channel
+from dedup_service.cli.options import AsJson, Target, Timeout, milliseconds_option
 
 
 def healthcheck(
@@ -18,7 +19,7 @@ def healthcheck(
     as_json: AsJson = False,
 ) -> None:
     """Ask a server whether it is serving: exit code 0 if so, 1 if not."""
-    timeout_ms = duration_option("timeout", timeout)
+    timeout_ms = milliseconds_option("timeout", timeout)
     with open_channel(target) as channel:
         try:
             reply = health_pb2_grpc.HealthStub(channel).Check(

@@ -104,7 +104,11 @@ def _metavar(field: FieldInfo) -> str:
         words = [choice for choice in choices if isinstance(choice, str)]
         if words:
             return "|".join(words)
-    return "DURATION" if _is_duration(field) else "TEXT"
+        if Path in choices:
+            return "FILE"
+    if _is_duration(field):
+        return "DURATION"
+    return "INTEGER" if field.annotation is int else "TEXT"
 
 
 def _say_nothing(_: Sequence[str]) -> None:

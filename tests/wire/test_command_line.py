@@ -1,13 +1,23 @@
 """The command line against a real server: what it prints, and its exit codes."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner, Result
 
 from dedup_service import __version__
+from dedup_service.cli import app
 from dedup_service.settings import Settings
 from harness.processes import ServiceProcess, free_port, run_command
+
+
+def run_here(*arguments: str) -> Result:
+    """Run `dedup-service` with these arguments in this process, which saves its start."""
+    result = CliRunner().invoke(app, arguments)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
 
 
 def test_claim_says_claimed_then_duplicate(service: ServiceProcess, unique: str) -> None:
@@ -23,44 +33,82 @@ def test_claim_says_claimed_then_duplicate(service: ServiceProcess, unique: str)
 
 def test_claim_repeats_with_its_token(service: ServiceProcess, unique: str) -> None:
     """`claim --token` recognises its own earlier attempt."""
-    first = run_command("claim", unique, "--target", service.target, "--json")
+    first = run_here("claim", unique, "--target", service.target, "--json")
     token = json.loads(first.stdout)["claim_token"]
-    again = run_command("claim", unique, "--target", service.target, f"--token={token}")
-    assert (again.returncode, again.stdout.splitlines()[0]) == (0, "CLAIMED (replayed)")
+    again = run_here("claim", unique, "--target", service.target, f"--token={token}")
+    assert (again.exit_code, again.stdout.splitlines()[0]) == (0, "CLAIMED (replayed)")
 
 
 def test_json_output_is_one_object(service: ServiceProcess, unique: str) -> None:
     """`--json` prints one JSON object for outcomes and errors alike, with the names of the contract."""
-    claimed = run_command("claim", unique, "--target", service.target, "--json", "--namespace", "pay")
+    claimed = run_here("claim", unique, "--target", service.target, "--json", "--namespace", "pay")
     assert json.loads(claimed.stdout)["transaction"]["namespace"] == "pay"
-    found = run_command("get", unique, "--target", service.target, "--json", "--namespace", "pay")
+    found = run_here("get", unique, "--target", service.target, "--json", "--namespace", "pay")
     assert json.loads(found.stdout)["transaction"] == json.loads(claimed.stdout)["transaction"]
-    refused = run_command("claim", unique, "--target", service.target, "--json", "--ttl", "8d")
-    assert refused.returncode == 1
+    refused = run_here("claim", unique, "--target", service.target, "--json", "--ttl", "8d")
+    assert refused.exit_code == 1
     error = json.loads(refused.stdout)["error"]
     assert (error["code"], error["reason"], error["applied"]) == ("INVALID_ARGUMENT", "INVALID_REQUEST", "no")
 
 
 def test_another_fingerprint_exits_with_4(service: ServiceProcess, unique: str) -> None:
     """`claim --fingerprint` tells other work under the same id apart."""
-    run_command("claim", unique, "--target", service.target, "--fingerprint", "one")
-    other = run_command("claim", unique, "--target", service.target, "--fingerprint", "two")
-    assert (other.returncode, other.stdout.splitlines()[0]) == (4, "PAYLOAD_MISMATCH")
+    run_here("claim", unique, "--target", service.target, "--fingerprint", "one")
+    other = run_here("claim", unique, "--target", service.target, "--fingerprint", "two")
+    assert (other.exit_code, other.stdout.splitlines()[0]) == (4, "PAYLOAD_MISMATCH")
+
+
+def test_claim_waits_longer_than_its_timeout(service: ServiceProcess, unique: str) -> None:
+    """`claim --wait` gives the server that time on top of the timeout, and is told CLAIMED once the holder is gone."""
+    claim = ("claim", unique, "--target", service.target)
+    assert run_here(*claim, "--ttl", "1500ms").exit_code == 0
+    waited = run_here(*claim, "--timeout", "500ms", "--wait", "20s")
+    assert (waited.exit_code, waited.stdout.splitlines()[0]) == (0, "CLAIMED")
+    again = run_here(*claim, "--wait", "100ms", "--json")
+    assert (again.exit_code, json.loads(again.stdout)["outcome"]) == (3, "CLAIM_OUTCOME_DUPLICATE")
+
+
+def test_claim_marks_a_shadow_duplicate(
+    start_service: Callable[..., ServiceProcess], unique: str, tmp_path: Path
+) -> None:
+    """In shadow mode `claim` exits with 0 and says that enforce mode would have refused it."""
+    (tmp_path / "policies.toml").write_text('[namespaces.trial]\nmode = "shadow"\n')
+    store = f"sqlite://{tmp_path / 'claims.db'}"
+    service = start_service("--store-url", store, "--policy-file", str(tmp_path / "policies.toml"))
+    claim = ["claim", unique, "--target", service.target, "--namespace", "trial", "--claimant", "anna"]
+    first, second = (run_here(*claim) for _ in range(2))
+    assert first.stdout.splitlines()[0] == "CLAIMED"
+    assert (second.exit_code, second.stdout.splitlines()[0]) == (0, "CLAIMED (shadow duplicate)")
+    assert "in enforce mode this claim would have been refused" in second.stdout
+    counted = CliRunner().invoke(
+        app,
+        ["batch", "-", "--target", service.target, "--namespace", "trial", "--results", str(tmp_path / "results")],
+        input=unique,
+    )
+    assert (counted.exit_code, "claimed      1 (1 shadow duplicates)" in counted.stdout) == (0, True)
+    assert json.loads((tmp_path / "results").read_text())["shadow_duplicate"] is True
+
+
+def test_long_values_are_shown_whole(service: ServiceProcess, unique: str) -> None:
+    """An id that is wider than the terminal is neither cut nor broken."""
+    transaction_id = unique * 16
+    shown = run_here("claim", transaction_id, "--target", service.target)
+    assert f"  transaction  {transaction_id}\n" in shown.stdout
 
 
 def test_get_shows_or_says_that_nobody_holds_it(service: ServiceProcess, unique: str) -> None:
     """`get` exits with 0 and the transaction, or with 5."""
-    missing = run_command("get", unique, "--target", service.target)
-    assert (missing.returncode, "nobody holds" in missing.stdout) == (5, True)
-    run_command("claim", unique, "--target", service.target)
-    found = run_command("get", unique, "--target", service.target)
-    assert (found.returncode, "in progress" in found.stdout) == (0, True)
+    missing = run_here("get", unique, "--target", service.target)
+    assert (missing.exit_code, "nobody holds" in missing.stdout) == (5, True)
+    run_here("claim", unique, "--target", service.target)
+    found = run_here("get", unique, "--target", service.target)
+    assert (found.exit_code, "in progress" in found.stdout) == (0, True)
 
 
 def test_an_unreachable_server_is_doubt_with_advice(unique: str) -> None:
     """When no server answers, `claim` exits with 1 and says how to repeat the attempt."""
-    ended = run_command("claim", unique, "--target", f"127.0.0.1:{free_port()}", "--token", "token-of-sixteen")
-    assert ended.returncode == 1
+    ended = run_here("claim", unique, "--target", f"127.0.0.1:{free_port()}", "--token", "token-of-sixteen")
+    assert ended.exit_code == 1
     assert "UNAVAILABLE" in ended.stderr
     assert "--token=token-of-sixteen" in ended.stderr
 
@@ -68,16 +116,30 @@ def test_an_unreachable_server_is_doubt_with_advice(unique: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("claim", "x", "--ttl", "soon"), "'soon' is not a duration"),
-        (("claim", "x", "--timeout", "5"), "'5' is not a duration"),
+        (("claim", "x", "--ttl", "soon"), "--ttl: 'soon' is not a duration"),
+        (("claim", "x", "--timeout", "5"), "--timeout: '5' is not a duration"),
+        (("claim", "x", "--wait", "5"), "--wait: '5' is not a duration"),
+        (("claim", "a\udcff"), "ID: is not valid UTF-8"),
+    ],
+)
+def test_bad_usage_is_one_clear_sentence(arguments: tuple[str, ...], words: str) -> None:
+    """A bad flag ends the command with 2 and names itself."""
+    ended = run_here(*arguments)
+    assert ended.exit_code == 2
+    assert words in " ".join(ended.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
         (("claim", "a\udcff"), "not valid UTF-8"),
         (("serve", "--listen", "nowhere"), "DEDUP_LISTEN (--listen): 'nowhere' is no address"),
         (("serve", "--store-url", "postgres://x:secret@y"), "DEDUP_STORE_URL (--store-url): the store URL must begin"),
         (("serve", "--key-layout", "flat"), "DEDUP_KEY_LAYOUT (--key-layout): Input should be 'prefixed' or 'raw'"),
     ],
 )
-def test_bad_usage_is_one_clear_sentence(arguments: tuple[str, ...], words: str) -> None:
-    """A bad flag ends the command with 1 or 2, names itself, and shows neither a traceback nor a password."""
+def test_a_bad_setting_is_one_clear_sentence(arguments: tuple[str, ...], words: str) -> None:
+    """A bad setting ends the command with 2, names itself, and shows neither a traceback nor a password."""
     ended = run_command(*arguments)
     assert ended.returncode == 2
     assert words in " ".join(ended.stderr.split())
@@ -103,11 +165,22 @@ def test_healthcheck_is_a_probe(service: ServiceProcess) -> None:
 
 def test_help_names_every_setting_with_its_default() -> None:
     """`serve --help` lists each setting as a flag, with its variable and its default."""
-    text = " ".join(run_command("serve", "--help").stdout.split())
+    text = " ".join(run_here("serve", "--help").stdout.split())
     for name in Settings.model_fields:
         assert f"--{name.replace('_', '-')}" in text
         assert f"[env: DEDUP_{name.upper()}]" in text
     assert text.count("[default: ") == len(Settings.model_fields)
+
+
+def test_help_names_every_command_and_its_exit_codes() -> None:
+    """`--help` lists the commands, and the help of each says its exit codes and the defaults of its options."""
+    text = run_here("--help").stdout
+    for name in ("claim", "get", "complete", "release", "extend", "watch", "batch"):
+        assert f"\n  {name} " in text
+        own = " ".join(run_here(name, "--help").stdout.split())
+        assert "Exit code 0: " in own
+        assert "[env: DEDUP_TARGET] [default: where the settings make `serve` listen]" in own
+        assert "--json" in own
 
 
 def test_version() -> None:
