@@ -144,6 +144,9 @@ class Settings(Listening):
         description="A TOML file of namespaces and what applies to each; SIGHUP rereads it.  "
         "[default: none, all namespaces are alike]",
     )
+    max_in_flight: int = Field(
+        2_000, gt=0, description="How many calls may be under way at a time; more are refused. Health is exempt."
+    )
     store_timeout: DurationMs = Field(1_000, description="How long to wait for one answer of the store.")
     shutdown_grace: DurationMs = Field(
         10_000, description="How long calls under way may take to end after SIGTERM or SIGINT."

@@ -53,7 +53,7 @@ async def serve(settings: Settings, announce: Callable[[Sequence[str]], None]) -
         await readiness.check()
         claims = ClaimService(store, policies, max_result_bytes=settings.max_result_bytes)
         call_log = CallLog(log, plain_ids=settings.log_transaction_ids == "plain")
-        admission = Admission()
+        admission = Admission(settings.max_in_flight)
         server = grpc.aio.server(options=_OPTIONS)
         server.add_generic_rpc_handlers((generic_handler(DedupServicer(claims), call_log, admission),))
         health_pb2_grpc.add_HealthServicer_to_server(readiness.servicer, server)

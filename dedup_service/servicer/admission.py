@@ -1,4 +1,4 @@
-"""The door of the server: counts the calls under way, and closes before the server does."""
+"""The door of the server: counts the calls under way, admits no more than it should, and closes before the server."""
 
 import asyncio
 
@@ -7,19 +7,26 @@ class ServerStopping(Exception):
     """The server is draining and took this call no further than its door."""
 
 
-class Admission:
-    """Admits calls until it is closed."""
+class TooManyCalls(Exception):
+    """As many calls as the server takes are under way; this one was taken no further than its door."""
 
-    def __init__(self) -> None:
+
+class Admission:
+    """Admits calls until it is closed, at most `limit` at a time. Health checks do not come through this door."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
         self._under_way = 0
         self._closed = False
         self._empty = asyncio.Event()
         self._empty.set()
 
     def enter(self) -> None:
-        """Count one call in; raise ServerStopping when the door is closed. Every `enter` needs its `leave`."""
+        """Count one call in, which needs its `leave`; raise ServerStopping or TooManyCalls."""
         if self._closed:
             raise ServerStopping("the server is shutting down: call another one, or try again")
+        if self._under_way >= self._limit:
+            raise TooManyCalls(f"{self._limit} calls are under way already: try again, or call another server")
         self._under_way += 1
         self._empty.clear()
 

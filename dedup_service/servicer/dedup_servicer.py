@@ -11,7 +11,7 @@ import grpc
 from dedup.v1 import dedup_pb2
 from dedup_service.claims import ClaimService, FieldViolation, InvalidRequest
 from dedup_service.servicer.admission import Admission
-from dedup_service.servicer.endpoint import Endpoint, Handler, TimeRemaining
+from dedup_service.servicer.endpoint import Endpoint, Handler
 from dedup_service.servicer.error_table import failure_of, new_incident
 from dedup_service.servicer.messages import (
     batched_claim_request,
@@ -27,8 +27,8 @@ from dedup_service.telemetry.logs import logger
 
 MAX_BATCH = 1_000
 
-# What the way back to the caller may take, of the time that the caller waits.
-_ANSWER_MARGIN_MS = 50
+# What the claim at the end of a wait may take, of the time that the caller waits.
+_LAST_CLAIM_MS = 50
 
 SERVICE_NAME = dedup_pb2.DESCRIPTOR.services_by_name["DedupService"].full_name
 
@@ -40,17 +40,16 @@ class DedupServicer:
         self._claims = claims
 
     async def claim_transaction(
-        self, request: dedup_pb2.ClaimTransactionRequest, time_remaining: TimeRemaining
+        self, request: dedup_pb2.ClaimTransactionRequest, budget_s: float | None
     ) -> dedup_pb2.ClaimTransactionResponse:
         """Serve ClaimTransaction."""
         claim = claim_request(request)
-        if claim.wait_ms > 0 and (remaining_s := time_remaining()) is not None:
-            # The answer at the end of the wait has to arrive before the caller has gone.
-            claim = replace(claim, wait_ms=max(0, min(claim.wait_ms, int(remaining_s * 1_000) - _ANSWER_MARGIN_MS)))
+        if claim.wait_ms > 0 and budget_s is not None:
+            claim = replace(claim, wait_ms=max(0, min(claim.wait_ms, int(budget_s * 1_000) - _LAST_CLAIM_MS)))
         return claim_response(await self._claims.claim(claim))
 
     async def complete_transaction(
-        self, request: dedup_pb2.CompleteTransactionRequest, _: TimeRemaining
+        self, request: dedup_pb2.CompleteTransactionRequest, _: float | None
     ) -> dedup_pb2.CompleteTransactionResponse:
         """Serve CompleteTransaction."""
         completed = await self._claims.complete(complete_request(request))
@@ -61,7 +60,7 @@ class DedupServicer:
         )
 
     async def release_transaction(
-        self, request: dedup_pb2.ReleaseTransactionRequest, _: TimeRemaining
+        self, request: dedup_pb2.ReleaseTransactionRequest, _: float | None
     ) -> dedup_pb2.ReleaseTransactionResponse:
         """Serve ReleaseTransaction."""
         released = await self._claims.release(release_request(request))
@@ -69,7 +68,7 @@ class DedupServicer:
         return dedup_pb2.ReleaseTransactionResponse(outcome=outcome)
 
     async def extend_transaction(
-        self, request: dedup_pb2.ExtendTransactionRequest, _: TimeRemaining
+        self, request: dedup_pb2.ExtendTransactionRequest, _: float | None
     ) -> dedup_pb2.ExtendTransactionResponse:
         """Serve ExtendTransaction."""
         extended = await self._claims.extend(extend_request(request))
@@ -80,14 +79,14 @@ class DedupServicer:
         )
 
     async def get_transaction(
-        self, request: dedup_pb2.GetTransactionRequest, _: TimeRemaining
+        self, request: dedup_pb2.GetTransactionRequest, _: float | None
     ) -> dedup_pb2.GetTransactionResponse:
         """Serve GetTransaction."""
         transaction = await self._claims.get(request.namespace, request.transaction_id)
         return dedup_pb2.GetTransactionResponse(transaction=transaction_message(transaction))
 
     async def batch_claim_transactions(
-        self, request: dedup_pb2.BatchClaimTransactionsRequest, _: TimeRemaining
+        self, request: dedup_pb2.BatchClaimTransactionsRequest, _: float | None
     ) -> dedup_pb2.BatchClaimTransactionsResponse:
         """Serve BatchClaimTransactions: all entries reach the store in one turn of the loop, in their order."""
         if not 1 <= len(request.requests) <= MAX_BATCH:
@@ -132,6 +131,7 @@ def generic_handler(servicer: DedupServicer, call_log: CallLog, admission: Admis
             outcome_of=_outcome_reader(method.output_type),
             call_log=call_log,
             admission=admission,
+            may_change=method.name != "GetTransaction",
         )
         methods[method.name] = grpc.unary_unary_rpc_method_handler(endpoint.serve)
     return grpc.method_handlers_generic_handler(SERVICE_NAME, methods)

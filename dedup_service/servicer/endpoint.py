@@ -3,14 +3,15 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import Generic, NoReturn
+from typing import Generic, NoReturn, cast
 
 import grpc
 from google.protobuf.message import Message
 
+from dedup_service.claims import Applied
 from dedup_service.servicer.admission import Admission
 from dedup_service.servicer.decoding import RequestT, decode_request
-from dedup_service.servicer.error_table import failure_of, new_incident
+from dedup_service.servicer.error_table import DeadlinePassed, DeadlineTooNear, failure_of, new_incident
 from dedup_service.telemetry.call_log import CallLog, CallRecord
 from dedup_service.telemetry.correlation import CORRELATION_HEADER, correlation_id
 
@@ -22,10 +23,11 @@ _CLOCK_TOLERANCE_S = 0.05
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
 
-# How many seconds the caller will still wait, None without a deadline.
-TimeRemaining = Callable[[], float | None]
+# What of the caller's time is kept for the way back: an error that says what it knows beats gRPC's own, which does not.
+ANSWER_MARGIN_S = 0.01
 
-Handler = Callable[[RequestT, TimeRemaining], Awaitable[Message]]
+# The request, and for how many seconds the caller will wait: None without a deadline.
+Handler = Callable[[RequestT, float | None], Awaitable[Message]]
 
 
 class Endpoint(Generic[RequestT]):
@@ -33,7 +35,8 @@ class Endpoint(Generic[RequestT]):
 
     Whatever the handler raises becomes the status that the error table says, with its details in the trailing metadata;
     the text of an unexpected exception goes to the log only. Every call gets one log line, a cancelled one as well, and
-    its correlation id in the trailing metadata.
+    its correlation id in the trailing metadata. A call is answered before its deadline, if with doubt: what its handler
+    asked of the store then runs to the store's own time-out.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class Endpoint(Generic[RequestT]):
         outcome_of: Callable[[Message], str],
         call_log: CallLog,
         admission: Admission,
+        may_change: bool = True,
     ) -> None:
         self._method = method
         self._request_type = request_type
@@ -52,6 +56,7 @@ class Endpoint(Generic[RequestT]):
         self._outcome_of = outcome_of
         self._call_log = call_log
         self._admission = admission
+        self._may_change = may_change
 
     async def serve(self, raw: bytes, context: Context) -> bytes:
         """Serve one call; a bound coroutine method is what gRPC recognises as asynchronous."""
@@ -63,14 +68,18 @@ class Endpoint(Generic[RequestT]):
             try:
                 request = decode_request(self._request_type, raw)
                 record.transaction_id = getattr(request, "transaction_id", "")
-                reply = await self._handler(request, context.time_remaining)
+                remaining = _time_remaining(context)
+                if remaining is None:
+                    reply = await self._handler(request, None)
+                else:
+                    reply = await self._handle_in_time(request, remaining)
             finally:
                 self._admission.leave()
             record.outcome = self._outcome_of(reply)
             context.set_trailing_metadata((trailer,))
             return reply.SerializeToString()
         except asyncio.CancelledError:
-            remaining = context.time_remaining()
+            remaining = _time_remaining(context)
             late = remaining is not None and remaining < _CLOCK_TOLERANCE_S
             record.code = "DEADLINE_EXCEEDED" if late else "CANCELLED"
             raise
@@ -79,6 +88,17 @@ class Endpoint(Generic[RequestT]):
         finally:
             record.duration = time.perf_counter() - begun
             self._call_log.write(record)
+
+    async def _handle_in_time(self, request: RequestT, remaining: float) -> Message:
+        budget = remaining - ANSWER_MARGIN_S
+        if budget <= 0:
+            raise DeadlineTooNear("the deadline is too near to ask the store: nothing was done, allow more time")
+        try:
+            async with asyncio.timeout(budget):
+                return await self._handler(request, budget)
+        except TimeoutError:
+            applied = Applied.UNKNOWN if self._may_change else Applied.NO
+            raise DeadlinePassed("the store did not answer before the deadline", applied) from None
 
     async def _refuse(
         self, error: Exception, record: CallRecord, trailer: tuple[str, str], context: Context
@@ -93,3 +113,8 @@ class Endpoint(Generic[RequestT]):
             record.exception = error
         details = (STATUS_DETAILS_KEY, failure.status().SerializeToString())
         await context.abort(failure.code, failure.message, (trailer, details))
+
+
+def _time_remaining(context: Context) -> float | None:
+    # The type stubs do not know that a call may have no deadline.
+    return cast("float | None", context.time_remaining())

@@ -16,12 +16,24 @@ from dedup_service.claims import (
     TransactionNotFound,
     UnreadableValue,
 )
-from dedup_service.servicer.admission import ServerStopping
+from dedup_service.servicer.admission import ServerStopping, TooManyCalls
 
 ERROR_DOMAIN = "dedup.v1"
 
 # Long enough for a reconnect or an election to get on, short enough for a user who waits.
 RETRY_AFTER_MS = 200
+
+
+class DeadlineTooNear(Exception):
+    """The caller would be gone before an answer could reach it, so nothing was asked of the store."""
+
+
+class DeadlinePassed(Exception):
+    """The caller's deadline came before the store's answer did."""
+
+    def __init__(self, message: str, applied: Applied) -> None:
+        super().__init__(message)
+        self.applied = applied
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +82,9 @@ _TABLE = {
     StoreUnavailable: _Row(grpc.StatusCode.UNAVAILABLE, retry_after_ms=RETRY_AFTER_MS),
     StoreRefused: _Row(grpc.StatusCode.UNAVAILABLE, "STORE_REFUSED"),
     UnreadableValue: _Row(grpc.StatusCode.FAILED_PRECONDITION),
+    TooManyCalls: _Row(grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_CALLS", RETRY_AFTER_MS),
+    DeadlineTooNear: _Row(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_TOO_NEAR"),
+    DeadlinePassed: _Row(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_PASSED"),
     ServerStopping: _Row(grpc.StatusCode.UNAVAILABLE, "SERVER_STOPPING", RETRY_AFTER_MS),
 }
 
