@@ -117,8 +117,9 @@ class Settings(Listening):
 
     store_url: SecretStr | None = Field(
         None,
-        description="Where claims are kept: redis://, rediss:// (TLS) or unix:// with [user:password@], or "
-        "sqlite:///path for the embedded store of this host alone.  [default: sqlite, in the state folder of the user]",
+        description="Where claims are kept: redis://, rediss:// (TLS), unix:// or redis+sentinel:// with "
+        "[user:password@], or sqlite:///path for the embedded store of this host alone.  "
+        "[default: sqlite, in the state folder of the user]",
     )
     require_store_url: bool = Field(
         False, description="Refuse to start without a store URL instead of using the embedded store."
@@ -148,6 +149,7 @@ class Settings(Listening):
         2_000, gt=0, description="How many calls may be under way at a time; more are refused. Health is exempt."
     )
     store_timeout: DurationMs = Field(1_000, description="How long to wait for one answer of the store.")
+    strict: bool = Field(False, description="Refuse to start when the doctor finds something critical about the store.")
     shutdown_grace: DurationMs = Field(
         10_000, description="How long calls under way may take to end after SIGTERM or SIGINT."
     )

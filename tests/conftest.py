@@ -29,6 +29,21 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProc
 
 
 @pytest.fixture
+def start_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., RedisProcess]]:
+    """Starts Redis servers with options of the test's own, and ends them with it."""
+    started: list[RedisProcess] = []
+
+    def start(*options: str, port: int = 0) -> RedisProcess:
+        server = RedisProcess(tmp_path_factory.mktemp("redis"), *options)
+        started.append(server)
+        return server.start(port)
+
+    yield start
+    for server in started:
+        server.stop()
+
+
+@pytest.fixture
 def redis_client(redis_server: RedisProcess) -> Iterator[redis.Redis]:
     """A plain client, to look at what the service wrote and to be the service's neighbour."""
     with redis.Redis(port=redis_server.port, protocol=2) as client:

@@ -1,26 +1,20 @@
-"""Keeps one channel to Redis open: connects, checks the server, and connects again with growing, jittered pauses.
+"""Keeps one channel to Redis open: connects, and connects again with growing, jittered pauses.
 
 While Redis is away callers fail at once instead of queueing up, and the first attempt that succeeds serves them again.
-redis-py makes the connection (TLS, AUTH, database); its retries, notifications and client announcements are off.
+Which server to connect to is asked anew each time, so that a failover needs nobody's help.
 """
 
 import asyncio
 import contextlib
 import random
-import re
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
-from redis import exceptions
-from redis.asyncio.connection import AbstractConnection, Connection, SSLConnection, UnixDomainSocketConnection
+from redis.asyncio.connection import AbstractConnection
 
 from dedup_service.claims import Applied, StoreRefused, StoreUnavailable
 from dedup_service.stores.redis_channel import RedisChannel
+from dedup_service.stores.redis_connection import new_connection, shake_hands
 from dedup_service.stores.redis_url import RedisTarget
-
-MINIMUM_REDIS = (7, 0)
-
-_VERSION = re.compile(r"(\d+)\.(\d+)[.\d]*")
 
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 0.5
@@ -28,11 +22,35 @@ _LONGEST_PAUSE_S = 0.5
 _SETTLED_S = 1.0
 
 
-class RedisLink:
-    """The way to one Redis server, across any number of connections, one at a time."""
+class RedisLocator(Protocol):
+    """Knows which server takes the claims now."""
 
-    def __init__(self, target: RedisTarget, timeout_ms: int) -> None:
+    async def locate(self) -> RedisTarget:
+        """Return the server; raise StoreUnavailable (never applied) when nobody knows it, and StoreRefused."""
+
+    @property
+    def recheck_s(self) -> float | None:
+        """How often to ask again while connected, in seconds; None where the answer never changes."""
+
+
+class FixedServer:
+    """The locator of a server that the URL itself names."""
+
+    recheck_s = None
+
+    def __init__(self, target: RedisTarget) -> None:
         self._target = target
+
+    async def locate(self) -> RedisTarget:
+        """Return that server."""
+        return self._target
+
+
+class RedisLink:
+    """The way to the Redis server that takes the claims, across any number of connections, one at a time."""
+
+    def __init__(self, locator: RedisLocator, timeout_ms: int) -> None:
+        self._locator = locator
         self._timeout_ms = timeout_ms
         self._keeper: asyncio.Task[None] | None = None
         self._disposals: set[asyncio.Task[None]] = set()
@@ -87,15 +105,19 @@ class RedisLink:
         try:
             while True:
                 try:
-                    self.channel = await self._connect()
+                    target = await self._locator.locate()
+                    self.channel = await self._connect(target)
                 except (StoreUnavailable, StoreRefused) as failure:
                     self._failure = failure
+                except Exception as error:  # noqa: BLE001 - a keeper that died would leave every caller waiting
+                    sentence = f"connecting to Redis failed in an unexpected way: {type(error).__name__}"
+                    self._failure = StoreUnavailable("STORE_UNREACHABLE", sentence, Applied.NO)
                 else:
                     self._failure = None
                 self._attempted.set()
                 if self.channel is not None:
                     since = loop.time()
-                    failure_of_channel = await self.channel.lost
+                    failure_of_channel = await self._until_lost(self.channel, target)
                     self.channel = None
                     if loop.time() - since >= _SETTLED_S:
                         pause_s = _FIRST_PAUSE_S
@@ -109,10 +131,28 @@ class RedisLink:
                 self.channel.connection_lost(None)
                 self.channel = None
 
-    async def _connect(self) -> RedisChannel:
-        connection = _new_connection(self._target, self._timeout_ms / 1000)
+    async def _until_lost(self, channel: RedisChannel, target: RedisTarget) -> StoreUnavailable:
+        watch = asyncio.get_running_loop().create_task(self._leave_when_moved(channel, target))
         try:
-            await self._handshake(connection)
+            return await channel.lost
+        finally:
+            watch.cancel()
+            await asyncio.wait({watch})
+
+    async def _leave_when_moved(self, channel: RedisChannel, target: RedisTarget) -> None:
+        while self._locator.recheck_s is not None:
+            await asyncio.sleep(self._locator.recheck_s)
+            # A server that still answers is not left because nobody can say where it is.
+            with contextlib.suppress(StoreUnavailable, StoreRefused):
+                if await self._locator.locate() != target:
+                    # Not drained first: what a deposed server still says is doubt, since nobody keeps what it stores.
+                    channel.connection_lost(ConnectionError(f"{target} is not the master any more"))
+                    return
+
+    async def _connect(self, target: RedisTarget) -> RedisChannel:
+        connection = new_connection(target, self._timeout_ms / 1000)
+        try:
+            await shake_hands(connection, target)
         except BaseException:
             await connection.disconnect(nowait=True)
             raise
@@ -127,72 +167,3 @@ class RedisLink:
         disposal = asyncio.get_running_loop().create_task(connection.disconnect(nowait=True))
         self._disposals.add(disposal)
         disposal.add_done_callback(self._disposals.discard)
-
-    async def _handshake(self, connection: AbstractConnection) -> None:
-        try:
-            await connection.connect()  # type: ignore[no-untyped-call]
-            await self._check_server(connection)
-            if await connection.can_read():
-                raise StoreUnavailable("STORE_PROTOCOL_ERROR", "Redis sent a reply that nobody asked for", Applied.NO)
-        except exceptions.AuthenticationError as error:
-            raise StoreUnavailable(
-                "STORE_NOT_AUTHENTICATED",
-                f"Redis at {self._target} refused the user name or password of the store URL: {error}",
-                Applied.NO,
-            ) from error
-        except exceptions.NoPermissionError as error:
-            raise StoreUnavailable(
-                "STORE_NOT_PERMITTED", f"the Redis user of the store URL lacks a right: {error}", Applied.NO
-            ) from error
-        except (exceptions.RedisError, OSError) as error:
-            raise StoreUnavailable(
-                "STORE_UNREACHABLE", f"Redis at {self._target} cannot be reached: {error}", Applied.NO
-            ) from error
-
-    async def _check_server(self, connection: AbstractConnection) -> None:
-        await connection.send_command("INFO", "server")
-        try:
-            info = parse_info(await connection.read_response())
-        except exceptions.ResponseError:
-            # Where INFO is forbidden or renamed, a server that is too old shows itself by refusing the first claim.
-            return
-        if info.get("redis_mode") == "sentinel":
-            raise StoreRefused(f"{self._target} is a Redis Sentinel, which holds no data: name the Redis server itself")
-        version = _VERSION.match(info.get("redis_version", ""))
-        if version is not None and (int(version[1]), int(version[2])) < MINIMUM_REDIS:
-            raise StoreRefused(
-                f"Redis at {self._target} has version {version[0]}, and a claim needs SET with NX and GET together: "
-                "use Redis 7.0 or newer, or Valkey 7.2 or newer"
-            )
-
-
-def parse_info(reply: bytes) -> dict[str, str]:
-    """Return the fields of a reply to INFO."""
-    lines = (line.partition(":") for line in reply.decode(errors="replace").splitlines() if not line.startswith("#"))
-    return {name: value for name, colon, value in lines if colon}
-
-
-def _new_connection(target: RedisTarget, timeout_s: float) -> AbstractConnection:
-    options: dict[str, Any] = {
-        "db": target.db,
-        "username": target.username or None,
-        "password": target.password or None,
-        "socket_timeout": timeout_s,
-        "socket_connect_timeout": timeout_s,
-        # RESP2 needs no HELLO, which old proxies break on, and knows no push messages.
-        "protocol": 2,
-        "driver_info": None,
-        "retry": None,
-        "retry_on_timeout": False,
-        "health_check_interval": 0,
-    }
-    make: Callable[..., AbstractConnection] = Connection
-    if target.socket_path:
-        make = UnixDomainSocketConnection
-        options["path"] = target.socket_path
-    else:
-        options |= {"host": target.host, "port": target.port}
-        if target.tls:
-            make = SSLConnection
-            options |= target.tls_files
-    return make(**options)

@@ -7,7 +7,7 @@ import fakeredis
 import hiredis
 from redis import exceptions
 
-from dedup_service.stores.redis_link import RedisLink
+from dedup_service.stores.redis_link import FixedServer, RedisLink
 from dedup_service.stores.redis_url import RedisTarget
 
 
@@ -15,7 +15,7 @@ class FakeredisLink(RedisLink):
     """A link and its channel in one, which runs each command on an in-process stand-in."""
 
     def __init__(self) -> None:
-        super().__init__(RedisTarget(), timeout_ms=1_000)
+        super().__init__(FixedServer(RedisTarget()), timeout_ms=1_000)
         self._client = fakeredis.FakeAsyncRedis(protocol=2)
         self.channel: Any = self
 

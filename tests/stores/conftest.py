@@ -1,6 +1,6 @@
 """Opened stores of every kind, for the contract suite and for what is particular to one of them."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,9 +11,18 @@ from dedup_service.stores.keys import prefixed_layout
 from dedup_service.stores.redis_store import RedisStore
 from harness.fakeredis_link import FakeredisLink
 from harness.processes import RedisProcess
+from harness.sentinel import SentinelProcess, sentinel_url
 
 
-@pytest.fixture(params=["redis", "redis-unix-socket", "fakeredis", "sqlite"])
+@pytest.fixture(scope="session")
+def sentinel(redis_server: RedisProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SentinelProcess]:
+    """A Sentinel that watches the Redis of this test worker."""
+    process = SentinelProcess(tmp_path_factory.mktemp("sentinel") / "one", redis_server.port)
+    yield process.start()
+    process.stop()
+
+
+@pytest.fixture(params=["redis", "redis-unix-socket", "redis-by-sentinel", "fakeredis", "sqlite"])
 async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[ClaimStore]:
     """An opened store of each kind, in the prefixed layout."""
     opened: ClaimStore
@@ -22,6 +31,8 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
     else:
         if request.param == "sqlite":
             url = f"sqlite://{tmp_path / 'claims.db'}"
+        elif request.param == "redis-by-sentinel":
+            url = sentinel_url(request.getfixturevalue("sentinel").port, rest="/mymaster/2")
         else:
             server: RedisProcess = request.getfixturevalue("redis_server")
             url = server.url if request.param == "redis" else f"unix://{server.socket_path}?db=1"

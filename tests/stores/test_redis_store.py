@@ -26,8 +26,11 @@ from dedup_service.claims import (
 )
 from dedup_service.stores import make_store
 from dedup_service.stores import redis_channel as channel_module
+from dedup_service.stores.keys import prefixed_layout
+from dedup_service.stores.redis_link import FixedServer, RedisLink
 from dedup_service.stores.redis_scripts import COMPLETE, EXTEND, RELEASE
 from dedup_service.stores.redis_store import RedisStore
+from dedup_service.stores.redis_url import RedisTarget, parse_redis_url
 from harness.claims import a_claim
 from harness.fault_proxy import FaultProxy
 from harness.polling import eventually
@@ -397,6 +400,32 @@ async def test_a_redis_that_comes_later_is_used_by_itself(
     assert (caught.value.reason, caught.value.applied) == ("STORE_UNREACHABLE", Applied.NO)
     own_redis.start(port)
     assert await answered(service_over(store), ClaimRequest(unique)) is ClaimOutcome.CLAIMED
+
+
+async def test_a_fault_of_ours_while_connecting_leaves_nobody_waiting(redis_server: RedisProcess, unique: str) -> None:
+    """When connecting fails in a way that nobody thought of, callers are refused, and it is tried again.
+
+    Protection: the keeper of the connection outlives whatever an attempt raises.
+    """
+    target = parse_redis_url(redis_server.url)
+    attempts = 0
+
+    class Forgetful(FixedServer):
+        async def locate(self) -> RedisTarget:
+            nonlocal attempts
+            attempts += 1
+            if attempts <= 2:
+                raise KeyError("hunter2")
+            return await super().locate()
+
+    store = RedisStore(RedisLink(Forgetful(target), timeout_ms=5_000), prefixed_layout("dedup:"), "forgetful")
+    await store.open()
+    with pytest.raises(StoreUnavailable) as caught:
+        await store.claim(a_claim(unique), 60_000)
+    assert (caught.value.reason, caught.value.applied) == ("STORE_UNREACHABLE", Applied.NO)
+    assert "hunter2" not in str(caught.value)
+    assert await answered(service_over(store), ClaimRequest(unique)) is ClaimOutcome.CLAIMED
+    await store.close()
 
 
 async def test_a_restarted_redis_is_used_again(open_store: OpenStore, own_redis: RedisProcess, unique: str) -> None:

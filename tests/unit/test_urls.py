@@ -1,11 +1,12 @@
 """Store URLs: what they may say, and that no error repeats a password."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dedup_service.stores import make_store, sqlite_path
-from dedup_service.stores.redis_url import RedisTarget, parse_redis_url
+from dedup_service.stores.redis_url import RedisTarget, SentinelTarget, parse_redis_url, parse_sentinel_url
 
 
 @pytest.mark.parametrize(
@@ -40,6 +41,16 @@ def test_good_urls(url: str, target: RedisTarget) -> None:
         ("redis://:hunter2@", "names no host"),
         ("redis://:hunter2@cache/zero", "names the database 'zero'"),
         ("redis://:hunter2@cache:99999", "cannot be read"),
+        ("redis://:hunter2@cache:0", "the port from 1"),
+        ("redis://:hunter2@one:6379,two:6379", "cannot be read"),
+        ("redis://:hunter2", "'@' between a password and the host"),
+        ("redis://user:hunter2/0", "'@' between a password and the host"),
+        ("redis://:p/hunter2@cache", "%2F"),
+        ("redis://u:1/hunter2@cache", "%2F"),
+        ("redis://u:1?hunter2@cache", "%3F"),
+        ("redis://:hunter2@x@cache", "%40"),
+        ("redis://:hunter 2@cache", "a space"),
+        ("rediss://u:1?hunter2", "its query"),
         ("redis://:hunter2@cache?retry_on_timeout=1", "'retry_on_timeout'"),
         ("redis://:hunter2@cache?db=1", "'db'"),
         ("rediss://:hunter2@cache?ssl_cert_reqs=none", "'ssl_cert_reqs'"),
@@ -48,8 +59,25 @@ def test_good_urls(url: str, target: RedisTarget) -> None:
         ("unix://:hunter2@host/run/redis.sock", "names no host"),
         ("unix://:hunter2@/", "absolute path"),
         ("unix:///run/redis.sock?db=1&protocol=3", "'protocol'"),
-        ("mysql://:hunter2@host", "must begin with one of redis:, rediss:, unix:, sqlite:"),
+        (
+            "mysql://:hunter2@host",
+            "must begin with one of redis:, rediss:, unix:, redis+sentinel:, rediss+sentinel:, sqlite:",
+        ),
         ("hunter2", "must begin"),
+        ("redis+sentinel://:hunter2@/mymaster", "names no Sentinel"),
+        ("redis+sentinel://:hunter2@one,two", "names no master"),
+        ("redis+sentinel://:hunter2@one/my%2Fmaster", "names no master"),
+        ("redis+sentinel://:hunter2@one/mymaster/zero", "names the database 'zero'"),
+        ("redis+sentinel://:hunter2@one/mymaster/0/1", "names the database '0/1'"),
+        ("redis+sentinel://:hunter2@one,,two/mymaster", "each host"),
+        ("redis+sentinel://:hunter2@one,two:hunter2/mymaster", "each host"),
+        ("redis+sentinel://:hunter2@one,:hunter2@two/mymaster", "once"),
+        ("redis+sentinel://:hunter2@::1/mymaster", "[IPv6 address]"),
+        ("redis+sentinel://:hunter2@one/mymaster?sentinel_username=u", "without a sentinel_password"),
+        ("redis+sentinel://one/m?sentinel_password=hunter2&sentinel_password=hunter2", "twice"),
+        ("redis+sentinel://one/m?sentinel_password=hunter2&ssl_ca_certs=/x", "'ssl_ca_certs'"),
+        ("rediss+sentinel://one/m?sentinel_password=hunter2&ssl_ca_certs=/nowhere", "'/nowhere' as ssl_ca_certs"),
+        ("redis+sentinel://one/m?sentinel_password=hunter2@x", "%40"),
         ("sqlite://host/hunter2.db", "names no host"),
         ("sqlite:", "names a file"),
         ("sqlite:///dir/?mode=memory", "names a file"),
@@ -61,6 +89,28 @@ def test_bad_urls(url: str, words: str) -> None:
         make_store(url, key_layout="prefixed", key_prefix="dedup:", timeout_ms=1_000)
     assert words in str(caught.value)
     assert "hunter2" not in str(caught.value)
+
+
+def test_sentinel_urls() -> None:
+    """The Sentinels, the master's name and database, and credentials of each kind are read from their places."""
+    plain = parse_sentinel_url("redis+sentinel://one,[::1]:7000/mymaster")
+    sentinels = (RedisTarget(host="one", port=26379), RedisTarget(host="::1", port=7000))
+    assert plain == SentinelTarget(sentinels, "mymaster", RedisTarget())
+    assert str(plain) == '"mymaster" by Sentinel one:26379,[::1]:7000'
+
+    full = parse_sentinel_url(
+        f"rediss+sentinel://u:p%40ss@one/pay.main/3?sentinel_username=s&sentinel_password=q%40s+s"
+        f"&ssl_ca_certs={__file__}"
+    )
+    tls: dict[str, Any] = {"tls": True, "tls_files": {"ssl_ca_certs": __file__}}
+    assert full == SentinelTarget(
+        (RedisTarget(host="one", port=26379, username="s", password="q@s+s", **tls),),
+        "pay.main",
+        RedisTarget(db=3, username="u", password="p@ss", **tls),
+    )
+    for shown in (str(full), repr(full)):
+        assert "p@ss" not in shown
+        assert "q@s" not in shown
 
 
 def test_sqlite_paths() -> None:

@@ -1,0 +1,377 @@
+"""Claims in a Redis whose master Sentinels name: failovers need nobody's help and never make a second winner."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+import redis
+import trustme
+
+from dedup_service.claims import Applied, StoreRefused, StoreUnavailable, Transaction
+from dedup_service.stores import make_store
+from dedup_service.stores.redis_sentinel import SentinelLocator
+from dedup_service.stores.redis_store import RedisStore
+from dedup_service.stores.redis_url import parse_sentinel_url
+from harness.claims import a_claim
+from harness.polling import eventually, wait_until
+from harness.processes import RedisProcess, free_port
+from harness.sentinel import SentinelDeployment, SentinelProcess, sentinel_url
+
+MINE = "token-of-the-first"
+OTHER = "token-of-another"
+IDS = 20
+
+OpenStore = Callable[..., Awaitable[RedisStore]]
+StartRedis = Callable[..., RedisProcess]
+StartSentinel = Callable[..., SentinelProcess]
+
+
+@pytest.fixture
+async def open_store() -> AsyncIterator[OpenStore]:
+    """Opens stores by URL, and closes them at the end."""
+    async with contextlib.AsyncExitStack() as opened:
+
+        async def open_it(url: str, *, timeout_ms: int = 1_000) -> RedisStore:
+            store = make_store(url, key_layout="prefixed", key_prefix="dedup:", timeout_ms=timeout_ms)
+            assert isinstance(store, RedisStore)
+            opened.push_async_callback(store.close)
+            await store.open()
+            return store
+
+        yield open_it
+
+
+@pytest.fixture
+def deployment(tmp_path: Path) -> Iterator[SentinelDeployment]:
+    """A master, its replica and three Sentinels."""
+    deployment = SentinelDeployment(tmp_path)
+    try:
+        yield deployment.start()
+    finally:
+        deployment.stop()
+
+
+@pytest.fixture
+def start_redis(tmp_path: Path) -> Iterator[StartRedis]:
+    """Starts Redis servers, and ends them at the end."""
+    with contextlib.ExitStack() as started:
+
+        def start(name: str, *arguments: str, tls: bool = False) -> RedisProcess:
+            folder = tmp_path / name
+            folder.mkdir()
+            process = RedisProcess(folder, *arguments, tls=tls)
+            started.callback(process.stop)
+            return process.start()
+
+        yield start
+
+
+@pytest.fixture
+def start_sentinel(tmp_path: Path) -> Iterator[StartSentinel]:
+    """Starts single Sentinels, and ends them at the end."""
+    with contextlib.ExitStack() as started:
+
+        def start(master_port: int, *lines: str, tls: bool = False) -> SentinelProcess:
+            process = SentinelProcess(tmp_path / "sentinel", master_port, *lines, tls=tls)
+            started.callback(process.stop)
+            return process.start()
+
+        yield start
+
+
+@contextlib.asynccontextmanager
+async def silent_server() -> AsyncIterator[tuple[int, list[None]]]:
+    """Yield the port of a server that accepts connections and says nothing, and a list that grows with each."""
+    connections: list[None] = []
+
+    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(None)
+        with contextlib.suppress(OSError):
+            while await reader.read(1024):
+                pass
+        writer.close()
+
+    async with await asyncio.start_server(listen, "127.0.0.1", 0) as server:
+        yield server.sockets[0].getsockname()[1], connections
+
+
+async def answered(store: RedisStore, claim: Transaction) -> Transaction | None:
+    """Return the answer to a claim, once the store can be reached; nothing certain may be said before."""
+    answers: list[Transaction | None] = []
+
+    async def claimed() -> bool:
+        with contextlib.suppress(StoreUnavailable):
+            answers.append(await store.claim(claim, 60_000))
+        return bool(answers)
+
+    await eventually(claimed, what="an answer")
+    return answers[0]
+
+
+async def holders(store: RedisStore, unique: str, token: str) -> set[str | None]:
+    """Claim every id of the test again, and return who holds them by the answers; None is a new claim."""
+    found = [await answered(store, a_claim(f"{unique}-{number}", token=token)) for number in range(IDS)]
+    return {holder.claim_token if holder else None for holder in found}
+
+
+async def claim_and_replicate(store: RedisStore, deployment: SentinelDeployment, unique: str) -> None:
+    """Claim every id of the test, and return when the replica knows."""
+    for number in range(IDS):
+        assert await store.claim(a_claim(f"{unique}-{number}", token=MINE), 60_000) is None
+    await asyncio.to_thread(deployment.replicate)
+
+
+async def served_by(store: RedisStore, server: RedisProcess, unique: str) -> None:
+    """Return when new claims arrive at this server."""
+    with redis.Redis(port=server.port, protocol=2) as client:
+
+        async def arrives() -> bool:
+            transaction_id = f"{unique}-{asyncio.get_running_loop().time()}"
+            await answered(store, a_claim(transaction_id))
+            return bool(client.exists(f"dedup:default:{transaction_id}"))
+
+        await eventually(arrives, what="claims to reach the server")
+
+
+async def grown_to(seen: list[tuple[str, str | None]], length: int) -> bool:
+    """Whether that many answers were seen."""
+    return len(seen) >= length
+
+
+async def reason_of(call: Awaitable[object]) -> tuple[str, Applied, str]:
+    """Return what a call fails with."""
+    with pytest.raises(StoreUnavailable) as caught:
+        await call
+    return caught.value.reason, caught.value.applied, str(caught.value)
+
+
+async def test_a_failover_under_load_makes_no_second_winner(
+    open_store: OpenStore, deployment: SentinelDeployment, unique: str
+) -> None:
+    """While Sentinel fails over, replicated claims are answered rightly or not at all, and served again by themselves.
+
+    Protection: the master is located for every connection.
+    """
+    store = await open_store(deployment.url)
+    await claim_and_replicate(store, deployment, unique)
+    over = asyncio.Event()
+    seen: list[tuple[str, str | None]] = []
+
+    async def claim_on(token: str) -> None:
+        while not over.is_set():
+            for number in range(IDS):
+                with contextlib.suppress(StoreUnavailable):
+                    holder = await store.claim(a_claim(f"{unique}-{number}", token=token), 60_000)
+                    seen.append((token, holder.claim_token if holder else None))
+            await asyncio.sleep(0.005)
+
+    claimers = [asyncio.create_task(claim_on(token)) for token in (MINE, OTHER) * 4]
+    await asyncio.to_thread(deployment.fail_over)
+    await asyncio.to_thread(wait_until, deployment.replica_is_master, what="the failover")
+    await served_by(store, deployment.replica, unique)
+    before = len(seen)
+    await eventually(lambda: grown_to(seen, before + 200), what="the claimers to go on")
+    over.set()
+    await asyncio.gather(*claimers)
+    assert {holder for _, holder in seen} == {MINE}
+    assert {token for token, _ in seen[before:]} == {MINE, OTHER}
+
+
+async def test_a_killed_master_is_replaced_without_help(
+    open_store: OpenStore, deployment: SentinelDeployment, unique: str
+) -> None:
+    """After the master was killed, the promoted replica serves claims and still knows the holders of the old ones.
+
+    Protection: the master is located for every connection.
+    """
+    store = await open_store(deployment.url)
+    assert store.description.startswith('Redis master "mymaster" by Sentinel 127.0.0.1:')
+    await claim_and_replicate(store, deployment, unique)
+    deployment.master.stop()
+    assert await holders(store, unique, MINE) == {MINE}
+    assert await holders(store, unique, OTHER) == {MINE}
+    assert await answered(store, a_claim(f"{unique}-new")) is None
+
+
+async def test_a_master_that_hangs_is_left_when_sentinel_names_another(
+    open_store: OpenStore, deployment: SentinelDeployment, unique: str
+) -> None:
+    """A connection that is idle while its master hangs moves to the new master before anybody claims.
+
+    Protection: the address is asked again while connected.
+    """
+    store = await open_store(deployment.url)
+    await claim_and_replicate(store, deployment, unique)
+    deployment.master.pause()
+    with redis.Redis(port=deployment.replica.port, decode_responses=True) as client:
+
+        def moved() -> bool:
+            return any(entry["cmd"] == "role" for entry in client.client_list())
+
+        await asyncio.to_thread(wait_until, moved, what="the store to connect to the new master")
+    holder = await store.claim(a_claim(f"{unique}-0", token=OTHER), 60_000)
+    assert holder is not None
+    assert holder.claim_token == MINE
+
+
+async def test_a_deposed_master_that_still_answers_is_left(
+    open_store: OpenStore, start_redis: StartRedis, start_sentinel: StartSentinel, unique: str
+) -> None:
+    """When Sentinel names another master, the old one is left although it still takes claims.
+
+    Protection: the address is asked again while connected.
+    """
+    old, new = start_redis("old"), start_redis("new")
+    sentinel = start_sentinel(old.port)
+    store = await open_store(sentinel_url(sentinel.port))
+    assert await store.claim(a_claim(f"{unique}-old"), 60_000) is None
+    await asyncio.to_thread(sentinel.watch, new.port)
+    await served_by(store, new, unique)
+
+
+async def test_a_server_that_still_answers_is_kept_while_no_sentinel_does(
+    open_store: OpenStore, start_redis: StartRedis, start_sentinel: StartSentinel, unique: str
+) -> None:
+    """Losing every Sentinel, or the name at every Sentinel, does not end the claims of a master that is there."""
+    server = start_redis("master")
+    sentinel = start_sentinel(server.port)
+    store = await open_store(sentinel_url(sentinel.port))
+    channel = store._link.channel
+    with redis.Redis(port=sentinel.port, protocol=2) as admin:
+        admin.execute_command("SENTINEL", "REMOVE", "mymaster")
+    asked: list[Exception] = []
+    locator = store._link._locator
+    locate = locator.locate
+
+    async def watched_locate() -> object:
+        try:
+            return await locate()
+        except (StoreRefused, StoreUnavailable) as error:
+            asked.append(error)
+            raise
+
+    locator.locate = watched_locate  # type: ignore[method-assign, assignment]
+
+    async def asked_in_vain(kind: type[Exception]) -> bool:
+        return any(isinstance(error, kind) for error in asked)
+
+    await eventually(lambda: asked_in_vain(StoreRefused), what="the Sentinel to be asked")
+    sentinel.stop()
+    await eventually(lambda: asked_in_vain(StoreUnavailable), what="the Sentinel to be asked in vain")
+    assert await store.claim(a_claim(unique), 60_000) is None
+    assert store._link.channel is channel
+
+
+@pytest.mark.parametrize("forbidden", ["", "-role"])
+async def test_a_replica_is_not_taken_for_the_master(
+    open_store: OpenStore, start_redis: StartRedis, start_sentinel: StartSentinel, unique: str, forbidden: str
+) -> None:
+    """A server that Sentinel names but that is a replica, such as one not promoted yet, makes nothing ready.
+
+    Protection: the role is checked after connecting, by INFO where ROLE is forbidden.
+    """
+    server = start_redis("replica", "--replicaof", "127.0.0.1", str(free_port()))
+    sentinel = start_sentinel(server.port)
+    with redis.Redis(port=server.port) as admin:
+        admin.acl_setuser("dedup", enabled=True, nopass=True, keys=["*"], commands=["+@all", *forbidden.split()])
+        store = await open_store(sentinel_url(sentinel.port, user="dedup:any@"))
+        reason, applied, message = await reason_of(store.check())
+        assert (reason, applied) == ("STORE_READ_ONLY", Applied.NO)
+        assert "read-only replica" in message
+        admin.replicaof("NO", "ONE")
+    assert await answered(store, a_claim(unique)) is None
+
+
+async def test_a_sentinel_that_is_down_is_passed_over(
+    open_store: OpenStore, start_redis: StartRedis, start_sentinel: StartSentinel, unique: str
+) -> None:
+    """Of one Sentinel that is down, one that hangs and one that answers, the last is believed."""
+    server = start_redis("master")
+    sentinel = start_sentinel(server.port)
+    async with silent_server() as (silent, _):
+        store = await open_store(sentinel_url(free_port(), silent, sentinel.port), timeout_ms=300)
+        assert await store.claim(a_claim(unique), 60_000) is None
+
+
+async def test_the_sentinel_that_answered_is_asked_first_next_time(start_sentinel: StartSentinel) -> None:
+    """A Sentinel that hangs costs its time-out once and not at every question."""
+    sentinel = start_sentinel(free_port())
+    async with silent_server() as (silent, connections):
+        locator = SentinelLocator(parse_sentinel_url(sentinel_url(silent, sentinel.port)), timeout_ms=300)
+        assert await locator.locate() == await locator.locate()
+        assert len(connections) == 1
+
+
+async def test_an_unknown_master_is_refused_at_the_start(open_store: OpenStore, start_sentinel: StartSentinel) -> None:
+    """A master that the Sentinels do not know stops the start with a sentence that names it."""
+    sentinel = start_sentinel(free_port())
+    with pytest.raises(StoreRefused, match=r"knows no master 'another'.*sentinel monitor"):
+        await open_store(sentinel_url(sentinel.port, rest="/another"))
+
+
+async def test_without_any_sentinel_nothing_was_applied(
+    open_store: OpenStore, start_redis: StartRedis, unique: str
+) -> None:
+    """While no Sentinel says where the master is, claims certainly were not applied, and the sentence says why."""
+    server = start_redis("no-sentinel")
+    store = await open_store(sentinel_url(free_port(), server.port))
+    reason, applied, message = await reason_of(store.claim(a_claim(unique), 60_000))
+    assert (reason, applied) == ("SENTINEL_UNREACHABLE", Applied.NO)
+    assert "none of the 2 Sentinels asked" in message
+    assert "unknown command" in message
+
+
+async def test_servers_and_sentinels_have_their_own_passwords(
+    open_store: OpenStore, start_redis: StartRedis, start_sentinel: StartSentinel, unique: str
+) -> None:
+    """User, password and database are for the servers, the query arguments for the Sentinels; no sentence shows one."""
+    server = start_redis("master", "--requirepass", "p@ss")
+    sentinel = start_sentinel(
+        server.port,
+        'requirepass "s@nt+"',
+        "user asker on >s@nt+ +sentinel|get-master-addr-by-name",
+        "sentinel auth-pass mymaster p@ss",
+    )
+    rest = "/mymaster/3?sentinel_username=asker&sentinel_password=s%40nt+"
+    store = await open_store(sentinel_url(sentinel.port, user=":p%40ss@", rest=rest))
+    assert await store.claim(a_claim(unique), 60_000) is None
+    with redis.Redis(port=server.port, password="p@ss", db=3) as client:
+        assert client.exists(f"dedup:default:{unique}")
+    for user, rest, expected in (
+        (":p%40ss@", "/mymaster?sentinel_password=wr%40ng", "SENTINEL_UNREACHABLE"),
+        (":p%40ss@", "/mymaster", "SENTINEL_UNREACHABLE"),
+        (":wr%40ng@", "/mymaster?sentinel_password=s%40nt%2B", "STORE_NOT_AUTHENTICATED"),
+    ):
+        refused = await open_store(sentinel_url(sentinel.port, user=user, rest=rest))
+        reason, applied, message = await reason_of(refused.check())
+        assert (reason, applied) == (expected, Applied.NO)
+        for text in (message, refused.description):
+            assert not [secret for secret in ("p@ss", "s@nt", "wr@ng", "%40") if secret in text]
+
+
+async def test_sentinels_and_servers_are_asked_over_tls(
+    open_store: OpenStore, start_redis: StartRedis, start_sentinel: StartSentinel, tmp_path: Path, unique: str
+) -> None:
+    """`rediss+sentinel://` trusts Sentinels and servers by the given authority, and neither without it."""
+    authority = trustme.CA()
+    authority_file, key_file = tmp_path / "ca.pem", tmp_path / "server.pem"
+    authority.cert_pem.write_to_path(authority_file)
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(key_file)
+    options = {
+        "tls-cert-file": str(key_file),
+        "tls-key-file": str(key_file),
+        "tls-ca-cert-file": str(authority_file),
+        "tls-auth-clients": "no",
+        "tls-replication": "yes",
+    }
+    server = start_redis(
+        "master", *(part for name, value in options.items() for part in (f"--{name}", value)), tls=True
+    )
+    sentinel = start_sentinel(server.tls_port, *(f"{name} {value}" for name, value in options.items()), tls=True)
+    rest = f"/mymaster?ssl_ca_certs={authority_file}"
+    store = await open_store(sentinel_url(sentinel.tls_port, scheme="rediss+sentinel", rest=rest))
+    assert await store.claim(a_claim(unique), 60_000) is None
+    untrusting = await open_store(sentinel_url(sentinel.tls_port, scheme="rediss+sentinel"))
+    assert (await reason_of(untrusting.check()))[0] == "SENTINEL_UNREACHABLE"
