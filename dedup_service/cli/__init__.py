@@ -6,6 +6,7 @@ import typer
 
 from dedup_service.cli.ask import claim, get
 from dedup_service.cli.batch import batch
+from dedup_service.cli.doctor import doctor
 from dedup_service.cli.healthcheck import healthcheck
 from dedup_service.cli.hold import complete, extend, release
 from dedup_service.cli.serve import serve_command, version_option
@@ -31,6 +32,7 @@ app.command("extend")(extend)
 app.command("watch")(watch)
 app.command("batch")(batch)
 app.command("healthcheck")(healthcheck)
+app.command("doctor")(doctor)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from dedup_service.server.listeners import StartRefused, add_listener
 from dedup_service.server.policy_file import load_policies
 from dedup_service.server.policy_reload import PolicyReload
 from dedup_service.server.readiness import Readiness
+from dedup_service.server.startup_checks import StartupChecks
 from dedup_service.servicer.admission import Admission
 from dedup_service.servicer.dedup_servicer import SERVICE_NAME, DedupServicer, generic_handler
 from dedup_service.settings import BadSettings, Settings
@@ -51,6 +52,8 @@ async def serve(settings: Settings, announce: Callable[[Sequence[str]], None]) -
     try:
         readiness = Readiness(store, (health.OVERALL_HEALTH, SERVICE_NAME), settings.store_timeout, log)
         await readiness.check()
+        startup_checks = StartupChecks(settings, readiness, log)
+        await startup_checks.run()
         claims = ClaimService(store, policies, max_result_bytes=settings.max_result_bytes)
         call_log = CallLog(log, plain_ids=settings.log_transaction_ids == "plain")
         admission = Admission(settings.max_in_flight)
@@ -66,7 +69,11 @@ async def serve(settings: Settings, announce: Callable[[Sequence[str]], None]) -
         if settings.store_url is None:
             log.warning("embedded_store", message="no store URL is set: only this host sees these claims")
         announce(addresses)
-        background = (asyncio.create_task(readiness.watch()), asyncio.create_task(policy_reload.follow(claims)))
+        background = (
+            asyncio.create_task(readiness.watch()),
+            asyncio.create_task(policy_reload.follow(claims)),
+            asyncio.create_task(startup_checks.follow(stop)),
+        )
         await stop.get()
         log.info("draining", grace_ms=settings.shutdown_grace)
         for task in background:
@@ -77,8 +84,9 @@ async def serve(settings: Settings, announce: Callable[[Sequence[str]], None]) -
         admission.close()
         # Those who wait would otherwise wait out the grace, and then be cancelled.
         await claims.close()
-        await _drain(server, admission, settings.shutdown_grace / 1000, stop)
+        await _drain(server, admission, store, settings.shutdown_grace / 1000, stop)
         log.info("stopped", shadow_duplicates=dict(claims.shadow_duplicates))
+        startup_checks.raise_refusal()
     finally:
         await store.close()
 
@@ -104,13 +112,22 @@ def _stop_signals() -> asyncio.Queue[signal.Signals]:
 
 
 async def _drain(
-    server: grpc.aio.Server, admission: Admission, grace_s: float, stop: asyncio.Queue[signal.Signals]
+    server: grpc.aio.Server,
+    admission: Admission,
+    store: ClaimStore,
+    grace_s: float,
+    stop: asyncio.Queue[signal.Signals],
 ) -> None:
     patience = asyncio.create_task(_until_idle(admission, grace_s))
     impatience = asyncio.create_task(stop.get())
     await asyncio.wait((patience, impatience), return_when=asyncio.FIRST_COMPLETED)
     for task in (patience, impatience):
         task.cancel()
+    # What the store still owes an answer is told that it may have been done, where gRPC would only cancel it.
+    await store.close()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_STOP_SLACK_S):
+            await admission.emptied()
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_STOP_SLACK_S):
             await server.stop(None)

@@ -22,6 +22,8 @@ class Readiness:
         self._timeout_s = 2 * timeout_ms / 1000
         self._log = log
         self._ready: bool | None = None
+        self.answered = asyncio.Event()
+        """Set once the store has answered for the first time."""
 
     async def watch(self) -> None:
         """Check for ever; cancelled at the shutdown."""
@@ -55,6 +57,7 @@ class Readiness:
         for service in self._services:
             await self.servicer.set(service, status.SERVING if ready else status.NOT_SERVING)
         if ready:
+            self.answered.set()
             self._log.info("store_ready", store=self._store.description)
         else:
             self._log.warning("store_not_ready", store=self._store.description, **why)

@@ -131,6 +131,8 @@ async def test_ten_thousand_random_cancels(
     """
     async with FaultProxy(redis_server.port) as proxy:
         service = await asyncio.to_thread(start_service, "--store-url", proxy.url, "--store-timeout", "20s")
+        # The checks of the start had one of their own.
+        connections = proxy.connections
         chance = random.Random(20251128)
         ends: Counter[str] = Counter()
         async with grpc.aio.insecure_channel(service.target) as channel:
@@ -165,7 +167,7 @@ async def test_ten_thousand_random_cancels(
                     memory.append(memory_kib(service.pid))
         assert ends["cancelled"] > 1_000
         assert ends["answered"] > 1_000
-        assert proxy.connections == 1
+        assert proxy.connections == connections
         if memory:
             # The second half may not cost what the first one did: 5,000 leaked calls of 4 KiB would be 20 MiB.
             assert memory[1] - memory[0] < 10_000, memory

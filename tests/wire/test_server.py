@@ -11,8 +11,10 @@ from pathlib import Path
 
 import grpc
 import pytest
+from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from grpc_status import rpc_status
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
 from dedup_service.server import app
@@ -195,7 +197,7 @@ async def test_calls_under_way_at_the_shutdown_get_the_grace(
             assert (await health.read()).status == SERVING
             proxy.hold_replies.clear()
             call = dedup_pb2_grpc.DedupServiceStub(channel).ClaimTransaction(Claim(transaction_id=unique))
-            await eventually(lambda: _sent(proxy), what="the command")
+            await eventually(lambda: _sent(proxy, unique), what="the command")
             service.signal(signal.SIGTERM)
             assert (await health.read()).status == NOT_SERVING
             begun = time.monotonic()
@@ -209,8 +211,40 @@ async def test_calls_under_way_at_the_shutdown_get_the_grace(
         assert await asyncio.to_thread(service.wait) == 0
 
 
-async def _sent(proxy: FaultProxy) -> bool:
-    return b"\r\nSET\r\n" in proxy.sent_upstream
+@pytest.mark.parametrize("signals", [1, 2])
+async def test_what_the_grace_does_not_end_is_told_doubt(
+    start_service: StartService, redis_server: RedisProcess, unique: str, signals: int
+) -> None:
+    """A claim that Redis never answers ends with the grace, or with a second signal, as perhaps applied; the exit is 0.
+
+    Protection: the store is closed before gRPC stops, which would only cancel the call.
+    """
+    async with FaultProxy(redis_server.port) as proxy:
+        grace = "300ms" if signals == 1 else "60s"
+        arguments = ("--store-url", proxy.url, "--store-timeout", "50s", "--shutdown-grace", grace)
+        service = await asyncio.to_thread(start_service, *arguments)
+        async with grpc.aio.insecure_channel(service.target) as channel:
+            proxy.hold_replies.clear()
+            call = dedup_pb2_grpc.DedupServiceStub(channel).ClaimTransaction(Claim(transaction_id=unique))
+            await eventually(lambda: _sent(proxy, unique), what="the command")
+            service.signal(signal.SIGTERM)
+            if signals == 2:
+                # Two at once would arrive as one.
+                await asyncio.to_thread(wait_until, lambda: service.events("draining"), what="the drain")
+                service.signal(signal.SIGTERM)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            status = rpc_status.from_call(caught.value)
+            info = error_details_pb2.ErrorInfo()
+            assert status is not None
+            assert status.details[0].Unpack(info)
+            assert info.metadata["applied"] == "unknown"
+        assert await asyncio.to_thread(service.wait) == 0
+
+
+async def _sent(proxy: FaultProxy, transaction_id: str) -> bool:
+    return transaction_id.encode() in proxy.sent_upstream
 
 
 async def test_killed_between_redis_and_the_reply_then_retried(
@@ -226,7 +260,7 @@ async def test_killed_between_redis_and_the_reply_then_retried(
         async with grpc.aio.insecure_channel(doomed.target) as channel:
             proxy.hold_replies.clear()
             call = dedup_pb2_grpc.DedupServiceStub(channel).ClaimTransaction(request)
-            await eventually(lambda: _sent(proxy), what="the command")
+            await eventually(lambda: _sent(proxy, unique), what="the command")
             await asyncio.to_thread(doomed.kill)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await call
@@ -253,7 +287,7 @@ async def test_a_cancelled_call_is_logged_and_harms_nobody(
             proxy.hold_replies.clear()
             late = stub.ClaimTransaction(Claim(transaction_id=f"{unique}-1"), timeout=0.3)
             gone = stub.ClaimTransaction(Claim(transaction_id=f"{unique}-2"))
-            await eventually(lambda: _sent(proxy), what="the command")
+            await eventually(lambda: _sent(proxy, f"{unique}-2"), what="the command")
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await late
             assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
