@@ -22,6 +22,9 @@ _LONGEST_PAUSE_S = 0.5
 _SETTLED_S = 1.0
 
 
+_CANCEL_AGAIN_S = 0.05
+
+
 class RedisLocator(Protocol):
     """Knows which server takes the claims now."""
 
@@ -74,11 +77,12 @@ class RedisLink:
 
     async def close(self) -> None:
         """Stop keeping a channel; commands under way fail."""
-        if self._keeper is not None:
-            self._keeper.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._keeper
-            self._keeper = None
+        keeper, self._keeper = self._keeper, None
+        while keeper is not None and not keeper.done():
+            # Once is not enough: before Python 3.12 wait_for, which redis-py connects with, swallows a cancellation
+            # that meets the end of what it waits for.
+            keeper.cancel()
+            await asyncio.wait({keeper}, timeout=_CANCEL_AGAIN_S)
         await asyncio.gather(*self._disposals)
         self._failure = StoreUnavailable("STORE_CLOSED", "the service is shutting down", Applied.NO)
         self._attempted.set()

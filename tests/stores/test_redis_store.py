@@ -1,6 +1,7 @@
 """What is particular to Redis: keys and values as they lie there, foreign claims, refusals, and faults of the way."""
 
 import asyncio
+import contextlib
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
@@ -426,6 +427,28 @@ async def test_a_fault_of_ours_while_connecting_leaves_nobody_waiting(redis_serv
     assert "hunter2" not in str(caught.value)
     assert await answered(service_over(store), ClaimRequest(unique)) is ClaimOutcome.CLAIMED
     await store.close()
+
+
+async def test_closing_ends_also_when_a_cancellation_is_swallowed(redis_server: RedisProcess) -> None:
+    """A store closes even if the attempt to connect under way swallows its cancellation and succeeds.
+
+    Protection: the keeper of the connection is cancelled until it has ended.
+    """
+    target = parse_redis_url(redis_server.url)
+    connecting = asyncio.Event()
+
+    class Swallowing(FixedServer):
+        async def locate(self) -> RedisTarget:
+            connecting.set()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+            return await super().locate()
+
+    store = RedisStore(RedisLink(Swallowing(target), timeout_ms=5_000), prefixed_layout("dedup:"), "swallowing")
+    opening = asyncio.create_task(store.open())
+    await connecting.wait()
+    await store.close()
+    await opening
 
 
 async def test_a_restarted_redis_is_used_again(open_store: OpenStore, own_redis: RedisProcess, unique: str) -> None:
