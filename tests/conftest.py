@@ -33,8 +33,8 @@ def start_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[.
     """Starts Redis servers with options of the test's own, and ends them with it."""
     started: list[RedisProcess] = []
 
-    def start(*options: str, port: int = 0) -> RedisProcess:
-        server = RedisProcess(tmp_path_factory.mktemp("redis"), *options)
+    def start(*options: str, port: int = 0, tls: bool = False) -> RedisProcess:
+        server = RedisProcess(tmp_path_factory.mktemp("redis"), *options, tls=tls)
         started.append(server)
         return server.start(port)
 

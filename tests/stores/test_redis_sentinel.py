@@ -54,21 +54,6 @@ def deployment(tmp_path: Path) -> Iterator[SentinelDeployment]:
 
 
 @pytest.fixture
-def start_redis(tmp_path: Path) -> Iterator[StartRedis]:
-    """Starts Redis servers, and ends them at the end."""
-    with contextlib.ExitStack() as started:
-
-        def start(name: str, *arguments: str, tls: bool = False) -> RedisProcess:
-            folder = tmp_path / name
-            folder.mkdir()
-            process = RedisProcess(folder, *arguments, tls=tls)
-            started.callback(process.stop)
-            return process.start()
-
-        yield start
-
-
-@pytest.fixture
 def start_sentinel(tmp_path: Path) -> Iterator[StartSentinel]:
     """Starts single Sentinels, and ends them at the end."""
     with contextlib.ExitStack() as started:
@@ -223,7 +208,7 @@ async def test_a_deposed_master_that_still_answers_is_left(
 
     Protection: the address is asked again while connected.
     """
-    old, new = start_redis("old"), start_redis("new")
+    old, new = start_redis(), start_redis()
     sentinel = start_sentinel(old.port)
     store = await open_store(sentinel_url(sentinel.port))
     assert await store.claim(a_claim(f"{unique}-old"), 60_000) is None
@@ -235,7 +220,7 @@ async def test_a_server_that_still_answers_is_kept_while_no_sentinel_does(
     open_store: OpenStore, start_redis: StartRedis, start_sentinel: StartSentinel, unique: str
 ) -> None:
     """Losing every Sentinel, or the name at every Sentinel, does not end the claims of a master that is there."""
-    server = start_redis("master")
+    server = start_redis()
     sentinel = start_sentinel(server.port)
     store = await open_store(sentinel_url(sentinel.port))
     channel = store._link.channel
@@ -272,7 +257,7 @@ async def test_a_replica_is_not_taken_for_the_master(
 
     Protection: the role is checked after connecting, by INFO where ROLE is forbidden.
     """
-    server = start_redis("replica", "--replicaof", "127.0.0.1", str(free_port()))
+    server = start_redis("--replicaof", "127.0.0.1", str(free_port()))
     sentinel = start_sentinel(server.port)
     with redis.Redis(port=server.port) as admin:
         admin.acl_setuser("dedup", enabled=True, nopass=True, keys=["*"], commands=["+@all", *forbidden.split()])
@@ -288,7 +273,7 @@ async def test_a_sentinel_that_is_down_is_passed_over(
     open_store: OpenStore, start_redis: StartRedis, start_sentinel: StartSentinel, unique: str
 ) -> None:
     """Of one Sentinel that is down, one that hangs and one that answers, the last is believed."""
-    server = start_redis("master")
+    server = start_redis()
     sentinel = start_sentinel(server.port)
     async with silent_server() as (silent, _):
         store = await open_store(sentinel_url(free_port(), silent, sentinel.port), timeout_ms=300)
@@ -315,7 +300,7 @@ async def test_without_any_sentinel_nothing_was_applied(
     open_store: OpenStore, start_redis: StartRedis, unique: str
 ) -> None:
     """While no Sentinel says where the master is, claims certainly were not applied, and the sentence says why."""
-    server = start_redis("no-sentinel")
+    server = start_redis()
     store = await open_store(sentinel_url(free_port(), server.port))
     reason, applied, message = await reason_of(store.claim(a_claim(unique), 60_000))
     assert (reason, applied) == ("SENTINEL_UNREACHABLE", Applied.NO)
@@ -327,7 +312,7 @@ async def test_servers_and_sentinels_have_their_own_passwords(
     open_store: OpenStore, start_redis: StartRedis, start_sentinel: StartSentinel, unique: str
 ) -> None:
     """User, password and database are for the servers, the query arguments for the Sentinels; no sentence shows one."""
-    server = start_redis("master", "--requirepass", "p@ss")
+    server = start_redis("--requirepass", "p@ss")
     sentinel = start_sentinel(
         server.port,
         'requirepass "s@nt+"',
@@ -366,9 +351,7 @@ async def test_sentinels_and_servers_are_asked_over_tls(
         "tls-auth-clients": "no",
         "tls-replication": "yes",
     }
-    server = start_redis(
-        "master", *(part for name, value in options.items() for part in (f"--{name}", value)), tls=True
-    )
+    server = start_redis(*(part for name, value in options.items() for part in (f"--{name}", value)), tls=True)
     sentinel = start_sentinel(server.tls_port, *(f"{name} {value}" for name, value in options.items()), tls=True)
     rest = f"/mymaster?ssl_ca_certs={authority_file}"
     store = await open_store(sentinel_url(sentinel.tls_port, scheme="rediss+sentinel", rest=rest))
