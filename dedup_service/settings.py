@@ -117,8 +117,8 @@ class Settings(Listening):
 
     store_url: SecretStr | None = Field(
         None,
-        description="Where claims are kept: redis://, rediss:// (TLS), unix:// or redis+sentinel:// with "
-        "[user:password@], or sqlite:///path for the embedded store of this host alone.  "
+        description="Where claims are kept: redis://, rediss:// (TLS), unix://, redis+sentinel:// or "
+        "redis+cluster:// with [user:password@], or sqlite:///path for the embedded store of this host alone.  "
         "[default: sqlite, in the state folder of the user]",
     )
     require_store_url: bool = Field(
@@ -129,6 +129,12 @@ class Settings(Listening):
         "prefixed",
         description="prefixed: {prefix}{namespace}:{id}. raw: the id alone, to share claims with services that write "
         "them by SETNX themselves.",
+    )
+    min_replicas: int = Field(
+        0,
+        ge=0,
+        le=100,
+        description="How many Redis replicas have to acknowledge a claim before its caller is told CLAIMED.",
     )
     default_ttl: DurationMs = Field(60_000, description="How long a claim lives when its caller does not say.")
     max_ttl: DurationMs = Field(7 * 86_400_000, description="How long a claim may live at most.")

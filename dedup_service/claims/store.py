@@ -1,9 +1,25 @@
 """The one small port through which claims are kept; every store passes the same contract suite."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from dedup_service.claims.transaction import Transaction
 from dedup_service.claims.transitions import Completion, Extension, Release
+
+
+@dataclass(frozen=True, slots=True)
+class StoreNotice:
+    """Something that happened to the store between two checks and that somebody should know.
+
+    `event` is a stable word for machines, `message` a sentence for people without any secret; `forgot` when claims were
+    certainly lost, `restarted` when another process answers than before, which may have lost some.
+    """
+
+    event: str
+    message: str
+    forgot: bool = False
+    restarted: bool = False
 
 
 class ClaimStore(Protocol):
@@ -26,8 +42,8 @@ class ClaimStore(Protocol):
     async def close(self) -> None:
         """End; commands still under way are finished or fail. May be called twice."""
 
-    async def check(self) -> None:
-        """Return when the store answers.
+    async def check(self) -> Sequence[StoreNotice]:
+        """Return when the store answers, with what was noticed since the last check.
 
         Raises StoreUnavailable when it does not, and StoreRefused as `open` does.
         """

@@ -11,6 +11,7 @@ from dedup_service.claims.findings import Finding, Severity, worst
 from dedup_service.cli import exit_codes
 from dedup_service.cli.options import AsJson
 from dedup_service.cli.show import print_json
+from dedup_service.server.startup_checks import store_place
 from dedup_service.settings import CONFIG_VARIABLE, ENV_PREFIX, BadSettings, Settings, load_settings
 from dedup_service.stores import examine_store, make_store
 
@@ -33,6 +34,7 @@ def doctor(
     key_prefix: Annotated[str | None, _as_serve("key_prefix")] = None,
     key_layout: Annotated[str | None, _as_serve("key_layout", "prefixed|raw")] = None,
     store_timeout: Annotated[str | None, _as_serve("store_timeout", "DURATION")] = None,
+    min_replicas: Annotated[int | None, _as_serve("min_replicas", "INTEGER")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Examine the store of the settings, which may lose claims or refuse them.
@@ -47,13 +49,13 @@ def doctor(
         "key_prefix": key_prefix,
         "key_layout": key_layout,
         "store_timeout": store_timeout,
+        "min_replicas": min_replicas,
     }
     settings = load_settings({name: value for name, value in flags.items() if value is not None}, config)
-    url = settings.effective_store_url
-    place = {"key_layout": settings.key_layout, "key_prefix": settings.key_prefix}
+    place = store_place(settings)
     try:
-        store = make_store(url, **place, timeout_ms=settings.store_timeout).description
-        findings = asyncio.run(examine_store(url, **place, timeout_ms=settings.store_timeout))
+        store = make_store(place).description
+        findings = asyncio.run(examine_store(place))
     except ValueError as error:
         raise BadSettings(f"{ENV_PREFIX}STORE_URL (--store-url): {error}") from None
     except StoreUnavailable as error:

@@ -15,7 +15,7 @@ from dedup_service.server.listeners import StartRefused, add_listener
 from dedup_service.server.policy_file import load_policies
 from dedup_service.server.policy_reload import PolicyReload
 from dedup_service.server.readiness import Readiness
-from dedup_service.server.startup_checks import StartupChecks
+from dedup_service.server.startup_checks import StartupChecks, store_place
 from dedup_service.servicer.admission import Admission
 from dedup_service.servicer.dedup_servicer import SERVICE_NAME, DedupServicer, generic_handler
 from dedup_service.settings import BadSettings, Settings
@@ -93,12 +93,7 @@ async def serve(settings: Settings, announce: Callable[[Sequence[str]], None]) -
 
 def _make_store(settings: Settings) -> ClaimStore:
     try:
-        return make_store(
-            settings.effective_store_url,
-            key_layout=settings.key_layout,
-            key_prefix=settings.key_prefix,
-            timeout_ms=settings.store_timeout,
-        )
+        return make_store(store_place(settings))
     except ValueError as error:
         raise BadSettings(f"DEDUP_STORE_URL (--store-url): {error}") from None
 

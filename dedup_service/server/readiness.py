@@ -3,9 +3,10 @@
 import asyncio
 from typing import Any
 
-from grpc_health.v1 import health, health_pb2
+from grpc_health.v1 import health_pb2
 
 from dedup_service.claims import ClaimStore, StoreRefused, StoreUnavailable
+from dedup_service.server.health_details import DetailedHealth, StoreMemory
 
 # Short enough that a store that came back is used again within a second.
 CHECK_INTERVAL_S = 0.5
@@ -15,7 +16,8 @@ class Readiness:
     """Asks the store again and again, and keeps the standard health service true."""
 
     def __init__(self, store: ClaimStore, services: tuple[str, ...], timeout_ms: int, log: Any) -> None:  # noqa: ANN401
-        self.servicer = health.aio.HealthServicer()
+        self.memory = StoreMemory()
+        self.servicer = DetailedHealth(self.memory)
         self._store = store
         self._services = services
         # Twice the store's own limit, so that its own, clearer error comes first.
@@ -35,7 +37,7 @@ class Readiness:
         """Check once, and tell the health service."""
         try:
             async with asyncio.timeout(self._timeout_s):
-                await self._store.check()
+                notices = await self._store.check()
         except StoreUnavailable as error:
             await self._set(ready=False, reason=error.reason, message=str(error))
         except StoreRefused as error:
@@ -43,6 +45,9 @@ class Readiness:
         except TimeoutError:
             await self._set(ready=False, reason="STORE_TIMEOUT", message="the store did not answer in time")
         else:
+            for notice in notices:
+                self.memory.add(notice)
+                self._log.warning(notice.event, message=notice.message)
             await self._set(ready=True)
 
     async def not_serving(self) -> None:

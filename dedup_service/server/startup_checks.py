@@ -8,10 +8,21 @@ from dedup_service.claims.findings import Severity
 from dedup_service.server.listeners import StartRefused
 from dedup_service.server.readiness import Readiness
 from dedup_service.settings import Settings
-from dedup_service.stores import examine_store
+from dedup_service.stores import StorePlace, examine_store
 
 # What the examination may add to the start.
 _TIMEOUT_S = 2.0
+
+
+def store_place(settings: Settings) -> StorePlace:
+    """Return where and how claims are kept by the settings."""
+    return StorePlace(
+        settings.effective_store_url,
+        settings.key_layout,
+        settings.key_prefix,
+        settings.store_timeout,
+        settings.min_replicas,
+    )
 
 
 class StartupChecks:
@@ -45,15 +56,9 @@ class StartupChecks:
 
     async def _examine(self) -> None:
         self._done = True
-        settings = self._settings
         try:
             async with asyncio.timeout(_TIMEOUT_S):
-                findings = await examine_store(
-                    settings.effective_store_url,
-                    key_layout=settings.key_layout,
-                    key_prefix=settings.key_prefix,
-                    timeout_ms=settings.store_timeout,
-                )
+                findings = await examine_store(store_place(self._settings))
         except TimeoutError:
             self._log.warning(
                 "doctor_incomplete", message=f"the store did not answer everything within {_TIMEOUT_S:g} s"
@@ -67,7 +72,7 @@ class StartupChecks:
                 continue
             # Not as an error, which is for what this service did wrong itself.
             self._log.warning("doctor", **finding.as_dict())
-            if finding.severity is Severity.CRITICAL and settings.strict and self._refusal is None:
+            if finding.severity is Severity.CRITICAL and self._settings.strict and self._refusal is None:
                 self._refusal = StartRefused(
                     f"DEDUP_STRICT is set and the store is unfit ({finding.check}): {finding.message} "
                     f"Remedy: {finding.remedy}"

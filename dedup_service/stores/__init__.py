@@ -1,94 +1,150 @@
 """The stores: one module each behind `ClaimStore`, and the one place that chooses by URL. None knows a protocol."""
 
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dedup_service.claims import ClaimStore
 from dedup_service.claims.findings import Finding, Severity
-from dedup_service.stores.keys import KeyLayout, prefixed_layout, raw_layout
+from dedup_service.stores.keys import KeyLayout, canary_prefix, prefixed_layout, raw_layout
+
+if TYPE_CHECKING:
+    from dedup_service.stores.redis_nodes import RedisNodes
 
 
-def make_store(url: str, *, key_layout: str, key_prefix: str, timeout_ms: int) -> ClaimStore:
-    """Return the store that `url` names, not yet opened.
+@dataclass(frozen=True, slots=True)
+class StorePlace:
+    """Where and how claims are kept: the store URL, and the settings that hold for any store.
+
+    `min_replicas` is how many replicas have to acknowledge a claim before it is made.
+    """
+
+    url: str = field(repr=False)
+    key_layout: str = "prefixed"
+    key_prefix: str = "dedup:"
+    timeout_ms: int = 1_000
+    min_replicas: int = 0
+
+    @property
+    def layout(self) -> KeyLayout:
+        """The key of a transaction."""
+        return raw_layout if self.key_layout == "raw" else prefixed_layout(self.key_prefix)
+
+    @property
+    def scheme(self) -> str:
+        """What the URL begins with."""
+        return self.url.partition(":")[0]
+
+
+def make_store(place: StorePlace) -> ClaimStore:
+    """Return the store of this place, not yet opened.
 
     Raises ValueError, with a sentence that never repeats the URL, when the URL names no store that there is.
     """
-    layout = _layout(key_layout, key_prefix)
-    scheme = url.partition(":")[0]
-    make = _MAKERS.get(scheme)
+    make = _MAKERS.get(place.scheme)
     if make is None:
         raise ValueError(f"the store URL must begin with one of {', '.join(f'{name}:' for name in _MAKERS)}")
-    return make(url, layout, timeout_ms)
+    return make(place)
 
 
-async def examine_store(url: str, *, key_layout: str, key_prefix: str, timeout_ms: int) -> list[Finding]:
-    """Return what is found at the store that `url` names, over a connection of its own that is closed again.
+async def examine_store(place: StorePlace) -> list[Finding]:
+    """Return what is found at the store of this place, over connections of its own that are closed again.
 
     Raises ValueError as `make_store` does, StoreUnavailable when the store cannot be reached, and StoreRefused when
     nobody there knows it.
     """
-    examine = _EXAMINERS.get(url.partition(":")[0])
+    examine = _EXAMINERS.get(place.scheme)
     if examine is None:
-        make_store(url, key_layout=key_layout, key_prefix=key_prefix, timeout_ms=timeout_ms)
+        make_store(place)
         return [Finding("store", Severity.INFO, "This version does not know how to examine a store of this kind.")]
-    return await examine(url, _layout(key_layout, key_prefix), timeout_ms)
-
-
-def _layout(key_layout: str, key_prefix: str) -> KeyLayout:
-    return raw_layout if key_layout == "raw" else prefixed_layout(key_prefix)
+    return await examine(place)
 
 
 # Each driver is imported only by who uses it: redis-py alone costs more than the rest of the start.
-def _redis(url: str, layout: KeyLayout, timeout_ms: int) -> ClaimStore:
+def _redis(place: StorePlace) -> ClaimStore:
     from dedup_service.stores.redis_url import parse_redis_url  # noqa: PLC0415
 
-    target = parse_redis_url(url)
+    target = parse_redis_url(place.url)
     from dedup_service.stores.redis_link import FixedServer, RedisLink  # noqa: PLC0415
-    from dedup_service.stores.redis_store import RedisStore  # noqa: PLC0415
+    from dedup_service.stores.redis_nodes import OneServer  # noqa: PLC0415
 
-    return RedisStore(RedisLink(FixedServer(target), timeout_ms), layout, f"Redis at {target}")
+    nodes = OneServer(RedisLink(FixedServer(target), place.timeout_ms, place.min_replicas))
+    return _store_of(nodes, place, f"Redis at {target}")
 
 
-def _redis_by_sentinel(url: str, layout: KeyLayout, timeout_ms: int) -> ClaimStore:
+def _redis_by_sentinel(place: StorePlace) -> ClaimStore:
     from dedup_service.stores.redis_url import parse_sentinel_url  # noqa: PLC0415
 
-    target = parse_sentinel_url(url)
+    target = parse_sentinel_url(place.url)
     from dedup_service.stores.redis_link import RedisLink  # noqa: PLC0415
+    from dedup_service.stores.redis_nodes import OneServer  # noqa: PLC0415
     from dedup_service.stores.redis_sentinel import SentinelLocator  # noqa: PLC0415
+
+    link = RedisLink(SentinelLocator(target, place.timeout_ms), place.timeout_ms, place.min_replicas)
+    return _store_of(OneServer(link), place, f"Redis master {target}")
+
+
+def _redis_cluster(place: StorePlace) -> ClaimStore:
+    from dedup_service.stores.redis_url import parse_cluster_url  # noqa: PLC0415
+
+    target = parse_cluster_url(place.url)
+    from dedup_service.stores.redis_cluster import ClusterNodes  # noqa: PLC0415
+
+    nodes = ClusterNodes(target, place.timeout_ms, place.min_replicas)
+    return _store_of(nodes, place, f"Redis cluster {target}")
+
+
+def _store_of(nodes: "RedisNodes", place: StorePlace, description: str) -> ClaimStore:
+    from dedup_service.stores.redis_canary import RedisCanary  # noqa: PLC0415
     from dedup_service.stores.redis_store import RedisStore  # noqa: PLC0415
 
-    return RedisStore(RedisLink(SentinelLocator(target, timeout_ms), timeout_ms), layout, f"Redis master {target}")
+    canary = RedisCanary(canary_prefix(place.layout, place.key_prefix))
+    return RedisStore(nodes, place.layout, description, canary=canary, min_replicas=place.min_replicas)
 
 
-def _sqlite(url: str, layout: KeyLayout, timeout_ms: int) -> ClaimStore:
+def _sqlite(place: StorePlace) -> ClaimStore:
     from dedup_service.stores.sqlite_store import SqliteStore  # noqa: PLC0415
 
-    return SqliteStore(sqlite_path(url), layout, timeout_ms=timeout_ms)
+    path = sqlite_path(place.url)
+    if place.min_replicas:
+        raise ValueError("the embedded store has no replicas: leave DEDUP_MIN_REPLICAS at 0, or name a Redis")
+    return SqliteStore(path, place.layout, timeout_ms=place.timeout_ms)
 
 
-async def _examine_redis(url: str, layout: KeyLayout, timeout_ms: int) -> list[Finding]:
+async def _examine_redis(place: StorePlace) -> list[Finding]:
     from dedup_service.stores.redis_url import parse_redis_url  # noqa: PLC0415
 
-    target = parse_redis_url(url)
+    target = parse_redis_url(place.url)
     from dedup_service.stores.redis_doctor import examine_redis  # noqa: PLC0415
 
-    return await examine_redis(target, layout, timeout_ms)
+    return await examine_redis(target, place.layout, place.timeout_ms, min_replicas=place.min_replicas)
 
 
-async def _examine_redis_by_sentinel(url: str, layout: KeyLayout, timeout_ms: int) -> list[Finding]:
+async def _examine_redis_by_sentinel(place: StorePlace) -> list[Finding]:
     from dedup_service.stores.redis_url import parse_sentinel_url  # noqa: PLC0415
 
-    target = parse_sentinel_url(url)
+    target = parse_sentinel_url(place.url)
     from dedup_service.stores.redis_doctor import examine_redis  # noqa: PLC0415
     from dedup_service.stores.redis_sentinel import SentinelLocator  # noqa: PLC0415
 
-    return await examine_redis(await SentinelLocator(target, timeout_ms).locate(), layout, timeout_ms)
+    master = await SentinelLocator(target, place.timeout_ms).locate()
+    return await examine_redis(master, place.layout, place.timeout_ms, min_replicas=place.min_replicas)
 
 
-async def _examine_sqlite(url: str, _layout: KeyLayout, _timeout_ms: int) -> list[Finding]:
+async def _examine_redis_cluster(place: StorePlace) -> list[Finding]:
+    from dedup_service.stores.redis_url import parse_cluster_url  # noqa: PLC0415
+
+    target = parse_cluster_url(place.url)
+    from dedup_service.stores.redis_cluster_doctor import examine_cluster  # noqa: PLC0415
+
+    return await examine_cluster(target, place.layout, place.timeout_ms, place.min_replicas)
+
+
+async def _examine_sqlite(place: StorePlace) -> list[Finding]:
     from dedup_service.stores.sqlite_doctor import examine_sqlite  # noqa: PLC0415
 
-    return examine_sqlite(sqlite_path(url))
+    return examine_sqlite(sqlite_path(place.url))
 
 
 def sqlite_path(url: str) -> Path:
@@ -103,20 +159,24 @@ def sqlite_path(url: str) -> Path:
     return Path(rest).expanduser()
 
 
-_MAKERS: dict[str, Callable[[str, KeyLayout, int], ClaimStore]] = {
+_MAKERS: dict[str, Callable[[StorePlace], ClaimStore]] = {
     "redis": _redis,
     "rediss": _redis,
     "unix": _redis,
     "redis+sentinel": _redis_by_sentinel,
     "rediss+sentinel": _redis_by_sentinel,
+    "redis+cluster": _redis_cluster,
+    "rediss+cluster": _redis_cluster,
     "sqlite": _sqlite,
 }
 
-_EXAMINERS: dict[str, Callable[[str, KeyLayout, int], Awaitable[list[Finding]]]] = {
+_EXAMINERS: dict[str, Callable[[StorePlace], Awaitable[list[Finding]]]] = {
     "redis": _examine_redis,
     "rediss": _examine_redis,
     "unix": _examine_redis,
     "redis+sentinel": _examine_redis_by_sentinel,
     "rediss+sentinel": _examine_redis_by_sentinel,
+    "redis+cluster": _examine_redis_cluster,
+    "rediss+cluster": _examine_redis_cluster,
     "sqlite": _examine_sqlite,
 }

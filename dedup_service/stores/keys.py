@@ -30,3 +30,8 @@ def raw_layout(namespace: str, transaction_id: str) -> bytes:
             )
         )
     return transaction_id.encode()
+
+
+def canary_prefix(layout: KeyLayout, prefix: str) -> bytes:
+    """Return what begins keys that are no transaction's: a namespace has no '~', and an id no control character."""
+    return b"dedup-canary\x1f" if layout is raw_layout else b"%b~canary:" % prefix.encode()

@@ -45,17 +45,19 @@ def new_connection(target: RedisTarget, timeout_s: float) -> AbstractConnection:
     return make(**options)
 
 
-async def shake_hands(connection: AbstractConnection, target: RedisTarget) -> None:
-    """Connect, and return when the server is new enough and a master.
+async def shake_hands(connection: AbstractConnection, target: RedisTarget) -> str | None:
+    """Connect, and return the run_id of the server when it is new enough and a master, or None where INFO is forbidden.
 
     Raises StoreUnavailable (never applied), and StoreRefused when the server can never serve claims.
     """
     try:
         await connection.connect()  # type: ignore[no-untyped-call]
-        await _check_version(connection, target)
+        info = await _server_info(connection)
+        _check_version(info, target)
         await _check_role(connection, target)
         if await connection.can_read():
             raise StoreUnavailable("STORE_PROTOCOL_ERROR", "Redis sent a reply that nobody asked for", Applied.NO)
+        return info.get("run_id")
     except exceptions.AuthenticationError as error:
         raise StoreUnavailable(
             "STORE_NOT_AUTHENTICATED",
@@ -72,12 +74,15 @@ async def shake_hands(connection: AbstractConnection, target: RedisTarget) -> No
         ) from error
 
 
-async def _check_version(connection: AbstractConnection, target: RedisTarget) -> None:
+async def _server_info(connection: AbstractConnection) -> dict[str, str]:
     try:
-        info = parse_info(await _ask(connection, "INFO", "server"))
+        return parse_info(await _ask(connection, "INFO", "server"))
     except exceptions.ResponseError:
         # Where INFO is forbidden or renamed, a server that is too old shows itself by refusing the first claim.
-        return
+        return {}
+
+
+def _check_version(info: dict[str, str], target: RedisTarget) -> None:
     if info.get("redis_mode") == "sentinel":
         raise StoreRefused(
             f"{target} is a Redis Sentinel, which holds no data: name the Redis server itself, "

@@ -30,15 +30,25 @@ _SCRATCH_TTL_MS = 10_000
 
 
 async def examine_redis(
-    target: RedisTarget, layout: KeyLayout, timeout_ms: int, clock: Callable[[], float] = time.time
+    target: RedisTarget,
+    layout: KeyLayout,
+    timeout_ms: int,
+    clock: Callable[[], float] = time.time,
+    *,
+    min_replicas: int = 0,
+    mark: str = "",
 ) -> list[Finding]:
     """Return what is found at `target`; each of its answers may take `timeout_ms`, and `clock` is that of this host.
+
+    `min_replicas` is what claims will ask for. With a `mark`, which is a hash tag of the server, it is the node of a
+    cluster that it is meant to be.
 
     Raises StoreUnavailable when Redis cannot be reached, refuses the password, or goes away meanwhile.
     """
     try:
         async with _connected(target, timeout_ms / 1000) as connection:
-            return await _Examination(connection, target.username or "default", layout, clock).findings()
+            user = target.username or "default"
+            return await _Examination(connection, user, layout, clock, min_replicas=min_replicas, mark=mark).findings()
     except exceptions.NoPermissionError:
         # Only making the connection lets this one through, and of its commands only SELECT wants a right.
         return [_missing_right(target.username or "default", "SELECT")]
@@ -77,7 +87,14 @@ class _Examination:
     """One examination, over one connection that is open."""
 
     def __init__(
-        self, connection: AbstractConnection, user: str, layout: KeyLayout, clock: Callable[[], float]
+        self,
+        connection: AbstractConnection,
+        user: str,
+        layout: KeyLayout,
+        clock: Callable[[], float],
+        *,
+        min_replicas: int,
+        mark: str,
     ) -> None:
         self._connection = connection
         self._user = user
@@ -85,7 +102,9 @@ class _Examination:
         self._raw = layout is raw_layout
         self._token = secrets.token_urlsafe(16)
         # Nobody else's id, and in the default namespace, so that the layout takes it.
-        self._id = f"dedup-doctor-{secrets.token_hex(8)}"
+        self._id = f"dedup-doctor-{secrets.token_hex(8)}{mark}"
+        self._min_replicas = min_replicas
+        self._is_node = bool(mark)
         self._key = layout(DEFAULT_NAMESPACE, self._id)
         self._refused: dict[str, exceptions.ResponseError] = {}
 
@@ -102,7 +121,10 @@ class _Examination:
                 )
             ]
         else:
-            findings = [*judge_info(info), await self._persistence(info)]
+            findings = [
+                *judge_info(info, self._min_replicas, is_node=self._is_node),
+                await self._persistence(info),
+            ]
         samples = await self._time_samples()
         not_measured = Finding("clock", Severity.INFO, "Clock and latency were not measured, for which TIME is needed.")
         return [*findings, *await self._rights(info or {}), *(judge_time(samples) if samples else [not_measured])]
@@ -163,6 +185,10 @@ class _Examination:
         await self._try("SET", self._key, stored_value.encode(scratch), "NX", "GET", "PX", _SCRATCH_TTL_MS)
         await self._try("GET", self._key)
         await self._try("PEXPIRETIME", self._key)
+        await self._try("PEXPIREAT", self._key, now_ms + _SCRATCH_TTL_MS)
+        if self._min_replicas:
+            # For no replica, it answers at once.
+            await self._try("WAIT", 0, 1)
         # With another token it releases nothing, so that EVAL still finds what to release.
         await self._try("EVALSHA", RELEASE.sha, 1, self._key, secrets.token_urlsafe(16))
         await self._try("EVAL", RELEASE.text, 1, self._key, self._token)
@@ -175,7 +201,7 @@ class _Examination:
         if len(findings) < len(denied):
             findings.append(self._keys_denied())
         # On a replica and in a cluster the refusal is what those findings already say.
-        elsewhere = info.get("role") == "slave" or info.get("redis_mode") == "cluster"
+        elsewhere = info.get("role") == "slave" or (info.get("redis_mode") == "cluster" and not self._is_node)
         if self._refused and not denied and not elsewhere:
             name, error = next(iter(self._refused.items()))
             findings.append(

@@ -23,9 +23,10 @@ class TimeSample:
     ahead_s: float
 
 
-def judge_info(info: Mapping[str, str]) -> list[Finding]:
-    """Return the findings that the reply to INFO is enough for."""
-    return [_version(info), _role(info), _cluster(info), _eviction(info), _replicas(info)]
+def judge_info(info: Mapping[str, str], min_replicas: int = 0, *, is_node: bool = False) -> list[Finding]:
+    """Return the findings that the reply to INFO is enough for, of a server or of a node of a cluster."""
+    cluster = [] if is_node else [_cluster(info)]
+    return [_version(info), _role(info), *cluster, _eviction(info), _evicted(info), _replicas(info, min_replicas)]
 
 
 def _version(info: Mapping[str, str]) -> Finding:
@@ -66,7 +67,7 @@ def _cluster(info: Mapping[str, str]) -> Finding:
         Severity.CRITICAL,
         "This is one node of a cluster, and the store URL is one for a single server: claims whose keys other nodes "
         "hold are refused, and after a failover all of them.",
-        "let DEDUP_STORE_URL name a Redis that is no cluster (cluster-enabled no in redis.conf)",
+        "let DEDUP_STORE_URL name the cluster: redis+cluster://host1:port,host2:port",
     )
 
 
@@ -96,8 +97,31 @@ def _eviction(info: Mapping[str, str]) -> Finding:
     )
 
 
-def _replicas(info: Mapping[str, str]) -> Finding:
+def _evicted(info: Mapping[str, str]) -> Finding:
+    evicted = info.get("evicted_keys", "")
+    if evicted == "0":
+        return Finding("evicted", Severity.OK, "Redis has evicted no key since it started.")
+    if not evicted.isdigit():
+        return Finding("evicted", Severity.INFO, "INFO does not say whether keys were evicted.")
+    return Finding(
+        "evicted",
+        Severity.WARNING,
+        f"Redis has evicted {evicted} keys since it started or its counts were reset; claims among them were forgotten "
+        "before they expired.",
+        "raise maxmemory, set maxmemory-policy noeviction, and then CONFIG RESETSTAT",
+    )
+
+
+def _replicas(info: Mapping[str, str], min_replicas: int) -> Finding:
     count = info.get("connected_slaves", "")
+    if count.isdigit() and int(count) < min_replicas and info.get("role") != "slave":
+        return Finding(
+            "replicas",
+            Severity.CRITICAL,
+            f"{count} connected, and DEDUP_MIN_REPLICAS asks for {min_replicas} that acknowledge a claim: every claim "
+            "fails with STORE_NOT_REPLICATED.",
+            "connect as many replicas, or lower DEDUP_MIN_REPLICAS",
+        )
     if not count.isdigit() or info.get("role") == "slave":
         return Finding("replicas", Severity.INFO, "How many replicas the primary has is not known here.")
     if count == "0":

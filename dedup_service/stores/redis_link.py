@@ -14,6 +14,7 @@ from redis.asyncio.connection import AbstractConnection
 from dedup_service.claims import Applied, StoreRefused, StoreUnavailable
 from dedup_service.stores.redis_channel import RedisChannel
 from dedup_service.stores.redis_connection import new_connection, shake_hands
+from dedup_service.stores.redis_quorum import ReplicaQuorum
 from dedup_service.stores.redis_url import RedisTarget
 
 _FIRST_PAUSE_S = 0.05
@@ -52,9 +53,10 @@ class FixedServer:
 class RedisLink:
     """The way to the Redis server that takes the claims, across any number of connections, one at a time."""
 
-    def __init__(self, locator: RedisLocator, timeout_ms: int) -> None:
+    def __init__(self, locator: RedisLocator, timeout_ms: int, min_replicas: int = 0) -> None:
         self._locator = locator
         self._timeout_ms = timeout_ms
+        self._min_replicas = min_replicas
         self._keeper: asyncio.Task[None] | None = None
         self._disposals: set[asyncio.Task[None]] = set()
         self._failure: StoreUnavailable | StoreRefused | None = None
@@ -62,18 +64,28 @@ class RedisLink:
         self._jitter = random.Random()  # noqa: S311 - spreads reconnects, guards nothing
         self.channel: RedisChannel | None = None
         """The channel to send on, or None: then `connected` says what to do."""
+        self.quorum: ReplicaQuorum | None = None
+        """Sends writes over the channel that replicas have to acknowledge; None unless any are asked for."""
+        self.server: RedisTarget | None = None
+        """The server that was connected to last."""
+        self.run_id: str | None = None
+        """What that server called its process, which a restart changes; None where it does not say."""
 
     async def open(self) -> None:
         """Start to keep a channel, and return after the first attempt, whether it succeeded or Redis is away.
 
         Raises StoreRefused when Redis answered that it can never serve claims.
         """
-        self._keeper = asyncio.get_running_loop().create_task(self._keep())
+        self.start()
         await self._attempted.wait()
         refusal = self._failure
         if isinstance(refusal, StoreRefused):
             await self.close()
             raise refusal
+
+    def start(self) -> None:
+        """Start to keep a channel, and wait for nothing: `connected` does, and raises what `open` would."""
+        self._keeper = asyncio.get_running_loop().create_task(self._keep())
 
     async def close(self) -> None:
         """Stop keeping a channel; commands under way fail."""
@@ -122,7 +134,7 @@ class RedisLink:
                 if self.channel is not None:
                     since = loop.time()
                     failure_of_channel = await self._until_lost(self.channel, target)
-                    self.channel = None
+                    self.channel = self.quorum = None
                     if loop.time() - since >= _SETTLED_S:
                         pause_s = _FIRST_PAUSE_S
                         self._attempted.clear()
@@ -133,7 +145,7 @@ class RedisLink:
         finally:
             if self.channel is not None:
                 self.channel.connection_lost(None)
-                self.channel = None
+                self.channel = self.quorum = None
 
     async def _until_lost(self, channel: RedisChannel, target: RedisTarget) -> StoreUnavailable:
         watch = asyncio.get_running_loop().create_task(self._leave_when_moved(channel, target))
@@ -156,7 +168,7 @@ class RedisLink:
     async def _connect(self, target: RedisTarget) -> RedisChannel:
         connection = new_connection(target, self._timeout_ms / 1000)
         try:
-            await shake_hands(connection, target)
+            self.run_id = await shake_hands(connection, target)
         except BaseException:
             await connection.disconnect(nowait=True)
             raise
@@ -164,6 +176,10 @@ class RedisLink:
         transport: asyncio.Transport = cast("Any", connection)._writer.transport  # noqa: SLF001
         channel = RedisChannel(transport, self._timeout_ms, asyncio.get_running_loop())
         transport.set_protocol(channel)
+        self.server = target
+        if self._min_replicas:
+            # Half of the time, since a write may have to let one round go before its own.
+            self.quorum = ReplicaQuorum(channel, self._min_replicas, max(1, self._timeout_ms // 2))
         channel.ended.add_done_callback(lambda _: self._dispose(connection))
         return channel
 

@@ -1,5 +1,7 @@
 """Claims in one Redis or Valkey server: `SET key value NX GET PX` decides, one script a change compares the token."""
 
+import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import hiredis
@@ -12,6 +14,7 @@ from dedup_service.claims import (
     FieldViolation,
     InvalidRequest,
     Release,
+    StoreNotice,
     StoreUnavailable,
     Transaction,
     TransactionState,
@@ -20,8 +23,12 @@ from dedup_service.claims import (
 )
 from dedup_service.stores import stored_value
 from dedup_service.stores.keys import KeyLayout
+from dedup_service.stores.redis_canary import RedisCanary
+from dedup_service.stores.redis_channel import RedisChannel
 from dedup_service.stores.redis_link import RedisLink
-from dedup_service.stores.redis_scripts import COMPLETE, EXTEND, RELEASE, Script
+from dedup_service.stores.redis_nodes import RedisNodes
+from dedup_service.stores.redis_quorum import Command
+from dedup_service.stores.redis_scripts import COMPLETE, CONFIRM, EXTEND, RELEASE, Script
 
 # What an error reply that begins with this word means; in each case Redis did not carry the command out.
 _REFUSALS = {
@@ -35,8 +42,14 @@ _REFUSALS = {
     "BUSY": ("STORE_BUSY", "Redis is busy with a script"),
     "MISCONF": ("STORE_MISCONFIGURED", "Redis refuses writes because it cannot save its data: see its log"),
     "NOREPLICAS": ("STORE_TOO_FEW_REPLICAS", "Redis has fewer replicas in order than min-replicas-to-write asks for"),
-    "MOVED": ("STORE_MOVED", "Redis is a cluster, and this server does not hold the key"),
+    "MOVED": ("STORE_MOVED", "Redis is a cluster, and this server does not hold the key: write redis+cluster://"),
+    "ASK": ("STORE_MOVED", "Redis is a cluster, and this server is handing the key over: write redis+cluster://"),
+    "TRYAGAIN": ("STORE_TRY_AGAIN", "Redis is a cluster, and the key is between two servers"),
 }
+
+# Followed rather than refused where the nodes know the way. Neither server has carried the command out.
+_REDIRECTIONS = ("MOVED", "ASK")
+_MAX_REDIRECTIONS = 5
 
 # After these a connection can stay wrong while a new one is right: the server behind the address has changed.
 _STALE_AFTER = ("READONLY", "NOAUTH", "MASTERDOWN")
@@ -48,10 +61,14 @@ class RedisStore:
     Guarantees: one command a claim, every key with an expiry, no command ever sent twice.
     """
 
-    def __init__(self, link: RedisLink, key_layout: KeyLayout, description: str) -> None:
-        self._link = link
+    def __init__(
+        self, nodes: RedisNodes, key_layout: KeyLayout, description: str, *, canary: RedisCanary, min_replicas: int = 0
+    ) -> None:
+        self._nodes = nodes
         self._key = key_layout
         self._description = description
+        self._canary = canary
+        self._min_replicas = min_replicas
         # Redis' clock minus ours, as of the last check: an expire time must lie ahead by both clocks.
         self._clock_ahead_ms = 0
 
@@ -62,29 +79,50 @@ class RedisStore:
 
     async def open(self) -> None:
         """Connect; see ClaimStore.open."""
-        await self._link.open()
+        await self._nodes.open()
 
     async def close(self) -> None:
         """Disconnect; see ClaimStore.close."""
-        await self._link.close()
+        await self._nodes.close()
 
-    async def check(self) -> None:
-        """Ask Redis for its time; see ClaimStore.check."""
+    async def check(self) -> Sequence[StoreNotice]:
+        """Ask every server for its time, and for what it should remember; see ClaimStore.check.
+
+        A cluster of which some servers answer is one that serves: the others fail only the claims that they hold.
+        """
+        results = await asyncio.gather(
+            *(self._check(mark, link) for mark, link in self._nodes.places()), return_exceptions=True
+        )
+        answers = [result for result in results if isinstance(result, int)]
+        if not answers:
+            raise next(result for result in results if isinstance(result, BaseException))
+        # The clock that is furthest ahead: a claim may go to any of the servers.
+        self._clock_ahead_ms = max(answers)
+        return self._canary.take_notices()
+
+    async def _check(self, mark: bytes, link: RedisLink) -> int:
+        channel = link.channel or await link.connected()
+        time = channel.send("TIME")
+        self._canary.look(mark, link, channel)
         try:
-            reply = await self._execute("TIME")
+            seconds, microseconds = (int(part) for part in _checked(await time, channel))
         except UnreadableValue as error:
             raise StoreUnavailable(error.reason, str(error), Applied.NO) from error
-        seconds, microseconds = (int(part) for part in reply)
-        self._clock_ahead_ms = seconds * 1000 + microseconds // 1000 - system_clock_ms()
+        return seconds * 1000 + microseconds // 1000 - system_clock_ms()
 
     async def claim(self, claim: Transaction, ttl_ms: int | None) -> Transaction | None:
         """Store the claim unless its key is held; see ClaimStore.claim."""
         key = self._key(claim.namespace, claim.transaction_id)
         value = stored_value.encode(claim)
-        reply = await self._execute("SET", key, value, "NX", "GET", *self._expiry(ttl_ms, claim.expire_time_ms))
+        expiry = self._expiry(ttl_ms, claim.expire_time_ms)
+        reply, acknowledged = await self._write(key, "SET", key, value, "NX", "GET", *expiry)
         if reply is None:
+            self._require_replicas(acknowledged)
             return None
-        return stored_value.decode(_value(reply), claim.namespace, claim.transaction_id)
+        holder = stored_value.decode(_value(reply), claim.namespace, claim.transaction_id)
+        if self._min_replicas and holder.claim_token == claim.claim_token:
+            return await self._confirmed(key, claim, ttl_ms, holder)
+        return holder
 
     async def complete(self, completion: Completion) -> Transaction | None:
         """Complete what the token holds; see ClaimStore.complete."""
@@ -102,7 +140,9 @@ class RedisStore:
     async def release(self, release: Release) -> bool:
         """Forget what the token holds; see ClaimStore.release."""
         key = self._key(release.namespace, release.transaction_id)
-        return bool(await self._run(RELEASE, key, release.claim_token))
+        # Too few replicas are no error here: a release that a failover forgets costs time, and never pays twice.
+        released, _ = await self._run(RELEASE, key, release.claim_token)
+        return bool(released)
 
     async def extend(self, extension: Extension) -> Transaction | None:
         """Move the end of what the token holds; see ClaimStore.extend."""
@@ -117,13 +157,13 @@ class RedisStore:
     async def get(self, namespace: str, transaction_id: str) -> Transaction | None:
         """Return the holder; see ClaimStore.get. Only a claim by an unknown holder costs a second command."""
         key = self._key(namespace, transaction_id)
-        reply = await self._execute("GET", key)
+        reply = await self._execute(key, "GET", key)
         if reply is None:
             return None
         transaction = stored_value.decode(_value(reply), namespace, transaction_id)
         if transaction.claim_token is not None:
             return transaction
-        expire_time_ms = await self._execute("PEXPIRETIME", key)
+        expire_time_ms = await self._execute(key, "PEXPIRETIME", key)
         if expire_time_ms == _NO_SUCH_KEY:
             return None
         return stored_value.unknown_holder(
@@ -142,33 +182,102 @@ class RedisStore:
         self, script: Script, change: Completion | Extension, *arguments: bytes | str | int
     ) -> Transaction | None:
         key = self._key(change.namespace, change.transaction_id)
-        reply = await self._run(script, key, change.claim_token, *arguments)
+        reply, acknowledged = await self._run(script, key, change.claim_token, *arguments)
         if reply is None:
             return None
+        self._require_replicas(acknowledged)
         return stored_value.decode(_value(reply), change.namespace, change.transaction_id)
 
-    async def _run(self, script: Script, key: bytes, *arguments: bytes | str | int) -> Any:  # noqa: ANN401 - as _execute
+    async def _confirmed(
+        self, key: bytes, claim: Transaction, ttl_ms: int | None, holder: Transaction
+    ) -> Transaction | None:
+        """Return the holder, once replicas know it too: this try wrote nothing that a WAIT would answer for."""
+        held, acknowledged = await self._run(CONFIRM, key, holder.claim_token or "")
+        if not held:
+            # It ended between the two commands.
+            return await self.claim(claim, ttl_ms)
+        self._require_replicas(acknowledged)
+        return holder
+
+    def _require_replicas(self, acknowledged: Any) -> None:  # noqa: ANN401 - a reply of Redis
+        if not self._min_replicas:
+            return
+        if type(acknowledged) is hiredis.ReplyError:
+            failure = _error_of_reply(str(acknowledged))
+            raise StoreUnavailable(failure.reason, f"Redis refused WAIT: {failure}", Applied.UNKNOWN)
+        if acknowledged < self._min_replicas:
+            raise StoreUnavailable(
+                "STORE_NOT_REPLICATED",
+                f"{acknowledged} of the {self._min_replicas} replicas that DEDUP_MIN_REPLICAS asks for acknowledged "
+                "in time, so that a failover might forget it: try again with the same token",
+                Applied.UNKNOWN,
+            )
+
+    async def _run(self, script: Script, key: bytes, *arguments: bytes | str | int) -> tuple[Any, Any]:
         try:
-            return await self._execute("EVALSHA", script.sha, 1, key, *arguments)
+            return await self._write(key, "EVALSHA", script.sha, 1, key, *arguments)
         except _ScriptForgotten:
             # Redis has certainly not run it, so this repeats nothing; EVAL makes Redis remember it again.
-            return await self._execute("EVAL", script.text, 1, key, *arguments)
+            return await self._write(key, "EVAL", script.text, 1, key, *arguments)
 
-    async def _execute(self, *command: bytes | str | int) -> Any:  # noqa: ANN401 - what Redis may answer
-        channel = self._link.channel or await self._link.connected()
+    async def _write(self, key: bytes, *command: bytes | str | int) -> tuple[Any, Any]:
+        """Return the reply, and how many replicas acknowledged what was written if any have to (or Redis' refusal)."""
+        link = self._nodes.link_of(key)
+        channel = link.channel or await link.connected()
+        acknowledged = None
+        if link.quorum is None:
+            reply = await channel.send(*command)
+        else:
+            reply, acknowledged = await link.quorum.send(*command)
+        if type(reply) is not hiredis.ReplyError:
+            return reply, acknowledged
+        return await self._follow(key, link, channel, reply, command)
+
+    async def _execute(self, key: bytes, *command: bytes | str | int) -> Any:  # noqa: ANN401 - what Redis may answer
+        link = self._nodes.link_of(key)
+        channel = link.channel or await link.connected()
         reply = await channel.send(*command)
-        if type(reply) is hiredis.ReplyError:
-            if str(reply).startswith("NOSCRIPT"):
-                raise _ScriptForgotten
-            failure = _error_of_reply(str(reply))
-            if str(reply).startswith(_STALE_AFTER) and isinstance(failure, StoreUnavailable):
-                channel.retire(failure)
-            raise failure
+        if type(reply) is not hiredis.ReplyError:
+            return reply
+        reply, _ = await self._follow(key, link, channel, reply, command)
         return reply
+
+    async def _follow(
+        self, key: bytes, link: RedisLink, channel: RedisChannel, reply: object, command: Command
+    ) -> tuple[Any, Any]:
+        """Send the command where a redirection points, which neither server has carried out; raise any other error."""
+        acknowledged = None
+        for _ in range(_MAX_REDIRECTIONS):
+            if type(reply) is not hiredis.ReplyError:
+                return reply, acknowledged
+            word = str(reply).partition(" ")[0]
+            target = self._nodes.redirected(key, link, str(reply)) if word in _REDIRECTIONS else None
+            if target is None:
+                break
+            link, channel = target, target.channel or await target.connected()
+            quorum = link.quorum
+            # Without an await between them they arrive one after the other, which is how ASKING knows its command.
+            sent = [channel.send("ASKING")] if word == "ASK" else []
+            *_, reply = await asyncio.gather(*sent, channel.send(*command))
+            if quorum is not None:
+                _, acknowledged = await quorum.send("TIME")
+        return _checked(reply, channel), acknowledged
 
 
 class _ScriptForgotten(Exception):
     """Redis does not know the script by its name: it restarted, or its scripts were flushed."""
+
+
+def _checked(reply: Any, channel: RedisChannel) -> Any:  # noqa: ANN401 - what Redis may answer
+    """Return the reply unless it is an error, which is raised as what it means here."""
+    if type(reply) is not hiredis.ReplyError:
+        return reply
+    if str(reply).startswith("NOSCRIPT"):
+        raise _ScriptForgotten
+    failure = _error_of_reply(str(reply))
+    if str(reply).startswith(_STALE_AFTER) and isinstance(failure, StoreUnavailable):
+        channel.retire(failure)
+    raise failure
 
 
 # PEXPIRETIME's answers for a key that is not there, and for one that never expires.

@@ -10,6 +10,7 @@ from urllib.parse import parse_qsl, unquote
 
 SCHEMES = ("redis", "rediss", "unix")
 SENTINEL_SCHEMES = ("redis+sentinel", "rediss+sentinel")
+CLUSTER_SCHEMES = ("redis+cluster", "rediss+cluster")
 
 _DEFAULT_PORT = 6379
 _DEFAULT_SENTINEL_PORT = 26379
@@ -21,6 +22,8 @@ _ARGUMENTS = {
     "rediss": _TLS_FILES,
     "redis+sentinel": _SENTINEL_CREDENTIALS,
     "rediss+sentinel": (*_SENTINEL_CREDENTIALS, *_TLS_FILES),
+    "redis+cluster": (),
+    "rediss+cluster": _TLS_FILES,
 }
 
 # An IPv6 address in brackets, or a name; then perhaps a port.
@@ -40,7 +43,7 @@ class RedisTarget:
     username: str = ""
     password: str = field(default="", repr=False)
     tls: bool = False
-    tls_files: dict[str, str] = field(default_factory=dict)
+    tls_files: dict[str, str] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
         """Return the URL without user name, password and query, for logs and people."""
@@ -65,6 +68,17 @@ class SentinelTarget:
     def __str__(self) -> str:
         """Return the name and the Sentinels, without user names and passwords."""
         return f'"{self.master_name}" by Sentinel {",".join(sentinel.address for sentinel in self.sentinels)}'
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterTarget:
+    """One cluster, by some of its nodes: the others are asked for."""
+
+    nodes: tuple[RedisTarget, ...]
+
+    def __str__(self) -> str:
+        """Return the nodes, without user names and passwords."""
+        return f"by {','.join(node.address for node in self.nodes)}"
 
 
 def parse_redis_url(url: str) -> RedisTarget:
@@ -124,6 +138,22 @@ def parse_sentinel_url(url: str) -> SentinelTarget:
     return SentinelTarget(
         tuple(replace(sentinel, host=host, port=port) for host, port in addresses), unquote(master_name), server
     )
+
+
+def parse_cluster_url(url: str) -> ClusterTarget:
+    """Return the nodes that a `redis+cluster://` or `rediss+cluster://` URL names.
+
+    Accepted is `redis[s]+cluster://[user[:password]@]host[:port][,host[:port]…]`, and with `rediss` the query arguments
+    of `parse_redis_url`. Raises ValueError as `parse_redis_url` does.
+    """
+    parts = _split(url, CLUSTER_SCHEMES)
+    if not parts.hosts:
+        raise ValueError("the store URL names no node: write redis+cluster://host1:6379,host2:6379")
+    if parts.path.strip("/") not in {"", "0"}:
+        raise ValueError("the store URL names a database after its nodes, and a Redis cluster has the database 0 alone")
+    node = replace(parts.credentials, tls=parts.scheme == "rediss+cluster", tls_files=_tls_files(parts.arguments))
+    addresses = dict.fromkeys(_host(text, _DEFAULT_PORT) for text in parts.hosts.split(","))
+    return ClusterTarget(tuple(replace(node, host=host, port=port) for host, port in addresses))
 
 
 @dataclass(frozen=True, slots=True)

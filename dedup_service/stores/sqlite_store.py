@@ -1,6 +1,6 @@
 """The embedded store: claims in one SQLite file, for trying it out, tests and use on a single host."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dedup_service.claims import (
@@ -10,6 +10,7 @@ from dedup_service.claims import (
     FieldViolation,
     InvalidRequest,
     Release,
+    StoreNotice,
     StoreRefused,
     StoreUnavailable,
     Transaction,
@@ -79,12 +80,13 @@ class SqliteStore:
         if thread is not None:
             await thread.close()
 
-    async def check(self) -> None:
-        """Return when the file could be written and synced.
+    async def check(self) -> Sequence[StoreNotice]:
+        """Return when the file could be written and synced; nothing else is noticed.
 
         Raises StoreUnavailable when it could not, and StoreRefused as `open` does.
         """
         await self._running().submit()
+        return ()
 
     async def claim(self, claim: Transaction, ttl_ms: int | None) -> Transaction | None:
         """Store `claim` durably unless its transaction is held, in one transaction, and return the holder or None.

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from dedup_service.claims import ClaimStore
-from dedup_service.stores import make_store
+from dedup_service.stores import StorePlace, make_store
 from dedup_service.stores.keys import prefixed_layout
+from dedup_service.stores.redis_canary import RedisCanary
+from dedup_service.stores.redis_nodes import OneServer
 from dedup_service.stores.redis_store import RedisStore
 from harness.fakeredis_link import FakeredisLink
 from harness.processes import RedisProcess
@@ -27,7 +29,9 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
     """An opened store of each kind, in the prefixed layout."""
     opened: ClaimStore
     if request.param == "fakeredis":
-        opened = RedisStore(FakeredisLink(), prefixed_layout("dedup:"), "fakeredis")
+        opened = RedisStore(
+            OneServer(FakeredisLink()), prefixed_layout("dedup:"), "fakeredis", canary=RedisCanary(b"canary:")
+        )
     else:
         if request.param == "sqlite":
             url = f"sqlite://{tmp_path / 'claims.db'}"
@@ -36,7 +40,7 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
         else:
             server: RedisProcess = request.getfixturevalue("redis_server")
             url = server.url if request.param == "redis" else f"unix://{server.socket_path}?db=1"
-        opened = make_store(url, key_layout="prefixed", key_prefix="dedup:", timeout_ms=5_000)
+        opened = make_store(StorePlace(url, timeout_ms=5_000))
     await opened.open()
     yield opened
     await opened.close()

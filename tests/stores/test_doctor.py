@@ -12,7 +12,7 @@ import redis
 
 from dedup_service.claims import StoreRefused, StoreUnavailable
 from dedup_service.claims.findings import Finding, Severity
-from dedup_service.stores import examine_store
+from dedup_service.stores import StorePlace, examine_store
 from dedup_service.stores.keys import prefixed_layout
 from dedup_service.stores.redis_doctor import examine_redis
 from dedup_service.stores.redis_findings import TimeSample, judge_info, judge_time
@@ -22,14 +22,28 @@ from harness.processes import RedisProcess, free_port
 from harness.sentinel import SentinelProcess, sentinel_url
 
 OK, INFO, WARNING, CRITICAL = Severity.OK, Severity.INFO, Severity.WARNING, Severity.CRITICAL
-EVERY_RIGHT = ("+set", "+get", "+del", "+eval", "+evalsha", "+pexpiretime", "+time", "+select", "+info", "+config|get")
+EVERY_RIGHT = (
+    "+set",
+    "+get",
+    "+del",
+    "+eval",
+    "+evalsha",
+    "+pexpiretime",
+    "+pexpireat",
+    "+time",
+    "+select",
+    "+info",
+    "+config|get",
+)
 
 StartRedis = Callable[..., RedisProcess]
 
 
-async def examined(url: str, *, layout: str = "prefixed", prefix: str = "dedup:") -> list[Finding]:
+async def examined(
+    url: str, *, layout: str = "prefixed", prefix: str = "dedup:", min_replicas: int = 0
+) -> list[Finding]:
     """Return the findings at a store."""
-    return await examine_store(url, key_layout=layout, key_prefix=prefix, timeout_ms=5_000)
+    return await examine_store(StorePlace(url, layout, prefix, 5_000, min_replicas))
 
 
 def of(check: str, findings: list[Finding]) -> Finding:
@@ -67,6 +81,7 @@ def user_with(server: RedisProcess, *rules: str) -> str:
         (("--appendonly", "yes", "--appendfsync", "no"), "persistence", WARNING, "appendfsync everysec"),
         (("--appendonly", "yes", "--appendfsync", "everysec"), "persistence", INFO, "appendfsync always"),
         (("--appendonly", "yes", "--appendfsync", "always"), "persistence", OK, ""),
+        ((), "evicted", OK, ""),
         ((), "cluster", OK, ""),
         ((), "version", OK, ""),
         ((), "role", OK, ""),
@@ -91,8 +106,27 @@ async def test_a_node_of_a_cluster_is_critical(start_redis: StartRedis) -> None:
     # By default the cluster's own port is 10,000 above, where there may be none.
     findings = await examined(start_redis("--cluster-enabled", "yes", "--cluster-port", str(free_port())).url)
     assert of("cluster", findings).severity is CRITICAL
-    assert "cluster-enabled no" in of("cluster", findings).remedy
+    assert "redis+cluster://" in of("cluster", findings).remedy
     assert of("rights", findings).severity is OK
+
+
+async def test_evicted_keys_are_found(start_redis: StartRedis) -> None:
+    """Keys that were evicted are a warning with their number, also after the policy was mended."""
+    server = start_redis("--maxmemory-policy", "allkeys-lru", "--maxmemory", "4mb")
+    with redis.Redis(port=server.port) as admin:
+        for number in range(100):
+            admin.set(f"big-{number}", "x" * 100_000, ex=60)
+        admin.config_set("maxmemory-policy", "noeviction")
+        evicted = admin.info("stats")["evicted_keys"]
+    finding = of("evicted", await examined(server.url))
+    assert evicted > 0
+    assert (finding.severity, f"evicted {evicted} keys" in finding.message) == (WARNING, True)
+
+
+async def test_fewer_replicas_than_claims_ask_for_are_critical(start_redis: StartRedis) -> None:
+    """With DEDUP_MIN_REPLICAS and no replica every claim would fail, which is said beforehand."""
+    finding = of("replicas", await examined(start_redis().url, min_replicas=1))
+    assert (finding.severity, "DEDUP_MIN_REPLICAS" in finding.message) == (CRITICAL, True)
 
 
 async def test_the_remedy_for_eviction_mends_it(start_redis: StartRedis) -> None:
@@ -139,7 +173,7 @@ async def test_all_missing_rights_are_found_at_once(start_redis: StartRedis) -> 
     """A user without any right gets one finding for each, and nobody is sent back and forth."""
     findings = await examined(user_with(start_redis(), "~dedup:*"))
     remedies = {finding.remedy for finding in findings if finding.check == "rights"}
-    commands = ("set", "get", "del", "eval", "evalsha", "pexpiretime", "time")
+    commands = ("set", "get", "del", "eval", "evalsha", "pexpiretime", "pexpireat", "time")
     assert remedies == {f"ACL SETUSER limited +{command}" for command in commands}
     assert of("clock", findings).severity is INFO
 
@@ -252,7 +286,7 @@ async def test_a_server_that_stops_answering_ends_the_examination(start_redis: S
     server = start_redis()
     server.pause()
     with pytest.raises(StoreUnavailable) as caught:
-        await examine_store(server.url, key_layout="prefixed", key_prefix="dedup:", timeout_ms=50)
+        await examine_store(StorePlace(server.url, timeout_ms=50))
     assert caught.value.reason == "STORE_UNREACHABLE"
 
 

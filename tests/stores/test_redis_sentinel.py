@@ -10,7 +10,7 @@ import redis
 import trustme
 
 from dedup_service.claims import Applied, StoreRefused, StoreUnavailable, Transaction
-from dedup_service.stores import make_store
+from dedup_service.stores import StorePlace, make_store
 from dedup_service.stores.redis_sentinel import SentinelLocator
 from dedup_service.stores.redis_store import RedisStore
 from dedup_service.stores.redis_url import parse_sentinel_url
@@ -34,7 +34,7 @@ async def open_store() -> AsyncIterator[OpenStore]:
     async with contextlib.AsyncExitStack() as opened:
 
         async def open_it(url: str, *, timeout_ms: int = 1_000) -> RedisStore:
-            store = make_store(url, key_layout="prefixed", key_prefix="dedup:", timeout_ms=timeout_ms)
+            store = make_store(StorePlace(url, timeout_ms=timeout_ms))
             assert isinstance(store, RedisStore)
             opened.push_async_callback(store.close)
             await store.open()
@@ -223,11 +223,12 @@ async def test_a_server_that_still_answers_is_kept_while_no_sentinel_does(
     server = start_redis()
     sentinel = start_sentinel(server.port)
     store = await open_store(sentinel_url(sentinel.port))
-    channel = store._link.channel
+    [(_, link)] = store._nodes.places()
+    channel = link.channel
     with redis.Redis(port=sentinel.port, protocol=2) as admin:
         admin.execute_command("SENTINEL", "REMOVE", "mymaster")
     asked: list[Exception] = []
-    locator = store._link._locator
+    locator = link._locator
     locate = locator.locate
 
     async def watched_locate() -> object:
@@ -237,7 +238,7 @@ async def test_a_server_that_still_answers_is_kept_while_no_sentinel_does(
             asked.append(error)
             raise
 
-    locator.locate = watched_locate  # type: ignore[method-assign, assignment]
+    locator.locate = watched_locate  # type: ignore[method-assign,assignment]
 
     async def asked_in_vain(kind: type[Exception]) -> bool:
         return any(isinstance(error, kind) for error in asked)
@@ -246,7 +247,7 @@ async def test_a_server_that_still_answers_is_kept_while_no_sentinel_does(
     sentinel.stop()
     await eventually(lambda: asked_in_vain(StoreUnavailable), what="the Sentinel to be asked in vain")
     assert await store.claim(a_claim(unique), 60_000) is None
-    assert store._link.channel is channel
+    assert link.channel is channel
 
 
 @pytest.mark.parametrize("forbidden", ["", "-role"])

@@ -25,10 +25,12 @@ from dedup_service.claims import (
     StoreUnavailable,
     UnreadableValue,
 )
-from dedup_service.stores import make_store
+from dedup_service.stores import StorePlace, make_store
 from dedup_service.stores import redis_channel as channel_module
 from dedup_service.stores.keys import prefixed_layout
+from dedup_service.stores.redis_canary import RedisCanary
 from dedup_service.stores.redis_link import FixedServer, RedisLink
+from dedup_service.stores.redis_nodes import OneServer
 from dedup_service.stores.redis_scripts import COMPLETE, EXTEND, RELEASE
 from dedup_service.stores.redis_store import RedisStore
 from dedup_service.stores.redis_url import RedisTarget, parse_redis_url
@@ -48,7 +50,7 @@ async def open_store(redis_server: RedisProcess) -> AsyncIterator[OpenStore]:
     opened: list[RedisStore] = []
 
     async def open_it(url: str = "", *, layout: str = "prefixed", timeout_ms: int = 5_000) -> RedisStore:
-        store = make_store(url or redis_server.url, key_layout=layout, key_prefix="dedup:", timeout_ms=timeout_ms)
+        store = make_store(StorePlace(url or redis_server.url, layout, timeout_ms=timeout_ms))
         assert isinstance(store, RedisStore)
         opened.append(store)
         await store.open()
@@ -403,6 +405,12 @@ async def test_a_redis_that_comes_later_is_used_by_itself(
     assert await answered(service_over(store), ClaimRequest(unique)) is ClaimOutcome.CLAIMED
 
 
+def store_over(locator: FixedServer) -> RedisStore:
+    """Return a store whose link asks this locator."""
+    link = RedisLink(locator, timeout_ms=5_000)
+    return RedisStore(OneServer(link), prefixed_layout("dedup:"), "a test", canary=RedisCanary(b"canary:"))
+
+
 async def test_a_fault_of_ours_while_connecting_leaves_nobody_waiting(redis_server: RedisProcess, unique: str) -> None:
     """When connecting fails in a way that nobody thought of, callers are refused, and it is tried again.
 
@@ -419,7 +427,7 @@ async def test_a_fault_of_ours_while_connecting_leaves_nobody_waiting(redis_serv
                 raise KeyError("hunter2")
             return await super().locate()
 
-    store = RedisStore(RedisLink(Forgetful(target), timeout_ms=5_000), prefixed_layout("dedup:"), "forgetful")
+    store = store_over(Forgetful(target))
     await store.open()
     with pytest.raises(StoreUnavailable) as caught:
         await store.claim(a_claim(unique), 60_000)
@@ -444,7 +452,7 @@ async def test_closing_ends_also_when_a_cancellation_is_swallowed(redis_server: 
                 await asyncio.Event().wait()
             return await super().locate()
 
-    store = RedisStore(RedisLink(Swallowing(target), timeout_ms=5_000), prefixed_layout("dedup:"), "swallowing")
+    store = store_over(Swallowing(target))
     opening = asyncio.create_task(store.open())
     await connecting.wait()
     await store.close()

@@ -14,6 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -151,7 +152,7 @@ class Clock:
         assert self.running.wait(20)
         return self.now_ms
 
-    async def stall(self, store: SqliteStore) -> "asyncio.Task[None]":
+    async def stall(self, store: SqliteStore) -> "asyncio.Task[Any]":
         """Return a check that is held up in a batch of its own; all that follows waits behind it."""
         self.running.clear()
         reads = self.reads
@@ -200,7 +201,7 @@ def rows(path: Path) -> dict[str, int]:
     return {key.decode(): expire_time_ms for key, expire_time_ms in found}
 
 
-async def unavailable(call: "asyncio.Future[Transaction | None] | asyncio.Task[None]") -> tuple[str, Applied]:
+async def unavailable(call: "asyncio.Future[Any]") -> tuple[str, Applied]:
     """Return how a call failed."""
     with pytest.raises(StoreUnavailable) as failure:
         await call

@@ -5,8 +5,14 @@ from typing import Any
 
 import pytest
 
-from dedup_service.stores import make_store, sqlite_path
-from dedup_service.stores.redis_url import RedisTarget, SentinelTarget, parse_redis_url, parse_sentinel_url
+from dedup_service.stores import StorePlace, make_store, sqlite_path
+from dedup_service.stores.redis_url import (
+    RedisTarget,
+    SentinelTarget,
+    parse_cluster_url,
+    parse_redis_url,
+    parse_sentinel_url,
+)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +67,8 @@ def test_good_urls(url: str, target: RedisTarget) -> None:
         ("unix:///run/redis.sock?db=1&protocol=3", "'protocol'"),
         (
             "mysql://:hunter2@host",
-            "must begin with one of redis:, rediss:, unix:, redis+sentinel:, rediss+sentinel:, sqlite:",
+            "must begin with one of redis:, rediss:, unix:, redis+sentinel:, rediss+sentinel:, redis+cluster:, "
+            "rediss+cluster:, sqlite:",
         ),
         ("hunter2", "must begin"),
         ("redis+sentinel://:hunter2@/mymaster", "names no Sentinel"),
@@ -78,6 +85,10 @@ def test_good_urls(url: str, target: RedisTarget) -> None:
         ("redis+sentinel://one/m?sentinel_password=hunter2&ssl_ca_certs=/x", "'ssl_ca_certs'"),
         ("rediss+sentinel://one/m?sentinel_password=hunter2&ssl_ca_certs=/nowhere", "'/nowhere' as ssl_ca_certs"),
         ("redis+sentinel://one/m?sentinel_password=hunter2@x", "%40"),
+        ("redis+cluster://:hunter2@", "names no node"),
+        ("redis+cluster://:hunter2@one,two/1", "database 0 alone"),
+        ("redis+cluster://:hunter2@one,,two", "each host"),
+        ("redis+cluster://:hunter2@one?ssl_ca_certs=/x", "'ssl_ca_certs'"),
         ("sqlite://host/hunter2.db", "names no host"),
         ("sqlite:", "names a file"),
         ("sqlite:///dir/?mode=memory", "names a file"),
@@ -86,7 +97,7 @@ def test_good_urls(url: str, target: RedisTarget) -> None:
 def test_bad_urls(url: str, words: str) -> None:
     """What a URL may not say is refused with a sentence that shows no password; driver options are not let through."""
     with pytest.raises(ValueError, match="URL") as caught:
-        make_store(url, key_layout="prefixed", key_prefix="dedup:", timeout_ms=1_000)
+        make_store(StorePlace(url, timeout_ms=1_000))
     assert words in str(caught.value)
     assert "hunter2" not in str(caught.value)
 
@@ -111,6 +122,22 @@ def test_sentinel_urls() -> None:
     for shown in (str(full), repr(full)):
         assert "p@ss" not in shown
         assert "q@s" not in shown
+
+
+def test_cluster_urls() -> None:
+    """Each node is read once, with the one user and password, and shown without them."""
+    cluster = parse_cluster_url("redis+cluster://u:p%40ss@one,two:7001,one:6379/0")
+    nodes = (("one", 6379), ("two", 7001))
+    assert cluster.nodes == tuple(RedisTarget(host=h, port=p, username="u", password="p@ss") for h, p in nodes)
+    assert str(cluster) == "by one:6379,two:7001"
+    assert parse_cluster_url(f"rediss+cluster://one?ssl_ca_certs={__file__}").nodes[0].tls
+    assert "p@ss" not in repr(cluster)
+
+
+def test_no_replicas_behind_a_file() -> None:
+    """Durable mode over the embedded store is refused, since nobody would acknowledge."""
+    with pytest.raises(ValueError, match="DEDUP_MIN_REPLICAS"):
+        make_store(StorePlace("sqlite:claims.db", min_replicas=1))
 
 
 def test_sqlite_paths() -> None:

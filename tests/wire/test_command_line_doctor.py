@@ -132,6 +132,7 @@ async def test_a_store_that_cannot_be_examined_is_served(start_service: StartSer
         service = await asyncio.to_thread(start_service, *arguments)
         (line,) = service.events("doctor_incomplete")
         times = [datetime.fromisoformat(service.events(name)[0]["time"]) for name in ("store_ready", "serving")]
-        assert (line["level"], server.sets) == ("warning", 1)
+        assert line["level"] == "warning"
+        assert server.sets
         assert 1.5 < (times[1] - times[0]).total_seconds() < 6
         assert await asyncio.to_thread(service.stop) == 0

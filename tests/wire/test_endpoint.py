@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
@@ -16,6 +16,7 @@ from dedup_service.claims import (
     Completion,
     Extension,
     Release,
+    StoreNotice,
     StoreRefused,
     StoreUnavailable,
     Transaction,
@@ -42,8 +43,9 @@ class FailingStore:
     async def close(self) -> None:
         """Do nothing."""
 
-    async def check(self) -> None:
-        """Do nothing."""
+    async def check(self) -> Sequence[StoreNotice]:
+        """Notice nothing."""
+        return ()
 
     async def claim(self, _: Transaction, __: int | None) -> Transaction | None:
         """Raise or answer."""

@@ -16,7 +16,7 @@ from grpc_status import rpc_status
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
 from dedup_service.servicer import endpoint
-from dedup_service.stores import make_store
+from dedup_service.stores import StorePlace, make_store
 from harness.fault_proxy import FaultProxy
 from harness.in_process import serving
 from harness.polling import eventually
@@ -74,7 +74,7 @@ async def test_a_deadline_too_near_is_refused_unsent(
     """
     monkeypatch.setattr(endpoint, "ANSWER_MARGIN_S", 100)
     async with FaultProxy(redis_server.port) as proxy:
-        store = make_store(proxy.url, key_layout="prefixed", key_prefix="dedup:", timeout_ms=5_000)
+        store = make_store(StorePlace(proxy.url, timeout_ms=5_000))
         await store.open()
         async with serving(store, io.StringIO()) as stub:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -90,7 +90,7 @@ async def test_a_store_that_is_late_is_doubt_before_the_deadline(redis_server: R
     Protection: the store is waited for no longer than the caller does, less the margin.
     """
     async with FaultProxy(redis_server.port) as proxy:
-        store = make_store(proxy.url, key_layout="prefixed", key_prefix="dedup:", timeout_ms=20_000)
+        store = make_store(StorePlace(proxy.url, timeout_ms=20_000))
         await store.open()
         async with serving(store, io.StringIO()) as stub:
             proxy.hold_replies.clear()

@@ -14,7 +14,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from dedup.v1 import dedup_pb2
-from dedup_service.stores import make_store
+from dedup_service.stores import StorePlace, make_store
 from harness.in_process import serving
 from harness.polling import eventually
 from harness.scripted_redis import Behaviour, ScriptedRedis, says, says_and_hangs_up
@@ -55,7 +55,7 @@ FAULTS: dict[str, tuple[Behaviour, str]] = {
 async def claiming(behaviour: Behaviour) -> AsyncIterator[tuple[grpc.aio.AioRpcError, ScriptedRedis]]:
     """Claim through a service over a Redis of this behaviour, and yield the error with which that ended."""
     async with ScriptedRedis(behaviour) as server:
-        store = make_store(server.url, key_layout="prefixed", key_prefix="dedup:", timeout_ms=300)
+        store = make_store(StorePlace(server.url, timeout_ms=300))
         await store.open()
         try:
             async with serving(store, io.StringIO()) as stub:

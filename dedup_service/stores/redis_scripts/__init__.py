@@ -22,3 +22,4 @@ def _load(name: str) -> Script:
 COMPLETE = _load("complete")
 RELEASE = _load("release")
 EXTEND = _load("extend")
+CONFIRM = _load("confirm")

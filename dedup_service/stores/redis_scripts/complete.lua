@@ -6,7 +6,11 @@ if not value then
 end
 if fields[6] == COMPLETED then
   -- A repeated completion, of which the first answer was lost.
-  return fields[9] == ARGV[2] and value
+  if fields[9] ~= ARGV[2] then
+    return false
+  end
+  touch(KEYS[1])
+  return value
 end
 local completed = string.sub(value, 1, begins[5]) .. ARGV[3] .. ARGV[4]
   .. string.sub(value, begins[7] + 1, begins[8]) .. ARGV[5] .. ARGV[6] .. string.sub(value, begins[10] + 1)

@@ -11,6 +11,7 @@ if ARGV[5] ~= '1' then
     ends_at = ends_at + now[1] * 1000 + math.floor(now[2] / 1000)
   end
   if ends_at <= redis.call('PEXPIRETIME', KEYS[1]) then
+    touch(KEYS[1])
     return value
   end
 end

@@ -55,3 +55,12 @@ local function held(key, token)
   end
   return value, fields, begins
 end
+
+-- Writes the end of a held key again as it is: a WAIT on this connection then answers for whatever was written before,
+-- perhaps over another one.
+local function touch(key)
+  local ends_at = redis.call('PEXPIRETIME', key)
+  if ends_at > 0 then
+    redis.call('PEXPIREAT', key, ends_at)
+  end
+end

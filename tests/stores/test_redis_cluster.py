@@ -1,0 +1,368 @@
+"""Claims in a real Redis Cluster: the promises hold while slots move and nodes die, and nobody has to help."""
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Self
+
+import pytest
+import redis
+import trustme
+from redis.crc import key_slot
+
+from dedup_service.claims import (
+    Applied,
+    ClaimOutcome,
+    ClaimRequest,
+    ClaimService,
+    Completion,
+    Policies,
+    Policy,
+    Release,
+    StoreRefused,
+    StoreUnavailable,
+    Transaction,
+    system_clock_ms,
+)
+from dedup_service.claims.findings import Severity
+from dedup_service.stores import StorePlace, examine_store, make_store
+from dedup_service.stores.redis_store import RedisStore
+from harness.claims import a_claim
+from harness.cluster import ClusterDeployment, ClusterNode
+from harness.polling import eventually, wait_until
+from harness.processes import RedisProcess
+
+MINE = "token-of-the-first"
+OTHER = "token-of-another"
+IDS = 60
+
+OpenStore = Callable[..., Awaitable[RedisStore]]
+
+
+@pytest.fixture
+async def open_store() -> AsyncIterator[OpenStore]:
+    """Opens stores by URL, and closes them at the end."""
+    async with contextlib.AsyncExitStack() as opened:
+
+        async def open_it(url: str, **settings: int) -> RedisStore:
+            store = make_store(StorePlace(url, **settings))  # type: ignore[arg-type]
+            assert isinstance(store, RedisStore)
+            opened.push_async_callback(store.close)
+            await store.open()
+            return store
+
+        yield open_it
+
+
+@pytest.fixture(scope="module")
+def masters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterDeployment]:
+    """Three masters without replicas, which no test may change for good."""
+    deployment = ClusterDeployment(tmp_path_factory.mktemp("cluster"), replicas=False)
+    try:
+        yield deployment.start()
+    finally:
+        deployment.stop()
+
+
+@pytest.fixture
+def six_nodes(tmp_path: Path) -> Iterator[ClusterDeployment]:
+    """Three masters with a replica each, for the test alone."""
+    deployment = ClusterDeployment(tmp_path)
+    try:
+        yield deployment.start()
+    finally:
+        deployment.stop()
+
+
+def key_of(transaction_id: str) -> bytes:
+    """Return the key of a transaction."""
+    return f"dedup:default:{transaction_id}".encode()
+
+
+def ids_of(unique: str) -> list[str]:
+    """Return the ids of a test, which lie on all nodes."""
+    return [f"{unique}-{number}" for number in range(IDS)]
+
+
+async def answered(store: RedisStore, claim: Transaction) -> Transaction | None:
+    """Return the answer to a claim, once there is one; nothing certain may be said before."""
+    answers: list[Transaction | None] = []
+
+    async def claimed() -> bool:
+        with contextlib.suppress(StoreUnavailable):
+            answers.append(await store.claim(claim, 60_000))
+        return bool(answers)
+
+    await eventually(claimed, what="an answer")
+    return answers[0]
+
+
+class Claimers:
+    """Claim the ids of a test with two tokens for as long as the context lasts; keep every answer and every error."""
+
+    def __init__(self, store: RedisStore, ids: list[str]) -> None:
+        self._store = store
+        self._ids = ids
+        self._over = asyncio.Event()
+        self.holders: Counter[str | None] = Counter()
+        self.errors: Counter[tuple[str, Applied]] = Counter()
+
+    async def __aenter__(self) -> Self:
+        """Begin."""
+        self._tasks = [asyncio.create_task(self._claim_on(token)) for token in (MINE, OTHER) * 3]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """End."""
+        self._over.set()
+        await asyncio.gather(*self._tasks)
+
+    async def more(self, answers: int) -> None:
+        """Return after that many further answers."""
+        until = self.holders.total() + answers
+
+        async def enough() -> bool:
+            return self.holders.total() >= until
+
+        await eventually(enough, what="the claimers to go on")
+
+    async def _claim_on(self, token: str) -> None:
+        while not self._over.is_set():
+            for transaction_id in self._ids:
+                try:
+                    holder = await self._store.claim(a_claim(transaction_id, token=token), 60_000)
+                    self.holders[holder.claim_token if holder else None] += 1
+                except StoreUnavailable as error:
+                    self.errors[error.reason, error.applied] += 1
+            await asyncio.sleep(0.005)
+
+
+def replicate(deployment: ClusterDeployment) -> None:
+    """Return when every replica has what its master acknowledged so far."""
+    for master in deployment.masters:
+        offset = str(master.ask("INFO", "replication")).split("'master_repl_offset': ")[1].split(",")[0]
+
+        def acknowledged(master: ClusterNode = master, offset: str = offset) -> bool:
+            slave = master.ask("INFO", "replication")
+            assert isinstance(slave, dict)
+            return int(slave["slave0"]["offset"]) >= int(offset)
+
+        wait_until(acknowledged, what="the replica")
+
+
+async def test_claims_go_to_the_node_of_their_key(
+    open_store: OpenStore, masters: ClusterDeployment, unique: str
+) -> None:
+    """Each id is claimed once, on the master that holds its slot; a batch leaves in one part for each node.
+
+    Protection: the key chooses the node.
+    """
+    store = await open_store(masters.url)
+    service = ClaimService(store, Policies(Policy(60_000, 60_000, 60_000)))
+    for node in masters.masters:
+        node.ask("CONFIG", "RESETSTAT")
+    answers = await asyncio.gather(*(service.claim(ClaimRequest(transaction_id)) for transaction_id in ids_of(unique)))
+    assert [answer.outcome for answer in answers] == [ClaimOutcome.CLAIMED] * IDS
+    again = await asyncio.gather(*(service.claim(ClaimRequest(transaction_id)) for transaction_id in ids_of(unique)))
+    assert [answer.outcome for answer in again] == [ClaimOutcome.DUPLICATE] * IDS
+    where: Counter[int] = Counter()
+    for node in masters.masters:
+        with redis.Redis(port=node.port, protocol=2) as client:
+            where[node.port] = sum(1 for _ in client.scan_iter(f"dedup:default:{unique}-*"))
+        stats = node.ask("INFO", "commandstats")
+        assert isinstance(stats, dict)
+        # Nothing was sent to a node that does not hold it.
+        assert stats["cmdstat_set"]["rejected_calls"] == 0
+    assert where.total() == IDS
+    assert all(where.values())
+
+
+async def test_the_whole_life_of_a_claim(open_store: OpenStore, masters: ClusterDeployment, unique: str) -> None:
+    """Complete, release and look-ups reach the node of the key, whose scripts it learns by itself."""
+    store = await open_store(masters.url)
+    for transaction_id in ids_of(unique):
+        claim = a_claim(transaction_id, token=MINE)
+        assert await store.claim(claim, 60_000) is None
+        found = await store.get("default", transaction_id)
+        assert found is not None
+        assert found.claim_token == MINE
+        completion = Completion("default", transaction_id, MINE, b"paid", 1, system_clock_ms() + 60_000, 60_000)
+        completed = await store.complete(completion)
+        assert completed is not None
+        assert completed.result == b"paid"
+        assert not await store.release(Release("default", transaction_id, MINE))
+
+
+async def test_ids_with_braces_stay_apart(open_store: OpenStore, masters: ClusterDeployment, unique: str) -> None:
+    """What Redis reads as a hash tag in an id chooses the node and nothing else."""
+    store = await open_store(masters.url)
+    for transaction_id in (f"{{{unique}}}a", f"{{{unique}}}b", f"{unique}{{}}", f"{unique}}}{{"):
+        assert await store.claim(a_claim(transaction_id), 60_000) is None
+
+
+async def test_slots_that_move_make_no_second_winner(
+    open_store: OpenStore, six_nodes: ClusterDeployment, unique: str
+) -> None:
+    """While the slots of the claims move to a new node and back, each claim keeps its one holder, without an error.
+
+    Protection: MOVED and ASK are followed. Neither server has carried the redirected command out.
+    """
+    store = await open_store(six_nodes.url)
+    ids = ids_of(unique)
+    for transaction_id in ids:
+        assert await store.claim(a_claim(transaction_id, token=MINE), 60_000) is None
+    new = await asyncio.to_thread(six_nodes.add_master)
+    source = six_nodes.masters[0]
+    slots = sorted({slot for name in ids if (slot := key_slot(key_of(name))) < 5462})
+    assert len(slots) > 5
+    async with Claimers(store, ids) as claimers:
+        await claimers.more(200)
+        await asyncio.to_thread(six_nodes.move, slots, source, new)
+        await claimers.more(200)
+        await asyncio.to_thread(six_nodes.move, slots, new, source)
+        await claimers.more(400)
+    assert set(claimers.holders) == {MINE}
+    assert not claimers.errors
+    assert await store.claim(a_claim(f"{unique}-new"), 60_000) is None
+
+
+async def test_a_slot_between_two_nodes_takes_claims_once(
+    open_store: OpenStore, masters: ClusterDeployment, unique: str
+) -> None:
+    """While a slot is being handed over, a new id is claimed at its new node by ASKING, and an old one at the old.
+
+    Protection: ASKING goes right before the command that was redirected.
+    """
+    store = await open_store(masters.url)
+    source, target = masters.masters[:2]
+    ids = [f"{{{unique}-{n}}}" for n in range(100) if key_slot(key_of(f"{{{unique}-{n}}}")) < 5462][:1]
+    slot = key_slot(key_of(ids[0]))
+    old, new = (f"{ids[0]}-{age}" for age in ("old", "new"))
+    assert await store.claim(a_claim(old, token=MINE), 60_000) is None
+    source_id, target_id = source.node_id, target.node_id
+    target.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", source_id)
+    source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", target_id)
+    try:
+        crowd = [store.claim(a_claim(new, token=f"{OTHER}-{number}"), 60_000) for number in range(50)]
+        answers = await asyncio.gather(*crowd)
+        assert answers.count(None) == 1
+        assert len({answer.claim_token for answer in answers if answer is not None}) == 1
+        held = await store.claim(a_claim(old, token=OTHER), 60_000)
+        assert held is not None
+        assert held.claim_token == MINE
+        with redis.Redis(port=target.port, protocol=2) as client:
+            assert client.execute_command("CLUSTER", "COUNTKEYSINSLOT", slot) == 1
+    finally:
+        await asyncio.to_thread(masters.move, [slot], source, target)
+        await asyncio.to_thread(masters.move, [slot], target, source)
+
+
+async def test_a_node_that_dies_is_replaced_without_help(
+    open_store: OpenStore, six_nodes: ClusterDeployment, unique: str
+) -> None:
+    """After a master was killed its replica serves, and still knows the holders; others go on meanwhile.
+
+    Protection: the map of the slots is asked for again, and errors are never guessed into answers.
+    """
+    store = await open_store(six_nodes.url)
+    ids = ids_of(unique)
+    for transaction_id in ids:
+        assert await store.claim(a_claim(transaction_id, token=MINE), 60_000) is None
+    await asyncio.to_thread(replicate, six_nodes)
+    async with Claimers(store, ids) as claimers:
+        await claimers.more(200)
+        six_nodes.masters[0].stop()
+        for transaction_id in ids:
+            holder = await answered(store, a_claim(transaction_id, token=OTHER))
+            assert holder is not None
+            assert holder.claim_token == MINE
+        await claimers.more(200)
+    assert set(claimers.holders) == {MINE}
+    assert claimers.errors
+    await store.check()
+    assert await answered(store, a_claim(f"{unique}-new")) is None
+
+
+async def test_a_cluster_that_is_away_is_certainly_not_asked(
+    open_store: OpenStore, start_redis: Callable[..., RedisProcess], unique: str
+) -> None:
+    """While no node answers, claims certainly were not made; a URL of a single server is refused with a sentence."""
+    server = start_redis()
+    with pytest.raises(StoreRefused, match="is no node of a cluster: write redis://"):
+        await open_store(f"redis+cluster://127.0.0.1:{server.port}")
+    url = f"redis+cluster://127.0.0.1:{server.port}"
+    server.stop()
+    store = await open_store(url)
+    with pytest.raises(StoreUnavailable) as caught:
+        await store.claim(a_claim(unique), 60_000)
+    assert (caught.value.reason, caught.value.applied) == ("CLUSTER_UNREACHABLE", Applied.NO)
+    with pytest.raises(StoreUnavailable):
+        await store.check()
+
+
+async def test_a_node_by_the_url_of_a_single_server_is_refused_by_key(
+    open_store: OpenStore, masters: ClusterDeployment, unique: str
+) -> None:
+    """A plain URL of one node takes its own keys, and certainly no other; the reason says what to write."""
+    store = await open_store(masters.masters[0].url)
+    refused = next(name for name in ids_of(unique) if key_slot(key_of(name)) > 5462)
+    with pytest.raises(StoreUnavailable) as caught:
+        await store.claim(a_claim(refused), 60_000)
+    assert (caught.value.reason, "redis+cluster://" in str(caught.value)) == ("STORE_MOVED", True)
+
+
+async def test_over_tls(open_store: OpenStore, tmp_path: Path, unique: str) -> None:
+    """`rediss+cluster://` trusts every node by the given authority, and none without it."""
+    authority = trustme.CA()
+    authority_file, key_file = tmp_path / "ca.pem", tmp_path / "server.pem"
+    authority.cert_pem.write_to_path(authority_file)
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(key_file)
+    options = {
+        "tls-cert-file": str(key_file),
+        "tls-key-file": str(key_file),
+        "tls-ca-cert-file": str(authority_file),
+        "tls-auth-clients": "no",
+        "tls-cluster": "yes",
+        "tls-replication": "yes",
+    }
+    arguments = (part for name, value in options.items() for part in (f"--{name}", value))
+    deployment = ClusterDeployment(tmp_path, *arguments, replicas=False, tls=True)
+    try:
+        await asyncio.to_thread(deployment.start)
+        store = await open_store(f"{deployment.url}?ssl_ca_certs={authority_file}")
+        for transaction_id in ids_of(unique):
+            assert await store.claim(a_claim(transaction_id), 60_000) is None
+        untrusting = await open_store(deployment.url)
+        with pytest.raises(StoreUnavailable) as caught:
+            await untrusting.claim(a_claim(unique), 60_000)
+        assert caught.value.reason == "CLUSTER_UNREACHABLE"
+    finally:
+        deployment.stop()
+
+
+async def test_the_doctor_examines_every_master(masters: ClusterDeployment) -> None:
+    """The cluster as a whole and each master are examined, and what they share is said once."""
+    masters.masters[1].ask("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    try:
+        findings = await examine_store(StorePlace(masters.url))
+    finally:
+        masters.masters[1].ask("CONFIG", "SET", "maxmemory-policy", "noeviction")
+    by_check = Counter(finding.check for finding in findings)
+    assert by_check["coverage"] == by_check["version"] == by_check["rights"] == 1
+    assert "cluster" not in by_check
+    [evicting] = [f for f in findings if f.check == "eviction" and f.severity is Severity.WARNING]
+    assert evicting.message.startswith(f"127.0.0.1:{masters.masters[1].port}: maxmemory-policy is allkeys-lru")
+
+
+async def test_the_doctor_sees_keys_that_no_node_serves(masters: ClusterDeployment) -> None:
+    """A slot without a master is critical."""
+    masters.masters[0].ask("CLUSTER", "DELSLOTS", 0)
+    try:
+        [coverage] = [f for f in await examine_store(StorePlace(masters.url)) if f.check == "coverage"]
+    finally:
+        masters.masters[0].ask("CLUSTER", "ADDSLOTS", 0)
+        wait_until(masters.in_order, what="the cluster to be in order")
+    assert coverage.severity is Severity.CRITICAL
+    assert "16383 of 16384" in coverage.message
