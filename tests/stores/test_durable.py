@@ -1,0 +1,294 @@
+"""Durable mode: a claim is told CLAIMED only once as many replicas have it as were asked for."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+import redis
+
+from dedup_service.claims import (
+    Applied,
+    Completion,
+    Extension,
+    Release,
+    StoreUnavailable,
+    Transaction,
+    TransactionState,
+    system_clock_ms,
+)
+from dedup_service.stores import StorePlace, make_store
+from dedup_service.stores.redis_store import RedisStore
+from harness.claims import a_claim
+from harness.cluster import ClusterDeployment
+from harness.polling import eventually, wait_until
+from harness.processes import RedisProcess
+from harness.sentinel import SentinelDeployment
+
+MINE = "token-of-the-first"
+OTHER = "token-of-another"
+IDS = 200
+
+OpenStore = Callable[..., Awaitable[RedisStore]]
+
+
+@dataclass
+class Pair:
+    """A master and its replica, without anybody who watches them."""
+
+    master: RedisProcess
+    replica: RedisProcess
+
+    def promote(self) -> None:
+        """Make the replica a master of its own, with what it has received."""
+        self.master.stop()
+        with redis.Redis(port=self.replica.port, protocol=2) as client:
+            client.execute_command("REPLICAOF", "NO", "ONE")
+
+
+@pytest.fixture
+def pair(start_redis: Callable[..., RedisProcess]) -> Pair:
+    """A master whose replica follows."""
+    master = start_redis("--repl-diskless-sync-delay", "0")
+    replica = start_redis("--replicaof", "127.0.0.1", str(master.port))
+    with redis.Redis(port=master.port, protocol=2) as client:
+        # Until its first acknowledgement a replica that follows does not count.
+        wait_until(lambda: client.set("marker", 1, ex=60) and client.wait(1, 100) == 1, what="the replica to follow")
+    return Pair(master, replica)
+
+
+@pytest.fixture
+async def open_store() -> AsyncIterator[OpenStore]:
+    """Opens stores that ask for one replica, or as many as are said, and closes them at the end."""
+    async with contextlib.AsyncExitStack() as opened:
+
+        async def open_it(url: str, min_replicas: int = 1, timeout_ms: int = 600) -> RedisStore:
+            store = make_store(StorePlace(url, timeout_ms=timeout_ms, min_replicas=min_replicas))
+            assert isinstance(store, RedisStore)
+            opened.push_async_callback(store.close)
+            await store.open()
+            return store
+
+        yield open_it
+
+
+@contextlib.contextmanager
+def paused(server: RedisProcess) -> Iterator[None]:
+    """Stop a server for the context."""
+    server.pause()
+    try:
+        yield
+    finally:
+        server.resume()
+
+
+async def failure_of(call: Awaitable[object]) -> tuple[str, Applied]:
+    """Return what a call fails with."""
+    with pytest.raises(StoreUnavailable) as caught:
+        await call
+    return caught.value.reason, caught.value.applied
+
+
+async def told(call: Callable[[], Awaitable[Transaction | None]]) -> Transaction | None:
+    """Return the answer to a call that is repeated until there is one."""
+    answers: list[Transaction | None] = []
+
+    async def answered() -> bool:
+        with contextlib.suppress(StoreUnavailable):
+            answers.append(await call())
+        return bool(answers)
+
+    await eventually(answered, what="an answer")
+    return answers[0]
+
+
+async def test_a_claim_without_its_replica_is_doubt(open_store: OpenStore, pair: Pair, unique: str) -> None:
+    """While the replica does not acknowledge nobody is told CLAIMED, and the claim may be there all the same.
+
+    Protection: WAIT after the SET, and its count. A retry with the same token is no exception, also not over a new
+    connection, which has written nothing itself: that is what the confirming write is for.
+    """
+    store = await open_store(pair.master.url)
+    assert await store.claim(a_claim(f"{unique}-before"), 60_000) is None
+    claim = a_claim(unique, token=MINE)
+    with paused(pair.replica):
+        assert await failure_of(store.claim(claim, 60_000)) == ("STORE_NOT_REPLICATED", Applied.UNKNOWN)
+        assert await failure_of(store.claim(claim, 60_000)) == ("STORE_NOT_REPLICATED", Applied.UNKNOWN)
+        second = await open_store(pair.master.url)
+        assert await failure_of(second.claim(claim, 60_000)) == ("STORE_NOT_REPLICATED", Applied.UNKNOWN)
+        # A duplicate needs no replica: it starts no work.
+        duplicate = await store.claim(a_claim(unique, token=OTHER), 60_000)
+        assert duplicate is not None
+        assert duplicate.claim_token == MINE
+    replayed = await told(lambda: store.claim(claim, 60_000))
+    assert replayed is not None
+    assert replayed.claim_token == MINE
+    pair.promote()
+    survivor = await open_store(pair.replica.url, min_replicas=0)
+    held = await survivor.claim(a_claim(unique, token=OTHER), 60_000)
+    assert held is not None
+    assert held.claim_token == MINE
+
+
+async def test_completions_and_extensions_wait_too(open_store: OpenStore, pair: Pair, unique: str) -> None:
+    """What a holder is told of its claim outlives a failover, also when it repeats what it was not told.
+
+    Protection: WAIT after the scripts, and the write that a repetition makes although nothing changes.
+    """
+    store = await open_store(pair.master.url)
+    claim = a_claim(unique, token=MINE)
+    assert await store.claim(claim, 60_000) is None
+    end_ms = system_clock_ms() + 120_000
+    extension = Extension("default", unique, MINE, end_ms, None, allow_shortening=False)
+    completion = Completion("default", unique, MINE, b"paid", system_clock_ms(), end_ms, 120_000)
+
+    def extend(by: RedisStore) -> Awaitable[Transaction | None]:
+        return by.extend(extension)
+
+    def complete(by: RedisStore) -> Awaitable[Transaction | None]:
+        return by.complete(completion)
+
+    for change in (extend, complete):
+        with paused(pair.replica):
+            assert await failure_of(change(store)) == ("STORE_NOT_REPLICATED", Applied.UNKNOWN)
+            second = await open_store(pair.master.url)
+            assert await failure_of(change(second)) == ("STORE_NOT_REPLICATED", Applied.UNKNOWN)
+        assert await told(partial(change, store)) is not None
+    pair.promote()
+    survivor = await open_store(pair.replica.url, min_replicas=0)
+    found = await survivor.get("default", unique)
+    assert found is not None
+    assert (found.state, found.result) == (TransactionState.COMPLETED, b"paid")
+
+
+async def test_a_release_needs_no_replica(open_store: OpenStore, pair: Pair, unique: str) -> None:
+    """A release is told without one: a failover that forgets it costs time, and never pays twice."""
+    store = await open_store(pair.master.url)
+    assert await store.claim(a_claim(unique, token=MINE), 60_000) is None
+    with paused(pair.replica):
+        assert await store.release(Release("default", unique, MINE))
+
+
+async def test_more_replicas_than_there_are(open_store: OpenStore, pair: Pair, unique: str) -> None:
+    """Two replicas cannot acknowledge where there is one."""
+    store = await open_store(pair.master.url, min_replicas=2)
+    assert await failure_of(store.claim(a_claim(unique), 60_000)) == ("STORE_NOT_REPLICATED", Applied.UNKNOWN)
+
+
+async def test_a_user_without_the_right_to_wait(open_store: OpenStore, pair: Pair, unique: str) -> None:
+    """Without the right to WAIT every claim is doubt, with the reason."""
+    with redis.Redis(port=pair.master.port, protocol=2) as admin:
+        admin.execute_command("ACL", "SETUSER", "limited", "on", ">pw", "~*", "+@all", "-wait")
+    store = await open_store(f"redis://limited:pw@127.0.0.1:{pair.master.port}")
+    assert await failure_of(store.claim(a_claim(unique), 60_000)) == ("STORE_NOT_PERMITTED", Applied.UNKNOWN)
+
+
+async def test_one_wait_answers_for_many_claims(open_store: OpenStore, pair: Pair, unique: str) -> None:
+    """Claims that come together wait together: far fewer WAITs than claims, and one winner each.
+
+    Protection of speed: rounds. Redis serves nothing else on a connection that waits.
+    """
+    store = await open_store(pair.master.url)
+    with redis.Redis(port=pair.master.port, protocol=2) as admin:
+        admin.config_resetstat()
+        crowd = [
+            store.claim(a_claim(f"{unique}-{number}", token=f"{token}-{attempt}"), 60_000)
+            for number in range(50)
+            for attempt, token in enumerate((MINE, OTHER, OTHER, OTHER))
+        ]
+        answers = await asyncio.gather(*crowd)
+        calls = admin.info("commandstats")
+    assert answers.count(None) == 50
+    assert calls["cmdstat_set"]["calls"] >= 200
+    assert calls["cmdstat_wait"]["calls"] <= 5
+
+
+async def test_a_caller_that_has_gone_is_not_sent(open_store: OpenStore, pair: Pair, unique: str) -> None:
+    """What waits for its round and whose caller goes is never sent."""
+    store = await open_store(pair.master.url)
+    with paused(pair.replica):
+        first = asyncio.create_task(store.claim(a_claim(f"{unique}-first"), 60_000))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        second = asyncio.create_task(store.claim(a_claim(f"{unique}-second"), 60_000))
+        await asyncio.sleep(0)
+        second.cancel()
+        assert await failure_of(first) == ("STORE_NOT_REPLICATED", Applied.UNKNOWN)
+    assert await store.get("default", f"{unique}-second") is None
+
+
+async def claims_lost(deployment: SentinelDeployment, min_replicas: int) -> tuple[int, int]:
+    """Kill a master whose replica lags behind; return how many claims were told CLAIMED, and how many were lost.
+
+    The replica is held up while half of the claims are made, as by a network that is slow.
+    """
+    claimed = []
+
+    async def claim(store: RedisStore, number: int) -> None:
+        with contextlib.suppress(StoreUnavailable):
+            if await store.claim(a_claim(f"lost-{number}", token=MINE), 60_000) is None:
+                claimed.append(number)
+
+    async def is_lost(store: RedisStore, number: int) -> bool:
+        holder = await told(lambda: store.claim(a_claim(f"lost-{number}", token=OTHER), 60_000))
+        return holder is None or holder.claim_token != MINE
+
+    async with contextlib.AsyncExitStack() as opened:
+        stores: list[RedisStore] = []
+        for replicas in (min_replicas, 0):
+            store = make_store(StorePlace(deployment.url, timeout_ms=600, min_replicas=replicas))
+            assert isinstance(store, RedisStore)
+            opened.push_async_callback(store.close)
+            await store.open()
+            stores.append(store)
+        claiming, looking = stores
+        await asyncio.to_thread(deployment.replicate)
+        await asyncio.gather(*(claim(claiming, number) for number in range(IDS // 2)))
+        deployment.replica.pause()
+        await asyncio.to_thread(fill_sockets, deployment.master)
+        await asyncio.gather(*(claim(claiming, number) for number in range(IDS // 2, IDS)))
+        deployment.master.stop()
+        deployment.replica.resume()
+        await asyncio.to_thread(wait_until, deployment.replica_is_master, what="the failover")
+        return len(claimed), sum(await asyncio.gather(*(is_lost(looking, number) for number in claimed)))
+
+
+def fill_sockets(master: RedisProcess) -> None:
+    """Write more than lies in the buffers of a connection, which a replica would still read after a crash."""
+    with redis.Redis(port=master.port, protocol=2) as client:
+        for _ in range(32):
+            client.set("filler", "x" * 2**20, ex=60)
+
+
+@pytest.mark.parametrize("min_replicas", [0, 1])
+async def test_what_a_failover_loses(tmp_path: Path, min_replicas: int) -> None:
+    """A failover to a replica that lags loses acknowledged claims without durable mode, and none with it.
+
+    Protection: WAIT. The figures are those of docs/guarantees.md.
+    """
+    deployment = SentinelDeployment(tmp_path)
+    try:
+        deployment.start()
+        claimed, lost = await claims_lost(deployment, min_replicas)
+    finally:
+        deployment.stop()
+    assert (claimed, lost) == ((IDS, IDS // 2) if min_replicas == 0 else (IDS // 2, 0))
+
+
+async def test_in_a_cluster(open_store: OpenStore, tmp_path: Path, unique: str) -> None:
+    """Each master of a cluster waits for its own replica, also right after a redirection."""
+    deployment = ClusterDeployment(tmp_path)
+    try:
+        await asyncio.to_thread(deployment.start)
+        store = await open_store(deployment.url)
+        for number in range(30):
+            await told(lambda number=number: store.claim(a_claim(f"{unique}-{number}", token=MINE), 60_000))  # type: ignore[misc]
+        for replica in deployment.replicas:
+            replica.pause()
+        failures = {await failure_of(store.claim(a_claim(f"{unique}-x{number}"), 60_000)) for number in range(6)}
+        assert failures == {("STORE_NOT_REPLICATED", Applied.UNKNOWN)}
+    finally:
+        deployment.stop()
