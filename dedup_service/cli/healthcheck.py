@@ -9,6 +9,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from dedup_service.cli.channel import fail, open_channel
 from dedup_service.cli.options import AsJson, Target, Timeout, milliseconds_option
+from dedup_service.server.health_details import FORGOTTEN, LAST_FORGOTTEN
+
+_DETAILS = "dedup-store-"
+
+
+def _json_key(key: str) -> str:
+    return key.removeprefix("dedup-").replace("-", "_")
 
 
 def healthcheck(
@@ -18,11 +25,14 @@ def healthcheck(
     timeout: Timeout = "2s",
     as_json: AsJson = False,
 ) -> None:
-    """Ask a server whether it is serving: exit code 0 if so, 1 if not."""
+    """Ask a server whether it is serving: exit code 0 if so, 1 if not.
+
+    It also says whether the store has forgotten claims since the server began, which changes no exit code.
+    """
     timeout_ms = milliseconds_option("timeout", timeout)
     with open_channel(target) as channel:
         try:
-            reply = health_pb2_grpc.HealthStub(channel).Check(
+            reply, call = health_pb2_grpc.HealthStub(channel).Check.with_call(
                 health_pb2.HealthCheckRequest(service=service), timeout=timeout_ms / 1000
             )
         except grpc.RpcError as error:
@@ -31,6 +41,13 @@ def healthcheck(
                 raise typer.Exit(1) from None
             fail(error, as_json=as_json)
     status = health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
-    typer.echo(json.dumps({"status": status}) if as_json else status)
+    details = {key: value for key, value in call.trailing_metadata() or () if key.startswith(_DETAILS)}
+    if as_json:
+        shown = {_json_key(key): int(value) if value.isdigit() else value for key, value in details.items()}
+        typer.echo(json.dumps({"status": status, **shown}))
+    else:
+        typer.echo(status)
+        if int(details.get(FORGOTTEN, "0")):
+            typer.echo(f"  its store has forgotten claims {details[FORGOTTEN]} times, last {details[LAST_FORGOTTEN]}")
     if reply.status != health_pb2.HealthCheckResponse.SERVING:
         raise typer.Exit(1)
