@@ -38,6 +38,7 @@ class ScriptedRedis:
         self._behaviour = behaviour
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._writers: set[asyncio.StreamWriter] = set()
         self.sets = 0
         self.connections = 0
 
@@ -54,6 +55,18 @@ class ScriptedRedis:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    async def hang_up(self) -> None:
+        """Close every connection that is open, and return when that is done."""
+        for writer in list(self._writers):
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+
+    def refuse_connections(self) -> None:
+        """Listen no longer."""
+        assert self._server is not None
+        self._server.close()
+
     @property
     def url(self) -> str:
         """The URL of this server."""
@@ -64,6 +77,7 @@ class ScriptedRedis:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
+        self._writers.add(writer)
         self.connections += 1
         try:
             while True:
@@ -72,6 +86,7 @@ class ScriptedRedis:
             pass
         finally:
             self._tasks.discard(task)
+            self._writers.discard(writer)
             writer.close()
             with contextlib.suppress(OSError):
                 await writer.wait_closed()

@@ -15,6 +15,7 @@ from grpc_status import rpc_status
 
 from dedup.v1 import dedup_pb2
 from dedup_service.stores import StorePlace, make_store
+from dedup_service.stores.redis_store import RedisStore
 from harness.in_process import serving
 from harness.polling import eventually
 from harness.scripted_redis import Behaviour, ScriptedRedis, says, says_and_hangs_up
@@ -76,6 +77,16 @@ def assert_told(error: grpc.aio.AioRpcError, code: grpc.StatusCode, reason: str,
     assert [detail.Unpack(retry) for detail in status.details[1:]] == ([True] if code is UNAVAILABLE else [])
 
 
+def assert_told_any(error: grpc.aio.AioRpcError, reasons: set[str], applied: str) -> None:
+    """Fail unless the error is UNAVAILABLE for one of these reasons and says this of the claim."""
+    status = rpc_status.from_call(error)
+    info = error_details_pb2.ErrorInfo()
+    assert status is not None
+    assert status.details[0].Unpack(info)
+    assert info.reason in reasons
+    assert_told(error, UNAVAILABLE, info.reason, applied)
+
+
 @pytest.mark.parametrize("reply", REFUSALS, ids=lambda reply: reply.split()[0].decode())
 async def test_every_error_reply_has_its_place(reply: bytes) -> None:
     """An error reply of Redis becomes its code, reason and applied; its text, which may quote a token, goes nowhere."""
@@ -103,3 +114,54 @@ async def test_a_connection_to_the_wrong_server_is_replaced(reply: bytes) -> Non
             return server.connections >= 2
 
         await eventually(connected_again, what="a new connection")
+
+
+@pytest.mark.parametrize("noticed", [True, False])
+async def test_a_connection_that_ended_while_idle_claims_nothing(*, noticed: bool) -> None:
+    """A claim right after its connection ended is not sent, or sent into a dead socket: no or unknown, never twice.
+
+    Protection: what was written to a connection that ends is doubt, and is never written to the next one.
+    """
+    async with ScriptedRedis(says(b"$-1\r\n")) as server:
+        store = make_store(server.url, key_layout="prefixed", key_prefix="dedup:", timeout_ms=5_000)
+        assert isinstance(store, RedisStore)
+        await store.open()
+        channel = store._link.channel
+        assert channel is not None
+        if noticed:
+            server.refuse_connections()
+        else:
+            # Until it reads again the service cannot see the end, however long the scheduler lets it wait.
+            channel._transport.pause_reading()
+        await server.hang_up()
+
+        async def gone() -> bool:
+            return store._link.channel is None
+
+        async def written() -> bool:
+            return channel.ended.done() or (bool(channel._unanswered) and not channel._unsent)
+
+        async def connected_again() -> bool:
+            return server.connections >= 2 and store._link.channel is not None
+
+        request = dedup_pb2.ClaimTransactionRequest(transaction_id="x")
+        async with serving(store, io.StringIO()) as stub:
+            if noticed:
+                await eventually(gone, what="the end to be noticed")
+            call = stub.ClaimTransaction(request)
+            if not noticed:
+                await eventually(written, what="the claim to be written")
+                if not channel.ended.done():
+                    channel._transport.resume_reading()
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call
+            if noticed:
+                assert_told_any(caught.value, {"STORE_CONNECTION_LOST", "STORE_UNREACHABLE"}, "no")
+            else:
+                assert_told(caught.value, UNAVAILABLE, "STORE_CONNECTION_LOST", "unknown")
+                await eventually(connected_again, what="a new connection")
+            assert server.sets == 0
+            if not noticed:
+                assert (await stub.ClaimTransaction(request)).outcome == dedup_pb2.CLAIM_OUTCOME_CLAIMED
+                assert server.sets == 1
+        await store.close()
