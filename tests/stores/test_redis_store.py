@@ -378,7 +378,10 @@ async def test_random_cancels_cost_no_connection_and_mix_nothing_up(
 async def test_too_many_unanswered_commands_are_refused_unsent(
     open_store: OpenStore, redis_server: RedisProcess, unique: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beyond the bound of waiting commands a claim is refused at once, and was certainly not applied."""
+    """Beyond the bound of waiting commands a claim is refused at once, and was certainly not applied.
+
+    Protection: the bounded queue of the channel.
+    """
     monkeypatch.setattr(channel_module, "MAX_UNANSWERED", 10)
     async with FaultProxy(redis_server.port) as proxy:
         store = await open_store(proxy.url)
@@ -493,7 +496,10 @@ async def test_what_redis_refuses_was_not_applied(
 async def test_a_read_only_replica_refuses_and_the_connection_is_replaced(
     open_store: OpenStore, own_redis: RedisProcess, unique: str
 ) -> None:
-    """A primary that became a replica refuses claims; once it is a primary again, they are served."""
+    """A primary that became a replica refuses claims; once it is a primary again, they are served.
+
+    Protection: READONLY retires the connection.
+    """
     own_redis.start()
     store = await open_store(own_redis.url)
     with redis.Redis(port=own_redis.port) as admin:

@@ -297,7 +297,10 @@ ALL_KINDS = {
 
 
 def test_any_order_of_calls_agrees_with_the_model(stub: dedup_pb2_grpc.DedupServiceStub, unique: str) -> None:
-    """Whatever is asked in whatever order, the service answers as the model does."""
+    """Whatever is asked in whatever order, the service answers as the model does.
+
+    Protection: the token is compared before anything changes.
+    """
     machine = type("ServiceMachine", (Machine,), {"stub": stub, "unique": unique})
     Machine.all_seen = Counter()
     run_state_machine_as_test(
