@@ -34,6 +34,8 @@ REFUSALS: dict[bytes, tuple[grpc.StatusCode, str, str]] = {
     b"MISCONF Redis is configured to save RDB snapshots": (UNAVAILABLE, "STORE_MISCONFIGURED", "no"),
     b"NOREPLICAS Not enough good replicas to write.": (UNAVAILABLE, "STORE_TOO_FEW_REPLICAS", "no"),
     b"MOVED 3999 127.0.0.1:6381": (UNAVAILABLE, "STORE_MOVED", "no"),
+    b"ASK 3999 127.0.0.1:6381": (UNAVAILABLE, "STORE_MOVED", "no"),
+    b"TRYAGAIN Multiple keys request during rehashing of slot": (UNAVAILABLE, "STORE_TRY_AGAIN", "no"),
     b"WRONGTYPE Operation against a key holding the wrong kind of value": (
         *(FAILED_PRECONDITION, "KEY_OF_ANOTHER_TYPE", "no"),
     ),
