@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test check smoke format protos stubs-current lock redis clean no-environment
+.PHONY: help run test chaos check smoke format protos stubs-current lock redis clean no-environment
 
 # The lock has wheels for these versions; a newer Python would compile grpcio for half an hour. Each is asked to run,
 # since version managers put names on PATH that do not.
@@ -28,13 +28,16 @@ generate = .venv/bin/python -m grpc_tools.protoc -I protos --python_out=$(1) --p
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
-	@echo 'Options: ARGS="..." is handed on by run, test and lock; PYTHON=... chooses the Python of a new .venv.'
+	@echo 'Options: ARGS="..." is handed on by run, test, chaos and lock; PYTHON=... chooses the Python of a new .venv.'
 
 run: .venv/run.stamp ## Start the service (ARGS="--store-url redis://127.0.0.1:6379")
 	@exec .venv/bin/dedup-service serve --banner $(ARGS)
 
 test: .venv/dev.stamp redis ## Run every test (ARGS="-k claim" chooses)
 	.venv/bin/pytest -n auto $(ARGS)
+
+chaos: .venv/dev.stamp redis ## Check histories under faults for 3 minutes (ARGS="--seed 1")
+	@PYTHONPATH=tests .venv/bin/python -m chaos.run $(ARGS)
 
 check: .venv/dev.stamp stubs-current ## Lint, format, types, layers, contract, generated stubs, lock
 	.venv/bin/ruff check

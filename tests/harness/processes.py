@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -109,16 +109,24 @@ class RedisProcess:
 
 
 class ServiceProcess:
-    """The real service, `python -m dedup_service serve`, with its log parsed line by line."""
+    """The real service, `python -m dedup_service serve`, with its log parsed line by line.
 
-    def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
+    `command` is what follows `python -m` instead of `dedup_service`.
+    """
+
+    def __init__(
+        self,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+        command: Sequence[str] = ("dedup_service",),
+    ) -> None:
         self.arguments = ("--listen", "127.0.0.1:0", *arguments)
         self.logs: list[dict[str, Any]] = []
         self.stderr_lines: list[str] = []
         self.stdout = ""
         clean = {name: value for name, value in os.environ.items() if not name.startswith("DEDUP_")}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "dedup_service", "serve", *self.arguments],
+            [sys.executable, "-m", *command, "serve", *self.arguments],
             env=clean | dict(environment or {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
