@@ -77,7 +77,7 @@ def _forgotten(memory: _Memory, found: int, age_s: float) -> StoreNotice:
     if not found:
         how = "nothing is left of what was acknowledged {} s ago, as after a flush or a restart without persistence"
     else:
-        how = "it is back at a state before what was acknowledged {} s ago, as after a failover or restart that lost writes"
+        how = "it is back at a state before what was acknowledged {} s ago, as after a failover or restart with losses"
     return StoreNotice(
         "claims_forgotten",
         f"Redis at {memory.server} has forgotten claims, which can be claimed again: {how.format(f'{age_s:.1f}')}",

@@ -61,7 +61,6 @@ async def test_a_full_disk_is_never_a_claim(small_disk: Path) -> None:
         await claim(f"before:{number}")
     assert not failures
     filler = small_disk / "filler"
-    # Unbuffered: each write takes what there is, the last ones byte by byte.
     with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while file.write(bytes(4096)):
             pass

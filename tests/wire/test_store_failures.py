@@ -125,10 +125,11 @@ async def test_a_connection_that_ended_while_idle_claims_nothing(*, noticed: boo
     Protection: what was written to a connection that ends is doubt, and is never written to the next one.
     """
     async with ScriptedRedis(says(b"$-1\r\n")) as server:
-        store = make_store(server.url, key_layout="prefixed", key_prefix="dedup:", timeout_ms=5_000)
+        store = make_store(StorePlace(server.url, timeout_ms=5_000))
         assert isinstance(store, RedisStore)
         await store.open()
-        channel = store._link.channel
+        [(_, link)] = store._nodes.places()
+        channel = link.channel
         assert channel is not None
         if noticed:
             server.refuse_connections()
@@ -138,13 +139,13 @@ async def test_a_connection_that_ended_while_idle_claims_nothing(*, noticed: boo
         await server.hang_up()
 
         async def gone() -> bool:
-            return store._link.channel is None
+            return link.channel is None
 
         async def written() -> bool:
             return channel.ended.done() or (bool(channel._unanswered) and not channel._unsent)
 
         async def connected_again() -> bool:
-            return server.connections >= 2 and store._link.channel is not None
+            return server.connections >= 2 and link.channel is not None
 
         request = dedup_pb2.ClaimTransactionRequest(transaction_id="x")
         async with serving(store, io.StringIO()) as stub:
