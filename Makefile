@@ -34,7 +34,7 @@ run: .venv/run.stamp ## Start the service (ARGS="--store-url redis://127.0.0.1:6
 	@exec .venv/bin/dedup-service serve --banner $(ARGS)
 
 test: .venv/dev.stamp redis ## Run every test (ARGS="-k claim" chooses)
-	.venv/bin/pytest -n auto $(ARGS)
+	.venv/bin/pytest -n auto --dist worksteal $(ARGS)
 
 chaos: .venv/dev.stamp redis ## Check histories under faults for 3 minutes (ARGS="--seed 1")
 	@PYTHONPATH=tests .venv/bin/python -m chaos.run $(ARGS)

@@ -15,7 +15,7 @@ What each mutation shows itself by:
 
 import asyncio
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,6 @@ from dedup_service.stores.redis_scripts import Script
 from dedup_service.stores.redis_store import RedisStore
 
 _decide = service.decide
-_execute = RedisStore._execute
 
 
 def _any_token_holds() -> None:
@@ -54,7 +53,7 @@ def _no_nx() -> None:
     async def claim(self: RedisStore, claim: Transaction, ttl_ms: int | None) -> Transaction | None:
         key = self._key(claim.namespace, claim.transaction_id)
         expiry = self._expiry(ttl_ms, claim.expire_time_ms)
-        reply = await self._execute("SET", key, stored_value.encode(claim), "GET", *expiry)
+        reply = await self._execute(key, "SET", key, stored_value.encode(claim), "GET", *expiry)
         return reply and stored_value.decode(reply, claim.namespace, claim.transaction_id)
 
     RedisStore.claim = claim  # type: ignore[method-assign]
@@ -63,26 +62,31 @@ def _no_nx() -> None:
 def _check_then_set() -> None:
     async def claim(self: RedisStore, claim: Transaction, ttl_ms: int | None) -> Transaction | None:
         key = self._key(claim.namespace, claim.transaction_id)
-        if reply := await self._execute("GET", key):
+        if reply := await self._execute(key, "GET", key):
             return stored_value.decode(reply, claim.namespace, claim.transaction_id)
-        await self._execute("SET", key, stored_value.encode(claim), *self._expiry(ttl_ms, claim.expire_time_ms))
+        await self._execute(key, "SET", key, stored_value.encode(claim), *self._expiry(ttl_ms, claim.expire_time_ms))
         return None
 
     RedisStore.claim = claim  # type: ignore[method-assign]
 
 
 def _client_retries() -> None:
-    async def execute(self: RedisStore, *command: bytes | str | int) -> Any:
+    for name in ("_execute", "_write"):
+        setattr(RedisStore, name, _resending(getattr(RedisStore, name)))
+
+
+def _resending(send: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    async def resend(self: RedisStore, key: bytes, *command: bytes | str | int) -> Any:
         for _ in range(10):
             try:
-                return await _execute(self, *command)
+                return await send(self, key, *command)
             except StoreUnavailable as failure:
                 if failure.applied is Applied.NO and failure.reason != "STORE_UNREACHABLE":
                     raise
             await asyncio.sleep(0.05)
-        return await _execute(self, *command)
+        return await send(self, key, *command)
 
-    RedisStore._execute = execute  # type: ignore[method-assign]
+    return resend
 
 
 MUTATIONS: dict[str, Callable[[], None]] = {
