@@ -81,7 +81,7 @@ clean: ## Remove the environment, caches and builds
 
 # One environment serves both: what dev.txt installs includes run.txt, hence the second stamp.
 .venv/%.stamp: requirements/%.txt pyproject.toml .venv/pyvenv.cfg
-	@echo "Setting up the environment in .venv (about a minute)…"
+	@echo "Setting up the environment in .venv (about a minute)…" >&2
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch .venv/run.stamp $@
