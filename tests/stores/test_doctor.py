@@ -1,4 +1,7 @@
-"""The doctor at real servers, each in the state that a check is about; what no server here can be is judged alone."""
+"""The doctor at real servers, each in the state that a check is about; what no server here can be is judged alone.
+
+Protection: in each case the check that it is about.
+"""
 
 import os
 import shutil

@@ -1,6 +1,6 @@
 """The contract suite, second part: what a token may do with its transaction, the same cases over each store.
 
-Not over fakeredis, whose Lua lacks cmsgpack.
+Not over fakeredis, whose Lua lacks cmsgpack. Protection: the token compare, in one atomic step with the change.
 """
 
 import asyncio

@@ -249,6 +249,23 @@ async def test_an_expire_time_past_by_the_clock_of_redis_is_refused(open_store: 
     assert await store.claim(a_claim(unique, ttl_ms=40_000), None) is None
 
 
+async def test_the_connection_says_nothing_by_itself(
+    open_store: OpenStore, redis_server: RedisProcess, unique: str
+) -> None:
+    """A connection asks who answers, and from then on each command is one that was meant: no HELLO, no notifications.
+
+    Protection: the explicit protocol and the options of redis-py that are off; its defaults send HELLO and CLIENT.
+    """
+    async with FaultProxy(redis_server.port) as proxy:
+        store = await open_store(proxy.url)
+        assert await store.claim(a_claim(unique), 60_000) is None
+        assert await store.claim(a_claim(unique), 60_000) is not None
+        sent = proxy.sent_upstream.split(b"\r\n")
+        # A command begins with the number of its parts and the length of its name.
+        names = [sent[at + 2] for at, line in enumerate(sent) if line.startswith(b"*")]
+        assert names == [b"INFO", b"ROLE", b"SET", b"SET"]
+
+
 async def test_a_lost_reply_is_doubt_and_the_same_token_resolves_it(
     open_store: OpenStore, redis_server: RedisProcess, unique: str
 ) -> None:

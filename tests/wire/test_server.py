@@ -62,7 +62,10 @@ def test_health_is_serving_by_both_names(service: ServiceProcess) -> None:
 
 
 def test_health_follows_redis(start_service: StartService, tmp_path: Path, unique: str) -> None:
-    """Not serving until Redis answers, serving then, not serving while it is gone, and serving again by itself."""
+    """Not serving until Redis answers, serving then, not serving while it is gone, and serving again by itself.
+
+    Protection: the readiness check, which runs for ever, and the keeper of the connection.
+    """
     port = free_port()
     service = start_service("--store-url", f"redis://127.0.0.1:{port}", "--store-timeout", "500ms")
     assert health_of(service, "") == health_of(service, "dedup.v1.DedupService") == NOT_SERVING
