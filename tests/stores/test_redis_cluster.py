@@ -259,6 +259,61 @@ async def test_a_slot_between_two_nodes_takes_claims_once(
         await asyncio.to_thread(masters.move, [slot], target, source)
 
 
+async def test_a_new_master_is_kept_while_its_first_slot_is_handed_over(
+    open_store: OpenStore, tmp_path: Path, unique: str
+) -> None:
+    """A master that the map does not name yet keeps its connection while ASK points at it.
+
+    Protection: servers at which a redirection pointed lately are not left.
+    """
+    deployment = ClusterDeployment(tmp_path, replicas=False)
+    try:
+        await asyncio.to_thread(deployment.start)
+        store = await open_store(deployment.url)
+        new = await asyncio.to_thread(deployment.add_master)
+        source = deployment.masters[0]
+        transaction_id = next(name for name in ids_of(unique) if key_slot(key_of(name)) < 5462)
+        slot = key_slot(key_of(transaction_id))
+        new.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", source.node_id)
+        source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", new.node_id)
+        assert await store.claim(a_claim(transaction_id, token=MINE), 60_000) is None
+        [link] = [link for server, link in store._nodes._links.items() if server.port == new.port]  # type: ignore[attr-defined]
+        channel = link.channel
+
+        def maps_read() -> int:
+            found = [node.ask("INFO", "commandstats") for node in deployment.masters]
+            stats = [stat for stat in found if isinstance(stat, dict)]
+            return sum(stat["cmdstat_cluster|slots"]["calls"] for stat in stats if "cmdstat_cluster|slots" in stat)
+
+        before = maps_read()
+        await asyncio.to_thread(wait_until, lambda: maps_read() >= before + 3, what="the map to be read again")
+        holder = await store.claim(a_claim(transaction_id, token=OTHER), 60_000)
+        assert holder is not None
+        assert holder.claim_token == MINE
+        assert channel is not None
+        assert link.channel is channel
+    finally:
+        deployment.stop()
+
+
+async def test_a_node_that_is_cut_off_is_not_believed(
+    open_store: OpenStore, masters: ClusterDeployment, tmp_path: Path, unique: str
+) -> None:
+    """A node that knows some slots and no cluster in order is passed over for the next one of the URL.
+
+    Protection: the cluster_state that a node says.
+    """
+    lone = ClusterNode(tmp_path / "lone").start()
+    try:
+        lone.ask("CLUSTER", "ADDSLOTSRANGE", 0, 16000)
+        store = await open_store(f"redis+cluster://127.0.0.1:{lone.port},127.0.0.1:{masters.masters[0].port}")
+        for transaction_id in ids_of(unique):
+            assert await store.claim(a_claim(transaction_id), 60_000) is None
+        assert lone.ask("DBSIZE") == 0
+    finally:
+        lone.stop()
+
+
 async def test_a_node_that_dies_is_replaced_without_help(
     open_store: OpenStore, six_nodes: ClusterDeployment, unique: str
 ) -> None:
@@ -356,13 +411,18 @@ async def test_the_doctor_examines_every_master(masters: ClusterDeployment) -> N
     assert evicting.message.startswith(f"127.0.0.1:{masters.masters[1].port}: maxmemory-policy is allkeys-lru")
 
 
-async def test_the_doctor_sees_keys_that_no_node_serves(masters: ClusterDeployment) -> None:
-    """A slot without a master is critical."""
+@pytest.mark.parametrize("all_or_nothing", ["yes", "no"])
+async def test_the_doctor_sees_keys_that_no_node_serves(masters: ClusterDeployment, all_or_nothing: str) -> None:
+    """A slot without a master is critical, also where the cluster goes on without it and says that it is in order."""
+    for node in masters.masters:
+        node.ask("CONFIG", "SET", "cluster-require-full-coverage", all_or_nothing)
     masters.masters[0].ask("CLUSTER", "DELSLOTS", 0)
     try:
         [coverage] = [f for f in await examine_store(StorePlace(masters.url)) if f.check == "coverage"]
     finally:
         masters.masters[0].ask("CLUSTER", "ADDSLOTS", 0)
+        for node in masters.masters:
+            node.ask("CONFIG", "SET", "cluster-require-full-coverage", "yes")
         wait_until(masters.in_order, what="the cluster to be in order")
     assert coverage.severity is Severity.CRITICAL
     assert "16383 of 16384" in coverage.message

@@ -548,6 +548,7 @@ async def test_user_password_and_database_come_from_the_url(
                 "+eval",
                 "+evalsha",
                 "+pexpiretime",
+                "+pexpireat",
                 "+select",
                 "+time",
             )

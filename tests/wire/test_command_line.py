@@ -158,7 +158,9 @@ def test_healthcheck_is_a_probe(service: ServiceProcess) -> None:
         "--json",
         environment={"DEDUP_LISTEN": service.target.replace("127.0.0.1", "0.0.0.0"), "DEDUP_REQUIRE_STORE_URL": "true"},  # noqa: S104
     )
-    assert (by_setting.returncode, json.loads(by_setting.stdout)) == (0, {"status": "SERVING"})
+    assert (by_setting.returncode, json.loads(by_setting.stdout)) == (
+        *(0, {"status": "SERVING", "store_forgotten": 0, "store_restarts": 0}),
+    )
     assert run_command("healthcheck", "--target", f"127.0.0.1:{free_port()}", "--timeout", "500ms").returncode == 1
     assert run_command("healthcheck", "--target", service.target, "--service", "nobody").stdout == "SERVICE_UNKNOWN\n"
 
