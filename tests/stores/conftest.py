@@ -11,6 +11,7 @@ from dedup_service.stores.keys import prefixed_layout
 from dedup_service.stores.redis_canary import RedisCanary
 from dedup_service.stores.redis_nodes import OneServer
 from dedup_service.stores.redis_store import RedisStore
+from harness.cluster import ClusterDeployment
 from harness.fakeredis_link import FakeredisLink
 from harness.processes import RedisProcess
 from harness.sentinel import SentinelProcess, sentinel_url
@@ -24,7 +25,17 @@ def sentinel(redis_server: RedisProcess, tmp_path_factory: pytest.TempPathFactor
     process.stop()
 
 
-@pytest.fixture(params=["redis", "redis-unix-socket", "redis-by-sentinel", "fakeredis", "sqlite"])
+@pytest.fixture(scope="session")
+def masters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterDeployment]:
+    """A cluster of three masters without replicas, which no test may change for good."""
+    deployment = ClusterDeployment(tmp_path_factory.mktemp("cluster"), replicas=False)
+    try:
+        yield deployment.start()
+    finally:
+        deployment.stop()
+
+
+@pytest.fixture(params=["redis", "redis-unix-socket", "redis-by-sentinel", "redis-cluster", "fakeredis", "sqlite"])
 async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[ClaimStore]:
     """An opened store of each kind, in the prefixed layout."""
     opened: ClaimStore
@@ -37,6 +48,8 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
             url = f"sqlite://{tmp_path / 'claims.db'}"
         elif request.param == "redis-by-sentinel":
             url = sentinel_url(request.getfixturevalue("sentinel").port, rest="/mymaster/2")
+        elif request.param == "redis-cluster":
+            url = request.getfixturevalue("masters").url
         else:
             server: RedisProcess = request.getfixturevalue("redis_server")
             url = server.url if request.param == "redis" else f"unix://{server.socket_path}?db=1"

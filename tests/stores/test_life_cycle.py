@@ -28,7 +28,7 @@ from dedup_service.claims import waiting as waiting_module
 from harness.claims import a_claim
 from harness.polling import eventually
 
-pytestmark = pytest.mark.parametrize("store", ["redis", "redis-unix-socket", "sqlite"], indirect=True)
+pytestmark = pytest.mark.parametrize("store", ["redis", "redis-unix-socket", "redis-cluster", "sqlite"], indirect=True)
 
 POLICY = Policy(default_ttl_ms=60_000, max_ttl_ms=86_400_000, retention_ms=3_600_000)
 TOKEN, STRANGER = "token-of-sixteen", "another-token-16"

@@ -56,16 +56,6 @@ async def open_store() -> AsyncIterator[OpenStore]:
         yield open_it
 
 
-@pytest.fixture(scope="module")
-def masters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterDeployment]:
-    """Three masters without replicas, which no test may change for good."""
-    deployment = ClusterDeployment(tmp_path_factory.mktemp("cluster"), replicas=False)
-    try:
-        yield deployment.start()
-    finally:
-        deployment.stop()
-
-
 @pytest.fixture
 def six_nodes(tmp_path: Path) -> Iterator[ClusterDeployment]:
     """Three masters with a replica each, for the test alone."""
