@@ -140,7 +140,8 @@ class _Responder:
         headers = tuple((k.decode("latin-1").lower(), v.decode("latin-1")) for k, v in self._start.get("headers", ()))
         return pack(Response(self._start["status"], headers, bytes(self._body)))
 
-    async def _flush(self) -> None:
+    async def flush(self) -> None:
+        """Send what is held back."""
         held, self._held = self._held, []
         for message in held:
             await self._send(message)

@@ -38,7 +38,7 @@ class _Rules:
     namespace: str | None
 
 
-class DedupInterceptor(grpc.ServerInterceptor[Any, Any]):
+class DedupInterceptor(grpc.ServerInterceptor):
     """The interceptor of a `grpc.server`. `ttl` is how long a call may take, `retention` how long it is replayed."""
 
     def __init__(
@@ -64,6 +64,8 @@ class DedupInterceptor(grpc.ServerInterceptor[Any, Any]):
             return handler
         parts = (handler_call_details.method, key)
 
+        work = handler.unary_unary
+
         def guarded(raw: bytes, context: grpc.ServicerContext) -> bytes:
             try:
                 claim = self._client.claim(**_claim_options(self._rules, parts, raw))
@@ -74,8 +76,8 @@ class DedupInterceptor(grpc.ServerInterceptor[Any, Any]):
                 return kept
             with claim:
                 _prepare(claim, self._rules)
-                reply = _bytes(handler, handler.unary_unary(_message(handler, raw), context))
-                failed = context.code() not in (None, grpc.StatusCode.OK, 0)
+                reply = _bytes(handler, work(_message(handler, raw), context))
+                failed = _failed(context)
                 if not failed:
                     _keep(claim, reply)
                 try:
@@ -103,9 +105,9 @@ class AsyncDedupInterceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any]:
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
         """Put the guard around the handler of a call that has a key."""
         handler = await continuation(handler_call_details)
         key = _key_of(handler_call_details)
@@ -125,7 +127,7 @@ class AsyncDedupInterceptor(grpc.aio.ServerInterceptor):
             async with claim:
                 _prepare(claim, self._rules)
                 reply = _bytes(handler, await work(_message(handler, raw), context))
-                failed = context.code() not in (None, grpc.StatusCode.OK, 0)
+                failed = _failed(context)
                 if not failed:
                     _keep(claim, reply)
                 try:
@@ -177,6 +179,11 @@ def _message(handler: grpc.RpcMethodHandler[Any, Any], raw: bytes) -> object:
 def _bytes(handler: grpc.RpcMethodHandler[Any, Any], reply: Any) -> bytes:
     packed: bytes = handler.response_serializer(reply) if handler.response_serializer is not None else reply
     return packed
+
+
+def _failed(context: Any) -> bool:
+    """Whether the handler set a status that is not OK, which it may do without raising."""
+    return context.code() not in (None, grpc.StatusCode.OK, grpc.StatusCode.OK.value[0])
 
 
 def _kept_reply(error: Exception) -> bytes | None:
