@@ -1,0 +1,251 @@
+"""The client for code that awaits: the same shape as `dedup.Client`, with coroutines."""
+
+import asyncio
+from collections.abc import Generator, Sequence
+from datetime import datetime
+from typing import Protocol, Self, cast
+
+import grpc
+import grpc.aio
+from google.protobuf.message import Message
+
+from dedup.aio_coalescing import Coalescer
+from dedup.batches import may_travel_with_others
+from dedup.calls import Calls, Grant, OnUnavailable
+from dedup.channels import ChannelOption, channel_options
+from dedup.error_details import failure_of_call
+from dedup.handles import Handle, OnError
+from dedup.requests import Span, claim_request
+from dedup.retries import Retrier, RetryPolicy
+from dedup.steps import Send, Steps, T, run_async
+from dedup.transactions import Transaction
+from dedup.v1 import dedup_pb2_grpc
+
+
+class Transport(Protocol):
+    """What takes the steps of a call: a channel to the service, or a stand-in."""
+
+    async def send(self, step: Send) -> Message:
+        """Make one attempt; raises CallFailed for whatever goes wrong with it."""
+
+    async def pause(self, seconds: float) -> None:
+        """Do nothing for so long."""
+
+    async def close(self) -> None:
+        """End every call under way."""
+
+
+class GrpcTransport:
+    """A channel to the service, opened by the first call; claims may travel together."""
+
+    def __init__(
+        self,
+        target: str,
+        credentials: grpc.ChannelCredentials | None,
+        options: Sequence[ChannelOption],
+        coalesce_delay_s: float | None,
+    ) -> None:
+        self._target = target
+        self._credentials = credentials
+        self._options = channel_options(options)
+        self._coalesce_delay_s = coalesce_delay_s
+        self._channel: grpc.aio.Channel | None = None
+        self._coalescer: Coalescer | None = None
+
+    async def send(self, step: Send) -> Message:
+        """Make one attempt, in a batch with others where that is possible."""
+        if self._channel is None:
+            self._open()
+        if self._coalescer is not None and may_travel_with_others(step.request):
+            return await self._coalescer.claim(step.request, step.timeout_s)
+        try:
+            return cast("Message", await getattr(self._stub, step.method)(step.request, timeout=step.timeout_s))
+        except grpc.RpcError as error:
+            raise failure_of_call(error) from error
+
+    def _open(self) -> None:
+        # A channel belongs to the loop that runs now, which is not there yet when a module makes its client.
+        self._channel = (
+            grpc.aio.insecure_channel(self._target, self._options)
+            if self._credentials is None
+            else grpc.aio.secure_channel(self._target, self._credentials, self._options)
+        )
+        self._stub = dedup_pb2_grpc.DedupServiceStub(self._channel)
+        if self._coalesce_delay_s is not None:
+            self._coalescer = Coalescer(self._stub, self._coalesce_delay_s)
+
+    async def pause(self, seconds: float) -> None:
+        """Sleep."""
+        await asyncio.sleep(seconds)
+
+    async def close(self) -> None:
+        """Close the channel."""
+        if self._channel is not None:
+            await self._channel.close()
+            self._channel = None
+
+
+class Claim(Handle):
+    """A claim in the hand of code that awaits: an asynchronous context manager that completes or releases it.
+
+    Leaving the block normally completes the claim with `result`; leaving it by an exception releases it, or not, as
+    `on_error` says. What was completed or released inside the block is left alone.
+    """
+
+    def __init__(self, client: "Client", grant: Grant, on_error: OnError) -> None:
+        super().__init__(client._calls, grant, on_error)
+        self._client = client
+
+    async def complete(
+        self,
+        result: bytes | None = None,
+        *,
+        ttl: Span | None = None,
+        expire_time: datetime | None = None,
+        timeout: float | None = None,
+    ) -> Transaction | None:
+        """Mark the work as done, and return the completed transaction; None without a claim.
+
+        `result` (the attribute of that name unless given) is kept for later duplicates, `ttl` or `expire_time` say for
+        how long. Raises NotHeld, InvalidRequest (a result that is too large is left out), Unavailable or CallFailed.
+        """
+        return await self._client._run(self._complete(result, ttl, expire_time, timeout))
+
+    async def release(self, *, timeout: float | None = None) -> None:
+        """Give the claim back, so that the next caller may have it at once; raises NotHeld or CallFailed."""
+        await self._client._run(self._release(timeout))
+
+    async def extend(
+        self,
+        ttl: Span | None = None,
+        *,
+        expire_time: datetime | None = None,
+        allow_shortening: bool = False,
+        timeout: float | None = None,
+    ) -> Transaction | None:
+        """Move the end of the claim further away, and return the transaction; None without a claim.
+
+        Raises NotHeld, InvalidRequest, Unavailable or another CallFailed.
+        """
+        return await self._client._run(self._extend(ttl, expire_time, timeout, allow_shortening=allow_shortening))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        await self._client._run(self._leave(error))
+
+
+class PendingClaim:
+    """A claim that is made when it is awaited (`claim = await …`) or entered (`async with …`)."""
+
+    def __init__(self, client: "Client", steps: Steps[Grant], on_error: OnError) -> None:
+        self._client = client
+        self._steps = steps
+        self._on_error = on_error
+
+    async def _claim(self) -> Claim:
+        return Claim(self._client, await self._client._run(self._steps), self._on_error)
+
+    def __await__(self) -> Generator[object, None, Claim]:
+        return self._claim().__await__()
+
+    async def __aenter__(self) -> Claim:
+        self._entered = await self._claim()
+        return self._entered
+
+    async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        await self._entered.__aexit__(kind, error, traceback)
+
+
+class Client:
+    """Claims transactions at a dedup service; to be made once and used in one event loop.
+
+    `target` is `host:port` or `unix:///path`; `credentials` make it TLS. `namespace`, `claimant` and `on_error` apply
+    to every claim that does not say otherwise. Times are in seconds: `timeout` is the budget of a whole call with its
+    retries, `attempt_timeout` that of one attempt. `on_unavailable="allow"` lets work go ahead without a claim while
+    the service is away. With `coalesce` concurrent claims travel together, each at most `coalesce_delay` late.
+    """
+
+    def __init__(
+        self,
+        target: str = "127.0.0.1:50051",
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        namespace: str = "",
+        claimant: str = "",
+        timeout: float = 2.0,
+        attempt_timeout: float = 1.0,
+        on_unavailable: OnUnavailable = "deny",
+        on_error: OnError = "release",
+        coalesce: bool = False,
+        coalesce_delay: float = 0.001,
+        options: Sequence[ChannelOption] = (),
+    ) -> None:
+        retrier = Retrier(RetryPolicy(budget_s=timeout, attempt_timeout_s=attempt_timeout))
+        transport = GrpcTransport(target, credentials, options, coalesce_delay if coalesce else None)
+        self._set_up(transport, Calls(retrier, on_unavailable), namespace, claimant, on_error)
+
+    def _set_up(self, transport: Transport, calls: Calls, namespace: str, claimant: str, on_error: OnError) -> None:
+        self._transport = transport
+        self._calls = calls
+        self._namespace = namespace
+        self._claimant = claimant
+        self._on_error = on_error
+
+    def claim(
+        self,
+        transaction_id: str,
+        *,
+        ttl: Span | None = None,
+        expire_time: datetime | None = None,
+        namespace: str | None = None,
+        claimant: str | None = None,
+        fingerprint: bytes = b"",
+        wait: Span | None = None,
+        token: str | None = None,
+        timeout: float | None = None,
+        on_error: OnError | None = None,
+    ) -> "PendingClaim":
+        """Claim a transaction once this is awaited or entered: the caller may do the work.
+
+        `ttl` or `expire_time` say how long the claim lives (the default of the namespace otherwise). `wait` lets a
+        duplicate of work in progress wait for its end, on top of `timeout`, the budget in seconds. `token` is for a
+        caller that repeats a call of its own; never share one between two workers.
+
+        Raises DuplicateTransaction, PayloadMismatch, InvalidRequest, Unavailable or another CallFailed.
+        """
+        request = claim_request(
+            transaction_id,
+            ttl=ttl,
+            expire_time=expire_time,
+            namespace=self._namespace if namespace is None else namespace,
+            claimant=self._claimant if claimant is None else claimant,
+            fingerprint=fingerprint,
+            token=token,
+        )
+        steps = self._calls.claim(request, wait=wait, budget_s=timeout)
+        return PendingClaim(self, steps, on_error or self._on_error)
+
+    async def get(
+        self, transaction_id: str, *, namespace: str | None = None, timeout: float | None = None
+    ) -> Transaction | None:
+        """Look a transaction up and change nothing; None when nobody holds it.
+
+        Raises InvalidRequest, Unavailable or another CallFailed.
+        """
+        space = self._namespace if namespace is None else namespace
+        return await self._run(self._calls.get(transaction_id, namespace=space, budget_s=timeout))
+
+    async def close(self) -> None:
+        """Close the channel; calls under way fail."""
+        await self._transport.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def _run(self, steps: Steps[T]) -> T:
+        return await run_async(steps, self._transport.send, self._transport.pause)

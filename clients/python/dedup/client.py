@@ -1,0 +1,215 @@
+"""The client for code that blocks."""
+
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Protocol, Self, cast
+
+import grpc
+from google.protobuf.message import Message
+
+from dedup.batches import may_travel_with_others
+from dedup.calls import Calls, Grant, OnUnavailable
+from dedup.channels import ChannelOption, channel_options
+from dedup.coalescing import Coalescer
+from dedup.error_details import failure_of_call
+from dedup.handles import Handle, OnError
+from dedup.requests import Span, claim_request
+from dedup.retries import Retrier, RetryPolicy
+from dedup.steps import Send, Steps, T, run
+from dedup.transactions import Transaction
+from dedup.v1 import dedup_pb2_grpc
+
+
+class Transport(Protocol):
+    """What takes the steps of a call: a channel to the service, or a stand-in."""
+
+    def send(self, step: Send) -> Message:
+        """Make one attempt; raises CallFailed for whatever goes wrong with it."""
+
+    def pause(self, seconds: float) -> None:
+        """Do nothing for so long."""
+
+    def close(self) -> None:
+        """End every call under way."""
+
+
+class GrpcTransport:
+    """A channel to the service; claims may travel together."""
+
+    def __init__(
+        self,
+        target: str,
+        credentials: grpc.ChannelCredentials | None,
+        options: Sequence[ChannelOption],
+        coalesce_delay_s: float | None,
+    ) -> None:
+        every = channel_options(options)
+        self._channel = (
+            grpc.insecure_channel(target, every)
+            if credentials is None
+            else grpc.secure_channel(target, credentials, every)
+        )
+        self._stub = dedup_pb2_grpc.DedupServiceStub(self._channel)
+        self._coalescer = None if coalesce_delay_s is None else Coalescer(self._stub, coalesce_delay_s)
+
+    def send(self, step: Send) -> Message:
+        """Make one attempt, in a batch with others where that is possible."""
+        if self._coalescer is not None and may_travel_with_others(step.request):
+            return self._coalescer.claim(step.request, step.timeout_s)
+        try:
+            return cast("Message", getattr(self._stub, step.method)(step.request, timeout=step.timeout_s))
+        except grpc.RpcError as error:
+            raise failure_of_call(error) from error
+
+    def pause(self, seconds: float) -> None:
+        """Sleep."""
+        time.sleep(seconds)
+
+    def close(self) -> None:
+        """Close the channel."""
+        self._channel.close()
+
+
+class Claim(Handle):
+    """A claim in the hand of code that blocks: a context manager that completes or releases it.
+
+    Leaving the block normally completes the claim with `result`; leaving it by an exception releases it, or not, as
+    `on_error` says. What was completed or released inside the block is left alone.
+    """
+
+    def __init__(self, client: "Client", grant: Grant, on_error: OnError) -> None:
+        super().__init__(client._calls, grant, on_error)
+        self._client = client
+
+    def complete(
+        self,
+        result: bytes | None = None,
+        *,
+        ttl: Span | None = None,
+        expire_time: datetime | None = None,
+        timeout: float | None = None,
+    ) -> Transaction | None:
+        """Mark the work as done, and return the completed transaction; None without a claim.
+
+        `result` (the attribute of that name unless given) is kept for later duplicates, `ttl` or `expire_time` say for
+        how long. Raises NotHeld, InvalidRequest (a result that is too large is left out), Unavailable or CallFailed.
+        """
+        return self._client._run(self._complete(result, ttl, expire_time, timeout))
+
+    def release(self, *, timeout: float | None = None) -> None:
+        """Give the claim back, so that the next caller may have it at once; raises NotHeld or CallFailed."""
+        self._client._run(self._release(timeout))
+
+    def extend(
+        self,
+        ttl: Span | None = None,
+        *,
+        expire_time: datetime | None = None,
+        allow_shortening: bool = False,
+        timeout: float | None = None,
+    ) -> Transaction | None:
+        """Move the end of the claim further away, and return the transaction; None without a claim.
+
+        Raises NotHeld, InvalidRequest, Unavailable or another CallFailed.
+        """
+        return self._client._run(self._extend(ttl, expire_time, timeout, allow_shortening=allow_shortening))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        self._client._run(self._leave(error))
+
+
+class Client:
+    """Claims transactions at a dedup service; safe to share between threads, and to be made once for a process.
+
+    `target` is `host:port` or `unix:///path`; `credentials` make it TLS. `namespace`, `claimant` and `on_error` apply
+    to every claim that does not say otherwise. Times are in seconds: `timeout` is the budget of a whole call with its
+    retries, `attempt_timeout` that of one attempt. `on_unavailable="allow"` lets work go ahead without a claim while
+    the service is away. With `coalesce` concurrent claims travel together, each at most `coalesce_delay` late.
+    """
+
+    def __init__(
+        self,
+        target: str = "127.0.0.1:50051",
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        namespace: str = "",
+        claimant: str = "",
+        timeout: float = 2.0,
+        attempt_timeout: float = 1.0,
+        on_unavailable: OnUnavailable = "deny",
+        on_error: OnError = "release",
+        coalesce: bool = False,
+        coalesce_delay: float = 0.001,
+        options: Sequence[ChannelOption] = (),
+    ) -> None:
+        retrier = Retrier(RetryPolicy(budget_s=timeout, attempt_timeout_s=attempt_timeout))
+        transport = GrpcTransport(target, credentials, options, coalesce_delay if coalesce else None)
+        self._set_up(transport, Calls(retrier, on_unavailable), namespace, claimant, on_error)
+
+    def _set_up(self, transport: Transport, calls: Calls, namespace: str, claimant: str, on_error: OnError) -> None:
+        self._transport = transport
+        self._calls = calls
+        self._namespace = namespace
+        self._claimant = claimant
+        self._on_error = on_error
+
+    def claim(
+        self,
+        transaction_id: str,
+        *,
+        ttl: Span | None = None,
+        expire_time: datetime | None = None,
+        namespace: str | None = None,
+        claimant: str | None = None,
+        fingerprint: bytes = b"",
+        wait: Span | None = None,
+        token: str | None = None,
+        timeout: float | None = None,
+        on_error: OnError | None = None,
+    ) -> Claim:
+        """Claim a transaction, and return the claim: the caller may do the work.
+
+        `ttl` or `expire_time` say how long the claim lives (the default of the namespace otherwise). `wait` lets a
+        duplicate of work in progress wait for its end, on top of `timeout`, the budget in seconds. `token` is for a
+        caller that repeats a call of its own; never share one between two workers.
+
+        Raises DuplicateTransaction, PayloadMismatch, InvalidRequest, Unavailable or another CallFailed.
+        """
+        request = claim_request(
+            transaction_id,
+            ttl=ttl,
+            expire_time=expire_time,
+            namespace=self._namespace if namespace is None else namespace,
+            claimant=self._claimant if claimant is None else claimant,
+            fingerprint=fingerprint,
+            token=token,
+        )
+        grant = self._run(self._calls.claim(request, wait=wait, budget_s=timeout))
+        return Claim(self, grant, on_error or self._on_error)
+
+    def get(
+        self, transaction_id: str, *, namespace: str | None = None, timeout: float | None = None
+    ) -> Transaction | None:
+        """Look a transaction up and change nothing; None when nobody holds it.
+
+        Raises InvalidRequest, Unavailable or another CallFailed.
+        """
+        space = self._namespace if namespace is None else namespace
+        return self._run(self._calls.get(transaction_id, namespace=space, budget_s=timeout))
+
+    def close(self) -> None:
+        """Close the channel; calls under way fail."""
+        self._transport.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(self, steps: Steps[T]) -> T:
+        return run(steps, self._transport.send, self._transport.pause)

@@ -1,0 +1,72 @@
+"""Claims of several threads that are made within a moment travel as one BatchClaimTransactions."""
+
+import threading
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import cast
+
+import grpc
+
+from dedup.batches import MAX_BATCH, ClaimAnswer, answers_of, too_late
+from dedup.error_details import failure_of_call
+from dedup.errors import CallFailed
+from dedup.v1 import dedup_pb2, dedup_pb2_grpc
+
+_Waiting = tuple[dedup_pb2.ClaimTransactionRequest, float, "Future[ClaimAnswer]"]
+
+
+class Coalescer:
+    """Gathers claims for at most `delay_s` seconds or 1,000 of them, whichever comes first.
+
+    It works below the retries: every attempt of every claim keeps its own token, time and error. The first thread of
+    a batch keeps the time and sends it, so there is no thread of the client's own.
+    """
+
+    def __init__(self, stub: dedup_pb2_grpc.DedupServiceStub, delay_s: float) -> None:
+        self._stub = stub
+        self._delay_s = delay_s
+        self._changed = threading.Condition()
+        self._waiting: list[_Waiting] = []
+
+    def claim(self, request: dedup_pb2.ClaimTransactionRequest, timeout_s: float) -> dedup_pb2.ClaimTransactionResponse:
+        """Make one attempt of a claim in a batch; raises CallFailed."""
+        future: Future[ClaimAnswer] = Future()
+        with self._changed:
+            # The batch that this claim is in: whoever fills or sends it puts another list in its place.
+            batch = self._waiting
+            batch.append((request, timeout_s, future))
+            leads = len(batch) == 1
+            if len(batch) >= MAX_BATCH:
+                self._waiting = []
+                self._changed.notify_all()
+            if leads:
+                self._changed.wait_for(lambda: self._waiting is not batch, min(self._delay_s, timeout_s))
+                if self._waiting is batch:
+                    self._waiting = []
+        if leads:
+            self._ask(batch)
+        try:
+            answer = future.result(timeout_s)
+        except FutureTimeoutError:
+            raise too_late(timeout_s) from None
+        if isinstance(answer, CallFailed):
+            raise answer
+        return answer
+
+    def _ask(self, batch: list[_Waiting]) -> None:
+        request = dedup_pb2.BatchClaimTransactionsRequest(requests=[request for request, _, _ in batch])
+        call = self._stub.BatchClaimTransactions.future(request, timeout=max(timeout_s for _, timeout_s, _ in batch))
+        call.add_done_callback(lambda done: _tell(batch, done))
+
+
+def _tell(batch: list[_Waiting], call: object) -> None:
+    answers: list[ClaimAnswer]
+    try:
+        reply = cast("grpc.Future[dedup_pb2.BatchClaimTransactionsResponse]", call).result()
+        answers = answers_of(reply, len(batch))
+    except grpc.RpcError as error:
+        answers = [failure_of_call(error) for _ in batch]
+    except grpc.FutureCancelledError:
+        answers = [CallFailed("CANCELLED: the client was closed", code=grpc.StatusCode.CANCELLED) for _ in batch]
+    for (_, _, future), answer in zip(batch, answers, strict=True):
+        future.set_result(answer)

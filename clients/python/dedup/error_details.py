@@ -1,0 +1,64 @@
+"""From an error of gRPC to what this client raises: one reading for single calls and for the entries of a batch."""
+
+from collections.abc import Iterable
+from typing import cast
+
+import grpc
+from google.rpc import error_details_pb2, status_pb2
+
+from dedup.errors import Applied, CallFailed, InvalidRequest, Unavailable
+
+_DOMAIN = "dedup.v1"
+_STATUS_KEY = "grpc-status-details-bin"
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+_UNAVAILABLE = {
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+
+
+def failure_of_call(error: grpc.RpcError) -> CallFailed:
+    """Return what a failed call means, by its details where the service gave some."""
+    # A sequence of pairs, which the type stubs take for a single one.
+    for key, value in cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ()):
+        if key == _STATUS_KEY and isinstance(value, bytes):
+            return failure_of_status(status_pb2.Status.FromString(value))
+    return _failure(error.code(), error.details() or "")
+
+
+def failure_of_status(status: status_pb2.Status) -> CallFailed:
+    """Return what a google.rpc.Status means: the details of a call, or the error of one entry of a batch."""
+    reason: str = ""
+    applied: Applied = "unknown"
+    retry_after_s: float | None = None
+    violations: dict[str, str] = {}
+    info, retry, bad = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo(), error_details_pb2.BadRequest()
+    for detail in status.details:
+        if detail.Unpack(info) and info.domain == _DOMAIN:
+            reason = info.reason
+            applied = "no" if info.metadata.get("applied") == "no" else "unknown"
+        elif detail.Unpack(retry):
+            retry_after_s = retry.retry_delay.ToTimedelta().total_seconds()
+        elif detail.Unpack(bad):
+            violations = {violation.field: violation.description for violation in bad.field_violations}
+    code = _CODES.get(status.code, grpc.StatusCode.UNKNOWN)
+    return _failure(
+        code, status.message, reason=reason, applied=applied, retry_after_s=retry_after_s, violations=violations
+    )
+
+
+def _failure(
+    code: grpc.StatusCode,
+    message: str,
+    *,
+    reason: str = "",
+    applied: Applied = "unknown",
+    retry_after_s: float | None = None,
+    violations: dict[str, str] | None = None,
+) -> CallFailed:
+    if code is grpc.StatusCode.INVALID_ARGUMENT:
+        return InvalidRequest(message, violations=violations or {}, reason=reason)
+    kind = Unavailable if code in _UNAVAILABLE else CallFailed
+    text = f"{code.name} {reason}: {message}" if reason else f"{code.name}: {message}"
+    return kind(text, code=code, reason=reason, applied=applied, retry_after_s=retry_after_s)
