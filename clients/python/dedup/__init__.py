@@ -14,6 +14,7 @@ from dedup.errors import (
     Unavailable,
 )
 from dedup.ids import new_claim_token, transaction_id
+from dedup.metadata import call_metadata
 from dedup.once import once
 from dedup.transactions import Transaction, TransactionState
 
@@ -29,6 +30,7 @@ __all__ = [
     "Transaction",
     "TransactionState",
     "Unavailable",
+    "call_metadata",
     "new_claim_token",
     "once",
     "transaction_id",

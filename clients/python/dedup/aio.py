@@ -15,6 +15,7 @@ from dedup.calls import Calls, Grant, OnUnavailable
 from dedup.channels import ChannelOption, channel_options
 from dedup.error_details import failure_of_call
 from dedup.handles import Handle, OnError
+from dedup.metadata import current_metadata
 from dedup.requests import Span, claim_request
 from dedup.retries import Retrier, RetryPolicy
 from dedup.steps import Send, Steps, T, run_async
@@ -59,7 +60,12 @@ class GrpcTransport:
         if self._coalescer is not None and may_travel_with_others(step.request):
             return await self._coalescer.claim(step.request, step.timeout_s)
         try:
-            return cast("Message", await getattr(self._stub, step.method)(step.request, timeout=step.timeout_s))
+            return cast(
+                "Message",
+                await getattr(self._stub, step.method)(
+                    step.request, timeout=step.timeout_s, metadata=current_metadata()
+                ),
+            )
         except grpc.RpcError as error:
             raise failure_of_call(error) from error
 

@@ -14,6 +14,7 @@ from dedup.channels import ChannelOption, channel_options
 from dedup.coalescing import Coalescer
 from dedup.error_details import failure_of_call
 from dedup.handles import Handle, OnError
+from dedup.metadata import current_metadata
 from dedup.requests import Span, claim_request
 from dedup.retries import Retrier, RetryPolicy
 from dedup.steps import Send, Steps, T, run
@@ -58,7 +59,10 @@ class GrpcTransport:
         if self._coalescer is not None and may_travel_with_others(step.request):
             return self._coalescer.claim(step.request, step.timeout_s)
         try:
-            return cast("Message", getattr(self._stub, step.method)(step.request, timeout=step.timeout_s))
+            return cast(
+                "Message",
+                getattr(self._stub, step.method)(step.request, timeout=step.timeout_s, metadata=current_metadata()),
+            )
         except grpc.RpcError as error:
             raise failure_of_call(error) from error
 
