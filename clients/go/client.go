@@ -1,0 +1,198 @@
+package dedup
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"log/slog"
+	"unicode/utf8"
+
+	"google.golang.org/grpc"
+
+	"github.com/dedup-service/dedup-service/clients/go/dedupv1"
+)
+
+// Guard is what guarded code needs of a [Client]; package deduptest has one for tests.
+type Guard interface {
+	// Claim asks for the right to do the work of a transaction, as [Client.Claim] does.
+	Claim(ctx context.Context, id string, opts ...CallOption) (*Claim, error)
+	// Get looks a transaction up, as [Client.Get] does.
+	Get(ctx context.Context, id string, opts ...CallOption) (*Transaction, error)
+}
+
+var _ Guard = (*Client)(nil)
+
+// Client calls the dedup service. It is safe for concurrent use; make one for each target and keep it.
+type Client struct {
+	settings  settings
+	stub      dedupv1.DedupServiceClient
+	conn      *grpc.ClientConn // nil when the stub is the caller's own
+	coalescer *coalescer       // nil unless claims travel together
+}
+
+// New returns a client of the service at target: "host:port", "unix:///path" or any other gRPC name.
+//
+// It does not connect before the first call, and fails only on a target or an option that can never work. Close it
+// when it is no longer needed.
+func New(target string, opts ...Option) (*Client, error) {
+	s, err := newSettings(opts)
+	if err != nil {
+		return nil, err
+	}
+	conn, err := grpc.NewClient(target, s.dial()...)
+	if err != nil {
+		return nil, err
+	}
+	c := newClient(dedupv1.NewDedupServiceClient(conn), s)
+	c.conn = conn
+	return c, nil
+}
+
+// NewFromStub returns a client over a stub of the caller's own, who sees to its connection: gRPC's own retries and
+// hedging should be off, since this client makes its own. Options of the connection have no effect.
+func NewFromStub(stub dedupv1.DedupServiceClient, opts ...Option) (*Client, error) {
+	s, err := newSettings(opts)
+	if err != nil {
+		return nil, err
+	}
+	return newClient(stub, s), nil
+}
+
+func newClient(stub dedupv1.DedupServiceClient, s settings) *Client {
+	c := &Client{settings: s, stub: stub}
+	if s.maxBatch > 0 {
+		c.coalescer = &coalescer{stub: stub, maxBatch: s.maxBatch, maxDelay: s.maxDelay}
+	}
+	return c
+}
+
+// Close ends the connection; calls under way fail.
+func (c *Client) Close() error {
+	if c.conn == nil {
+		return nil
+	}
+	return c.conn.Close()
+}
+
+// Claim asks for the right to do the work of a transaction: start the work only when the error is nil.
+//
+// The error matches ErrDuplicate when somebody else holds or completed the transaction, ErrPayloadMismatch when its
+// fingerprint is another, and otherwise is an [*Error]: nobody knows whether this is a duplicate. Every attempt of one
+// Claim has the same token, so a lost reply is asked for again and is not taken for a duplicate.
+func (c *Client) Claim(ctx context.Context, id string, opts ...CallOption) (*Claim, error) {
+	var call callSettings
+	c.apply(&call, opts)
+	request := &call.request
+	request.TransactionId = id
+	if request.ClaimToken == "" {
+		request.ClaimToken = newToken()
+	}
+	if err := checkText(request); err != nil {
+		return nil, err
+	}
+	wait := max(0, request.GetWait().AsDuration())
+	send := c.claimAlone
+	if c.coalescer != nil && wait == 0 {
+		send = c.coalescer.claim
+	}
+	var reply *dedupv1.ClaimTransactionResponse
+	_, failure := c.call(ctx, wait, func(ctx context.Context) (err error) {
+		reply, err = send(ctx, request)
+		return err
+	})
+	if failure != nil {
+		if call.policy == Allow && failure.unavailable() {
+			return c.failOpen(ctx, request, failure), nil
+		}
+		return nil, failure
+	}
+	transaction := fromProto(reply.GetTransaction())
+	switch outcome := reply.GetOutcome(); outcome {
+	case dedupv1.ClaimOutcome_CLAIM_OUTCOME_CLAIMED:
+		return &Claim{
+			Transaction:     transaction,
+			Token:           request.GetClaimToken(),
+			Replayed:        reply.GetReplayed(),
+			ShadowDuplicate: reply.GetShadowDuplicate(),
+			client:          c,
+			id:              id,
+			namespace:       request.GetNamespace(),
+		}, nil
+	case dedupv1.ClaimOutcome_CLAIM_OUTCOME_DUPLICATE:
+		return nil, &DuplicateError{Transaction: transaction}
+	case dedupv1.ClaimOutcome_CLAIM_OUTCOME_PAYLOAD_MISMATCH:
+		return nil, &PayloadMismatchError{Transaction: transaction}
+	default:
+		return nil, unspecified("a claim", outcome)
+	}
+}
+
+// Get looks a transaction up and changes nothing. The error matches ErrNotFound when nobody holds it.
+func (c *Client) Get(ctx context.Context, id string, opts ...CallOption) (*Transaction, error) {
+	var call callSettings
+	c.apply(&call, opts)
+	request := &dedupv1.GetTransactionRequest{TransactionId: id, Namespace: call.request.GetNamespace()}
+	if err := checkText(&dedupv1.ClaimTransactionRequest{TransactionId: id, Namespace: request.GetNamespace()}); err != nil {
+		return nil, err
+	}
+	var reply *dedupv1.GetTransactionResponse
+	_, failure := c.call(ctx, 0, func(ctx context.Context) (err error) {
+		reply, err = c.stub.GetTransaction(ctx, request)
+		return err
+	})
+	if failure != nil {
+		return nil, failure
+	}
+	transaction := fromProto(reply.GetTransaction())
+	return &transaction, nil
+}
+
+func (c *Client) apply(call *callSettings, opts []CallOption) {
+	for _, opt := range c.settings.defaults {
+		opt(call)
+	}
+	for _, opt := range opts {
+		opt(call)
+	}
+}
+
+func (c *Client) claimAlone(ctx context.Context, r *dedupv1.ClaimTransactionRequest) (*dedupv1.ClaimTransactionResponse, error) {
+	return c.stub.ClaimTransaction(ctx, r)
+}
+
+// failOpen grants a claim that the service could not be asked about.
+func (c *Client) failOpen(ctx context.Context, r *dedupv1.ClaimTransactionRequest, cause *Error) *Claim {
+	claim := &Claim{
+		Transaction: Transaction{ID: r.GetTransactionId(), Namespace: r.GetNamespace()},
+		Token:       r.GetClaimToken(),
+		FailOpen:    true,
+		client:      c,
+		id:          r.GetTransactionId(),
+		namespace:   r.GetNamespace(),
+	}
+	c.settings.logger.LogAttrs(ctx, slog.LevelWarn, "dedup: service unavailable, claim granted without it",
+		slog.String("transaction", hashed(claim.id)), slog.String("code", cause.Code.String()),
+		slog.String("reason", cause.Reason), slog.String("applied", string(cause.Applied)))
+	return claim
+}
+
+// hashed is how logs name a transaction, here as in the service: an id may be personal.
+func hashed(id string) string {
+	sum := sha256.Sum256([]byte(id))
+	return hex.EncodeToString(sum[:8])
+}
+
+// checkText refuses what cannot be encoded: in a batch it would fail the claims of others as well.
+func checkText(r *dedupv1.ClaimTransactionRequest) error {
+	for _, text := range []struct{ field, value string }{
+		{"transaction_id", r.GetTransactionId()},
+		{"namespace", r.GetNamespace()},
+		{"claim_token", r.GetClaimToken()},
+		{"claimant", r.GetClaimant()},
+	} {
+		if !utf8.ValidString(text.value) {
+			return invalid(text.field, "must be valid UTF-8")
+		}
+	}
+	return nil
+}

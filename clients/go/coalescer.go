@@ -1,0 +1,145 @@
+package dedup
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/dedup-service/dedup-service/clients/go/dedupv1"
+)
+
+// coalescer gathers concurrent claims and sends them together. It has no goroutine of its own between batches.
+type coalescer struct {
+	stub     dedupv1.DedupServiceClient
+	maxBatch int
+	maxDelay time.Duration
+
+	mu      sync.Mutex
+	pending []*entry
+	timer   *time.Timer // sends what is pending; nil when nothing is
+}
+
+// entry is one claim of a batch. Its caller may leave before the answer.
+type entry struct {
+	ctx     context.Context
+	request *dedupv1.ClaimTransactionRequest
+	answer  chan answer // holds one, so that nobody waits for a caller who left
+}
+
+type answer struct {
+	reply *dedupv1.ClaimTransactionResponse
+	err   error
+}
+
+// claim sends the request with others, and returns its own answer, or the end of its own context.
+func (c *coalescer) claim(ctx context.Context, request *dedupv1.ClaimTransactionRequest) (*dedupv1.ClaimTransactionResponse, error) {
+	e := &entry{ctx: ctx, request: request, answer: make(chan answer, 1)}
+	c.add(e)
+	select {
+	case a := <-e.answer:
+		return a.reply, a.err
+	case <-ctx.Done():
+		return nil, status.FromContextError(ctx.Err()).Err()
+	}
+}
+
+func (c *coalescer) add(e *entry) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.pending = append(c.pending, e)
+	if len(c.pending) >= c.maxBatch {
+		go c.send(c.take())
+	} else if c.timer == nil {
+		c.timer = time.AfterFunc(c.maxDelay, c.flush)
+	}
+}
+
+func (c *coalescer) flush() {
+	c.mu.Lock()
+	batch := c.take()
+	c.mu.Unlock()
+	c.send(batch)
+}
+
+// take empties what is pending; the lock is held. A timer that fired meanwhile finds the next batch, sooner than due.
+func (c *coalescer) take() []*entry {
+	batch := c.pending
+	c.pending = nil
+	if c.timer != nil {
+		c.timer.Stop()
+		c.timer = nil
+	}
+	return batch
+}
+
+// send asks for a batch and hands out its answers.
+func (c *coalescer) send(batch []*entry) {
+	// Who left before it was sent has not claimed, and must not: nobody would hold that claim.
+	present := make([]*entry, 0, len(batch))
+	for _, e := range batch {
+		if e.ctx.Err() == nil {
+			present = append(present, e)
+		}
+	}
+	if len(present) == 0 {
+		return
+	}
+	ctx, cancel := untilAllLeft(present)
+	defer cancel()
+	request := &dedupv1.BatchClaimTransactionsRequest{Requests: make([]*dedupv1.ClaimTransactionRequest, len(present))}
+	for i, e := range present {
+		request.Requests[i] = e.request
+	}
+	reply, err := c.stub.BatchClaimTransactions(ctx, request)
+	if err == nil && len(reply.GetEntries()) != len(present) {
+		err = status.Error(codes.Internal, "the service answered a batch with another number of entries")
+	}
+	for i, e := range present {
+		if err != nil {
+			e.answer <- answer{err: err}
+			continue
+		}
+		switch result := reply.GetEntries()[i].GetResult().(type) {
+		case *dedupv1.BatchClaimEntry_Response:
+			e.answer <- answer{reply: result.Response}
+		case *dedupv1.BatchClaimEntry_Error:
+			e.answer <- answer{err: status.ErrorProto(result.Error)}
+		default: // An entry that says nothing has no outcome, and is refused as such.
+			e.answer <- answer{reply: &dedupv1.ClaimTransactionResponse{}}
+		}
+	}
+}
+
+// untilAllLeft returns a context that lasts as long as anybody waits for the batch. It belongs to none of the callers,
+// so that the end of one does not cut the others.
+func untilAllLeft(entries []*entry) (context.Context, context.CancelFunc) {
+	var latest time.Time
+	for _, e := range entries {
+		// Each has one: every attempt is bounded.
+		if deadline, ok := e.ctx.Deadline(); ok && deadline.After(latest) {
+			latest = deadline
+		}
+	}
+	ctx, cancel := context.WithDeadline(context.Background(), latest)
+	var mu sync.Mutex
+	waiting := len(entries)
+	stops := make([]func() bool, len(entries))
+	for i, e := range entries {
+		stops[i] = context.AfterFunc(e.ctx, func() {
+			mu.Lock()
+			defer mu.Unlock()
+			if waiting--; waiting == 0 {
+				cancel()
+			}
+		})
+	}
+	return ctx, func() {
+		for _, stop := range stops {
+			stop()
+		}
+		cancel()
+	}
+}

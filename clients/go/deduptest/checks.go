@@ -1,0 +1,130 @@
+package deduptest
+
+import (
+	"crypto/rand"
+	"regexp"
+	"strings"
+	"time"
+	"unicode"
+
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/protoadapt"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/dedup-service/dedup-service/clients/go/dedupv1"
+)
+
+// named is what every request has.
+type named interface {
+	GetTransactionId() string
+	GetNamespace() string
+}
+
+// holder is a request that only the holder of a claim may make.
+type holder interface {
+	named
+	GetClaimToken() string
+}
+
+var (
+	namespacePattern = regexp.MustCompile(`^[a-z0-9][a-z0-9_.-]{0,62}$`)
+	tokenPattern     = regexp.MustCompile(`^[ -~]{16,64}$`)
+)
+
+func namespaceOf(r named) string {
+	if r.GetNamespace() == "" {
+		return "default"
+	}
+	return r.GetNamespace()
+}
+
+func newToken() string { return rand.Text() }
+
+func checkName(r named) error {
+	switch id := r.GetTransactionId(); {
+	case id == "" || len(id) > 512 || strings.ContainsFunc(id, unicode.IsControl):
+		return errInvalid("transaction_id", "must be 1 to 512 bytes of UTF-8 without control characters")
+	case !namespacePattern.MatchString(namespaceOf(r)):
+		return errInvalid("namespace", "must match "+namespacePattern.String())
+	}
+	return nil
+}
+
+func checkHolder(r holder) error {
+	if err := checkName(r); err != nil {
+		return err
+	}
+	if !tokenPattern.MatchString(r.GetClaimToken()) {
+		return errInvalid("claim_token", "must be 16 to 64 printable ASCII characters")
+	}
+	return nil
+}
+
+func checkClaim(r *dedupv1.ClaimTransactionRequest) error {
+	if err := checkName(r); err != nil {
+		return err
+	}
+	wait := r.GetWait().AsDuration()
+	switch {
+	case r.GetClaimToken() != "" && !tokenPattern.MatchString(r.GetClaimToken()):
+		return errInvalid("claim_token", "must be 16 to 64 printable ASCII characters")
+	case len(r.GetClaimant()) > 256 || strings.ContainsFunc(r.GetClaimant(), unicode.IsControl):
+		return errInvalid("claimant", "must be at most 256 bytes of UTF-8 without control characters")
+	case len(r.GetPayloadFingerprint()) > 64:
+		return errInvalid("payload_fingerprint", "must be at most 64 bytes")
+	case wait < 0 || wait > maxWait:
+		return errInvalid("wait", "must be 0 to 5 minutes")
+	}
+	return nil
+}
+
+// expiry returns when a claim ends, by whichever of ttl and moment is given.
+func expiry(now time.Time, ttl *durationpb.Duration, at *timestamppb.Timestamp, byDefault time.Duration) (time.Time, error) {
+	field, d := "ttl", byDefault
+	switch {
+	case ttl != nil:
+		d = ttl.AsDuration()
+	case at != nil:
+		field, d = "expire_time", at.AsTime().Sub(now)
+	}
+	if d < time.Millisecond || d > maxTTL || d%time.Millisecond != 0 {
+		return time.Time{}, errInvalid(field, "must be whole milliseconds, in the future, and at most 7 days away")
+	}
+	return now.Add(d), nil
+}
+
+func errInvalid(field, description string) error {
+	return failure(codes.InvalidArgument, "INVALID_REQUEST", field+": "+description, &errdetails.BadRequest{
+		FieldViolations: []*errdetails.BadRequest_FieldViolation{{Field: field, Description: description}},
+	})
+}
+
+func errNotFound() error {
+	return failure(codes.NotFound, "TRANSACTION_NOT_FOUND", "nobody holds the transaction")
+}
+
+func errUnavailable() error {
+	return failure(codes.Unavailable, "STORE_UNREACHABLE", "the test made the service unavailable",
+		&errdetails.RetryInfo{RetryDelay: durationpb.New(time.Millisecond)})
+}
+
+// failure makes an error that certainly changed nothing, as the service describes it.
+func failure(code codes.Code, reason, message string, more ...protoadapt.MessageV1) error {
+	info := &errdetails.ErrorInfo{Reason: reason, Domain: "dedup.v1", Metadata: map[string]string{"applied": "no"}}
+	s, err := status.New(code, message).WithDetails(append([]protoadapt.MessageV1{info}, more...)...)
+	if err != nil {
+		panic(err) // Only for the code OK, or a message that cannot be encoded.
+	}
+	return s.Err()
+}
+
+// with returns a changed copy: the one before may be on its way to a caller.
+func with(t *dedupv1.Transaction, change func(*dedupv1.Transaction)) *dedupv1.Transaction {
+	changed := proto.Clone(t).(*dedupv1.Transaction)
+	change(changed)
+	return changed
+}

@@ -1,0 +1,39 @@
+#!/bin/sh
+# Makes the checked-in stubs of dedupv1/ from protos/ with pinned generators.
+#
+#   ./generate.sh          write them
+#   ./generate.sh --check  fail, with a diff, when they are not current
+#
+# PROTOC names the compiler; by default it is the one of grpcio-tools in the repository's .venv.
+set -eu
+
+protoc_gen_go=v1.36.12
+protoc_gen_go_grpc=v1.6.2
+
+cd "$(dirname "$0")"
+module=github.com/dedup-service/dedup-service/clients/go
+protoc=${PROTOC:-../../.venv/bin/python -m grpc_tools.protoc}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+GOBIN=$work/bin go install "google.golang.org/protobuf/cmd/protoc-gen-go@$protoc_gen_go"
+GOBIN=$work/bin go install "google.golang.org/grpc/cmd/protoc-gen-go-grpc@$protoc_gen_go_grpc"
+
+# The contract names no Go package, since it belongs to every language: the M flags do.
+map="Mdedup/v1/dedup.proto=$module/dedupv1;dedupv1"
+map="$map,Mgoogle/rpc/status.proto=google.golang.org/genproto/googleapis/rpc/status;status"
+mkdir "$work/out"
+# $protoc is split on purpose: it may be a command with arguments.
+# shellcheck disable=SC2086
+PATH=$work/bin:$PATH $protoc -I ../../protos \
+    --go_out="$work/out" --go_opt="module=$module,$map" \
+    --go-grpc_out="$work/out" --go-grpc_opt="module=$module,$map" \
+    dedup/v1/dedup.proto
+
+if [ "${1:-}" = --check ]; then
+    diff -r "$work/out/dedupv1" dedupv1 || { echo "clients/go/dedupv1 is stale: run clients/go/generate.sh" >&2; exit 1; }
+else
+    mkdir -p dedupv1
+    rm -f dedupv1/*.pb.go
+    cp "$work"/out/dedupv1/*.go dedupv1/
+fi

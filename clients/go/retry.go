@@ -1,0 +1,90 @@
+package dedup
+
+import (
+	"context"
+	"errors"
+	"math/rand/v2"
+	"time"
+
+	"google.golang.org/grpc/status"
+)
+
+// call makes attempts until one is answered, the error is beyond mending, or the budget is spent.
+//
+// It returns how many attempts before the answer may have been applied unheard.
+func (c *Client) call(ctx context.Context, wait time.Duration, attempt func(context.Context) error) (unheard int, failure *Error) {
+	ctx, cancel := c.withBudget(ctx, wait)
+	defer cancel()
+	for n := 1; ; n++ {
+		err := c.attempt(ctx, wait, attempt)
+		if err == nil {
+			return unheard, nil
+		}
+		e := newError(err)
+		e.Attempts = n
+		if e.Applied == AppliedUnknown {
+			unheard++
+		}
+		if unheard > 0 {
+			e.Applied = AppliedUnknown
+		}
+		if !e.retryable() {
+			return unheard, e
+		}
+		if pause := e.retryDelay + c.jitter(n); fits(ctx, pause) && sleep(ctx, pause) == nil {
+			continue
+		}
+		if errors.Is(ctx.Err(), context.Canceled) {
+			// The caller wants no answer any more, which is not the same as a service that has none.
+			e.status = status.FromContextError(ctx.Err())
+			e.Code, e.Message = e.status.Code(), e.status.Message()
+		}
+		return unheard, e
+	}
+}
+
+// fits reports whether the context lasts longer than the pause: otherwise waiting would only delay the error.
+func fits(ctx context.Context, pause time.Duration) bool {
+	deadline, ok := ctx.Deadline()
+	return !ok || time.Until(deadline) > pause
+}
+
+// withBudget bounds a call: by what the caller set, else by the deadline of its context, else by the default.
+func (c *Client) withBudget(ctx context.Context, wait time.Duration) (context.Context, context.CancelFunc) {
+	budget := c.settings.budget
+	if budget == 0 {
+		if _, ok := ctx.Deadline(); ok {
+			return ctx, func() {}
+		}
+		budget = defaultBudget
+	}
+	return context.WithTimeout(ctx, budget+wait)
+}
+
+func (c *Client) attempt(ctx context.Context, wait time.Duration, attempt func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, c.settings.attemptTimeout+wait)
+	defer cancel()
+	return attempt(ctx)
+}
+
+// jitter is a random pause ("full jitter"), so that callers who failed together do not come back together.
+func (c *Client) jitter(attempts int) time.Duration {
+	limit := c.settings.backoffMax
+	// Beyond 30 doublings any base has outgrown any sensible limit, and would soon overflow.
+	if shift := attempts - 1; shift < 30 {
+		limit = min(limit, c.settings.backoffBase<<shift)
+	}
+	return rand.N(limit)
+}
+
+// sleep waits, unless the context ends first.
+func sleep(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
