@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test chaos check smoke format protos stubs-current lock redis clean no-environment
+.PHONY: help run test test-clients demo chaos check smoke format protos stubs-current lock redis clean no-environment
 
 # The lock has wheels for these versions; a newer Python would compile grpcio for half an hour. Each is asked to run,
 # since version managers put names on PATH that do not.
@@ -22,19 +22,37 @@ install = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		apt-get -qq update && apt-get -qq install -y --no-install-recommends $(1) >/dev/null; \
 	else echo "Missing: please run '$(2)', then the same make target again." >&2; exit 1; fi
 
+comma := ,
+GO := $(shell command -v go)
+NODE := $(shell command -v npm)
+# What the tests of the clients start the service with.
+CLIENT_ENV = DEDUP_TEST_PYTHON="$(CURDIR)/.venv/bin/python"
+
 # $(call generate,FOLDER)
 generate = .venv/bin/python -m grpc_tools.protoc -I protos --python_out=$(1) --pyi_out=$(1) \
 	--grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) protos/dedup/v1/dedup.proto
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
-	@echo 'Options: ARGS="..." is handed on by run, test, chaos and lock; PYTHON=... chooses the Python of a new .venv.'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@echo 'Options: ARGS="..." is handed on by run, test, test-clients, demo, chaos and lock; PYTHON=... chooses the Python of a new .venv.'
 
 run: .venv/run.stamp ## Start the service (ARGS="--store-url redis://127.0.0.1:6379")
 	@exec .venv/bin/dedup-service serve --banner $(ARGS)
 
 test: .venv/dev.stamp redis ## Run every test (ARGS="-k claim" chooses)
 	.venv/bin/pytest -n auto --dist worksteal $(ARGS)
+
+# Where Go or Node is missing its client is not tested, and the last line says so.
+test-clients: .venv/dev.stamp redis ## Test the Python, Go and Node clients against the live service
+	.venv/bin/pytest -c clients/python/pyproject.toml clients/python/tests -n auto --dist worksteal $(ARGS)
+	$(if $(GO),cd clients/go && $(CLIENT_ENV) go vet ./... && $(CLIENT_ENV) go test -race ./...)
+	$(if $(GO),cd examples/lucky_box/go && go vet ./...)
+	$(if $(NODE),cd clients/node && npm ci --no-audit --no-fund && $(CLIENT_ENV) npm test)
+	@echo "Tested: Python$(if $(GO),$(comma) Go)$(if $(NODE),$(comma) Node).\
+	$(if $(GO),, No Go here: its client was NOT tested.)$(if $(NODE),, No Node here: its client was NOT tested.)"
+
+demo: .venv/dev.stamp redis ## Three clicks within a millisecond, without and with the service (ARGS="--rounds 50")
+	@.venv/bin/python examples/lucky_box/demo.py $(ARGS)
 
 chaos: .venv/dev.stamp redis ## Check histories under faults for 3 minutes (ARGS="--seed 1")
 	@PYTHONPATH=tests .venv/bin/python -m chaos.run $(ARGS)

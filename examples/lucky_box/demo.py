@@ -1,7 +1,7 @@
 """Shows three clicks within a millisecond, with the guard of the original and with the dedup service.
 
-Starts a Redis, the dedup service and the lucky box API in Python and (where Go is) in Go, each with both guards. Clicks,
-prints what came of it, and ends everything again.
+Starts a Redis, the dedup service and the lucky box API in Python and (where Go is) in Go, each with both guards. Then
+clicks, prints what came of it, and ends everything again.
 """
 
 import argparse

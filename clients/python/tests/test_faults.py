@@ -193,3 +193,24 @@ def test_grpc_itself_never_retries() -> None:
 
     assert dict(channel_options(options))["grpc.enable_retries"] == 0
     assert dict(channel_options(options))["grpc.max_receive_message_length"] == 1
+
+
+async def test_metadata_of_the_block_travels_with_its_calls(
+    tmp_path: Path, start_service: Callable[..., ServiceProcess], unique: str
+) -> None:
+    """The service logs every call under the correlation id of the block around it, for both clients, and no other."""
+    service = start_service("--store-url", f"sqlite://{tmp_path / 'claims.db'}")
+    with dedup.Client(service.target) as client, dedup.call_metadata(("x-correlation-id", f"{unique}-sync")):
+        client.claim(f"{unique}-1").release()
+    async with aio.Client(service.target) as client:
+        with dedup.call_metadata(("x-correlation-id", f"{unique}-async")):
+            await (await client.claim(f"{unique}-2")).release()
+        await client.claim(f"{unique}-3")
+    await eventually(lambda: _are(len(service.events("call")), 5), what="the log")
+    ids = [line["correlation_id"] for line in service.events("call")]
+    assert ids[:4] == [f"{unique}-sync"] * 2 + [f"{unique}-async"] * 2
+    assert unique not in ids[4]
+
+
+async def _are(number: int, expected: int) -> bool:
+    return number == expected
