@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dedup import CallFailed, Client, DuplicateTransaction, Unavailable, aio
+from dedup import CallFailed, Client, DuplicateTransaction, Unavailable, aio, call_metadata
 from dedup.testing import AsyncFakeClient, FakeClient
 from dedup.v1 import dedup_pb2
 from harness.fault_proxy import FaultProxy
@@ -200,10 +200,10 @@ async def test_metadata_of_the_block_travels_with_its_calls(
 ) -> None:
     """The service logs every call under the correlation id of the block around it, for both clients, and no other."""
     service = start_service("--store-url", f"sqlite://{tmp_path / 'claims.db'}")
-    with dedup.Client(service.target) as client, dedup.call_metadata(("x-correlation-id", f"{unique}-sync")):
+    with Client(service.target) as client, call_metadata(("x-correlation-id", f"{unique}-sync")):
         client.claim(f"{unique}-1").release()
     async with aio.Client(service.target) as client:
-        with dedup.call_metadata(("x-correlation-id", f"{unique}-async")):
+        with call_metadata(("x-correlation-id", f"{unique}-async")):
             await (await client.claim(f"{unique}-2")).release()
         await client.claim(f"{unique}-3")
     await eventually(lambda: _are(len(service.events("call")), 5), what="the log")

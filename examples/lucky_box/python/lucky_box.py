@@ -106,6 +106,7 @@ def make_app(guard: Guard) -> FastAPI:
         started, begun = time.time(), time.perf_counter()
         correlation_id = request.headers.get(CORRELATION_HEADER) or secrets.token_hex(16)
         passed = False
+        body: dict[str, int | str]
         try:
             transaction_id = dedup.transaction_id("lucky_box", str(click.device), str(unit), click.event, click.day)
             with dedup.call_metadata((CORRELATION_HEADER, correlation_id)):
