@@ -83,8 +83,8 @@ func sleep(ctx context.Context, d time.Duration) error {
 	defer timer.Stop()
 	select {
 	case <-timer.C:
-		return nil
 	case <-ctx.Done():
-		return ctx.Err()
 	}
+	// Where both happened, the end of the context counts.
+	return ctx.Err()
 }

@@ -1,0 +1,179 @@
+package dedup_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+
+	dedup "github.com/dedup-service/dedup-service/clients/go"
+	"github.com/dedup-service/dedup-service/clients/go/deduptest"
+	"github.com/dedup-service/dedup-service/clients/go/dedupv1"
+	"github.com/dedup-service/dedup-service/clients/go/grpcguard"
+	"github.com/dedup-service/dedup-service/clients/go/httpguard"
+)
+
+func Example() {
+	ctx := context.Background()
+	target := exampleServer()
+
+	client, err := dedup.New(target) // such as "127.0.0.1:50051" or "unix:///run/dedup/dedup.sock"
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer func() { _ = client.Close() }()
+
+	for range 2 {
+		result, err := pay(ctx, client, "431593247")
+		fmt.Printf("%s, %v\n", result, err)
+	}
+	// Output:
+	// paid 5, <nil>
+	// paid 5, dedup: duplicate transaction, completed
+}
+
+func pay(ctx context.Context, guard dedup.Guard, device string) ([]byte, error) {
+	id, err := dedup.TransactionID("lucky_box", device, "405", "daily", "2025-11-28")
+	if err != nil {
+		return nil, err
+	}
+	claim, err := guard.Claim(ctx, id, dedup.TTL(time.Minute), dedup.Claimant("lucky-box-api"))
+	var duplicate *dedup.DuplicateError
+	switch {
+	case errors.As(err, &duplicate):
+		return duplicate.Transaction.Result, err // Answer 409.
+	case err != nil:
+		return nil, err // Answer 503: nobody knows whether this is a duplicate.
+	}
+	result, err := []byte("paid 5"), error(nil) // The work.
+	if err != nil {
+		// Only where it certainly was not done. Otherwise leave the claim to expire.
+		return nil, errors.Join(err, claim.Release(ctx))
+	}
+	return result, claim.Complete(ctx, result)
+}
+
+func ExampleOnUnavailable() {
+	ctx := context.Background()
+	guard := deduptest.NewGuard(dedup.WithBudget(10 * time.Millisecond))
+	guard.Service.SetUnavailable(true)
+
+	claim, err := guard.Claim(ctx, "banner:431593247", dedup.OnUnavailable(dedup.Allow))
+	if err == nil && claim.FailOpen {
+		fmt.Println("granted without the service: this may be a duplicate")
+	}
+	// Output: granted without the service: this may be a duplicate
+}
+
+func ExampleWithCoalescing() {
+	ctx := context.Background()
+	target := exampleServer()
+
+	client, err := dedup.New(target, dedup.WithCoalescing(100, time.Millisecond))
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer func() { _ = client.Close() }()
+	_, err = client.Claim(ctx, "order-1234")
+	fmt.Println(err)
+	// Output: <nil>
+}
+
+func Example_middleware() {
+	client := deduptest.NewGuard()
+	pay := func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = fmt.Fprint(w, "paid 5")
+	}
+
+	mux := http.NewServeMux()
+	guarded := httpguard.New(client, httpguard.WithKey(func(r *http.Request) (string, error) {
+		key := r.Header.Get(httpguard.KeyHeader)
+		if key == "" {
+			return "", nil
+		}
+		// The caller is part of the id, so that nobody is shown the response of somebody else.
+		return dedup.TransactionID("pay", r.Header.Get("X-Account"), key)
+	}))
+	mux.Handle("POST /pay", guarded(http.HandlerFunc(pay)))
+
+	for range 2 {
+		r := httptest.NewRequest(http.MethodPost, "/pay", nil)
+		r.Header.Set(httpguard.KeyHeader, "k1")
+		w := httptest.NewRecorder()
+		mux.ServeHTTP(w, r)
+		fmt.Printf("%d %s, replayed: %q\n", w.Code, w.Body, w.Header().Get(httpguard.ReplayedHeader))
+	}
+	// Output:
+	// 200 paid 5, replayed: ""
+	// 200 paid 5, replayed: "true"
+}
+
+func Example_interceptor() {
+	client := deduptest.NewGuard()
+
+	server := grpc.NewServer(grpc.UnaryInterceptor(grpcguard.UnaryServerInterceptor(client)))
+
+	server.Stop()
+	// Output:
+}
+
+func Example_fake() {
+	ctx := context.Background()
+
+	guard := deduptest.NewGuard()
+	first, err := guard.Claim(ctx, "order-1234", dedup.TTL(time.Minute))
+	fmt.Println(err)
+	_, err = guard.Claim(ctx, "order-1234")
+	fmt.Println(errors.Is(err, dedup.ErrDuplicate))
+	guard.Service.Advance(time.Minute) // The claim expires.
+	fmt.Println(errors.Is(first.Complete(ctx, nil), dedup.ErrNotHeld))
+	guard.Service.SetUnavailable(true)
+	// Output:
+	// <nil>
+	// true
+	// true
+}
+
+// exampleServer serves the service in memory, as long as the process lives.
+func exampleServer() string {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		log.Fatal(err)
+	}
+	server := grpc.NewServer()
+	dedupv1.RegisterDedupServiceServer(server, deduptest.NewService())
+	go func() { _ = server.Serve(listener) }()
+	return listener.Addr().String()
+}
+
+// The snippets of the README are parts of the examples above, which run.
+func TestSnippetsOfTheReadmeRun(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	source, err := os.ReadFile("example_test.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	snippets := regexp.MustCompile("(?s)```go\n(.*?)```").FindAllStringSubmatch(string(readme), -1)
+	if len(snippets) == 0 {
+		t.Fatal("no snippets")
+	}
+	words := func(s string) string { return strings.Join(strings.Fields(s), " ") }
+	for _, snippet := range snippets {
+		if !strings.Contains(words(string(source)), words(snippet[1])) {
+			t.Errorf("no example has the snippet\n%s", snippet[1])
+		}
+	}
+}
