@@ -1,5 +1,5 @@
 import assert from "node:assert/strict";
-import { after, before, suite, test } from "node:test";
+import { after, before, beforeEach, suite, test } from "node:test";
 import { DuplicateTransactionError } from "../src/index.js";
 import { Live, uniqueId } from "./harness/live.js";
 import type { Loss } from "./harness/lossy-proxy.js";
@@ -12,6 +12,10 @@ for (const store of Object.keys(STORES)) {
       live = await Live.over(store);
     });
     after(() => live[Symbol.asyncDispose]());
+    beforeEach(() => {
+      live.proxy.losses = [];
+      live.proxy.onLoss = undefined;
+    });
 
     for (const losses of [["break"], ["late"], ["break", "late", "break"]] satisfies Loss[][]) {
       test(`a claim whose reply is lost is told that it was made: ${losses}`, async () => {
@@ -60,14 +64,16 @@ for (const store of Object.keys(STORES)) {
       assert.equal(claim.replayed, true);
     });
 
-    test("while the service is killed and started again, every transaction is claimed exactly once", async () => {
+    test("while the service is killed before its replies and started again, all is claimed exactly once", async () => {
       const ids = Array.from({ length: 60 }, uniqueId);
       const winners = new Map<string, number>(ids.map((id) => [id, 0]));
       let duplicates = 0;
       let crash: Promise<void> | undefined;
-      const work = async () => {
+      live.proxy.onLoss = () => void (crash ??= live.crash());
+      const work = async (worker: number) => {
         const client = live.clientOfProxy();
-        for (const id of ids) {
+        // Each begins elsewhere, so that the replies that are lost are those of winners.
+        for (const id of [...ids.slice(worker * 15), ...ids.slice(0, worker * 15)]) {
           try {
             await client.claim(id, { ttlMs: 3_600_000 });
             winners.set(id, winners.get(id)! + 1);
@@ -75,12 +81,12 @@ for (const store of Object.keys(STORES)) {
             assert.ok(error instanceof DuplicateTransactionError, String(error));
             duplicates += 1;
           }
-          if (id === ids[20]) crash ??= live.crash();
+          if (id === ids[5]) live.proxy.losses = ["break", "break", "break", "break"];
         }
       };
-      await Promise.all(Array.from({ length: 4 }, work));
-      await crash;
+      await Promise.all([0, 1, 2, 3].map(work));
       assert.ok(crash !== undefined);
+      await crash;
       assert.deepEqual([...new Set(winners.values())], [1]);
       assert.equal(duplicates, 3 * ids.length);
     });

@@ -63,7 +63,7 @@ test("the service's wish to wait is honoured, with jitter after it", async () =>
 });
 
 test("a wish to wait beyond the budget ends the call at once", async () => {
-  const clock = new FakeClock(0);
+  const clock = new FakeClock(0.5);
   const { attempt, seen } = failing(clock, 0, { reason: "STORE_LOADING", retryAfterMs: 2000 });
   await assert.rejects(withRetries(2000, undefined, attempt, clock), { name: "UnavailableError", reason: "STORE_LOADING" });
   assert.equal(seen.length, 1);

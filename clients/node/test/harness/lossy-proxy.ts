@@ -16,6 +16,8 @@ export type Loss = "break" | "late";
 export class LossyProxy implements AsyncDisposable {
   /** How the next replies are lost, one each. */
   losses: Loss[] = [];
+  /** Told of every loss, when the service has acted and its caller has not heard. */
+  onLoss: (() => void) | undefined;
   private readonly sockets = new Set<Socket>();
 
   private constructor(
@@ -71,6 +73,7 @@ export class LossyProxy implements AsyncDisposable {
     service.on("data", (bytes) => {
       const reply = replies.read(bytes).includes(HEADERS_FRAME);
       const loss = reply && held === undefined ? this.losses.shift() : undefined;
+      if (loss !== undefined) this.onLoss?.();
       if (loss === "late") held = [];
       if (loss === "break") client.destroy();
       else if (held !== undefined) held.push(bytes);
