@@ -1,10 +1,16 @@
 import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
 import { test } from "node:test";
 import { status } from "@grpc/grpc-js";
 import { Client, DuplicateTransactionError, UnavailableError, type ClientOptions } from "../src/index.js";
 import { ClaimOutcome } from "../src/gen/dedup/v1/dedup.js";
 import { ScriptedService, type Refusal, type Scripted } from "./harness/scripted-service.js";
 
+interface Vectors {
+  errors: { reasons: { code: keyof typeof status; reason: string; applied: string; retry_info: boolean }[] };
+}
+
+const vectors = JSON.parse(readFileSync(new URL("../../../golden_vectors.json", import.meta.url), "utf8")) as Vectors;
 const CLAIMED = { outcome: ClaimOutcome.CLAIM_OUTCOME_CLAIMED };
 const AWAY: Refusal = { code: status.UNAVAILABLE, reason: "STORE_UNREACHABLE", retryAfterMs: 1 };
 // No attempt of these tests may end for want of time, however slow the machine is.
@@ -146,3 +152,21 @@ test("nonsense is refused before it is sent", () =>
     await assert.rejects(client.claim("order", { timeoutMs: Infinity }), RangeError);
     assert.equal(service.requests.length, 0);
   }));
+
+for (const { code, reason, applied, retry_info } of vectors.errors.reasons) {
+  const error = { code: status[code] as status, reason, applied };
+
+  test(`an error is read as every client reads it: ${reason}`, () =>
+    // A wish to wait that no budget reaches ends the call with the first answer.
+    against([{ ...error, retryAfterMs: 3_600_000 }], {}, async (client) => {
+      const expected = code === "INVALID_ARGUMENT" ? { name: "InvalidRequestError" } : error;
+      await assert.rejects(client.claim("order"), expected);
+    }));
+
+  const again = retry_info || code === "DEADLINE_EXCEEDED";
+  test(`an error is ${again ? "repeated" : "not repeated"}: ${reason}`, () =>
+    against([retry_info ? { ...error, retryAfterMs: 1 } : error, CLAIMED], {}, async (client, service) => {
+      await client.claim("order").catch(() => undefined);
+      assert.equal(service.requests.length, again ? 2 : 1);
+    }));
+}
