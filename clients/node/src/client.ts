@@ -1,0 +1,144 @@
+import { randomBytes } from "node:crypto";
+import { status } from "@grpc/grpc-js";
+import { Channel, type Budget } from "./channel.js";
+import { Claim, type Grant } from "./claim.js";
+import { encodeBytes, encodeDuration, encodeExpiry, encodeText } from "./encoding.js";
+import { InvalidRequestError, UnavailableError } from "./errors.js";
+import { isOutage } from "./failure.js";
+import { ClaimTransactionRequest, DedupServiceService, GetTransactionRequest } from "./gen/dedup/v1/dedup.js";
+import type { CallOptions, ClaimOptions, ClientOptions, GetOptions, Logger } from "./options.js";
+import { requireClaimed } from "./outcome.js";
+import { transactionFrom, type Transaction } from "./transaction.js";
+
+/** Asks the dedup service; one client is enough for a process. */
+export class Client {
+  private readonly channel: Channel;
+  private readonly logger: Logger;
+
+  /** Connects with the first call, to `host:port` or `unix:///path`. */
+  constructor(
+    target: string,
+    private readonly options: ClientOptions = {},
+  ) {
+    this.channel = new Channel(target, options.credentials, options.channelOptions);
+    this.logger = options.logger ?? console;
+  }
+
+  /**
+   * Claims a transaction: of all callers exactly one gets a handle, until its claim expires or is released.
+   *
+   * Retries what may have been lost, always with the same token, so a retry is never taken for a duplicate. Throws
+   * DuplicateTransactionError, PayloadMismatchError, InvalidRequestError, or UnavailableError when nobody knows.
+   */
+  async claim(transactionId: string, options: ClaimOptions = {}): Promise<Claim> {
+    // One fresh token for this logical call: every attempt repeats it, and nobody else ever uses it.
+    const token = options.token ?? newToken();
+    const namespace = options.namespace ?? this.options.namespace ?? "";
+    const request = this.claimRequest(transactionId, namespace, token, options);
+    const grant = { transactionId, namespace, token, replayed: false, failOpen: false, shadowDuplicate: false };
+    try {
+      const { reply } = await this.channel.call(
+        DedupServiceService.claimTransaction,
+        ({ waitMs }) => ({ ...request, wait: waitMs > 0 ? encodeDuration("wait", waitMs) : undefined }),
+        { ...this.budget(options), waitMs: options.waitMs ?? 0 },
+      );
+      requireClaimed(reply);
+      const { replayed, shadowDuplicate } = reply;
+      const transaction = reply.transaction && transactionFrom(reply.transaction);
+      return this.handle({ ...grant, replayed, shadowDuplicate, transaction });
+    } catch (error) {
+      if (!this.mayGoOn(error, options)) throw error;
+      const { code, reason, applied } = error;
+      this.logger.warn("dedup service unavailable: going on without a claim", { transactionId, code, reason, applied });
+      return this.handle({ ...grant, failOpen: true, transaction: undefined });
+    }
+  }
+
+  /**
+   * Claims a transaction, does the work, and completes it; when the work throws, releases it and throws the same.
+   *
+   * The work may complete the claim itself, to keep a result. Use `claim` where work that throws may have been done.
+   * The signal is for the claim alone. Throws what `claim`, `work` and `complete` throw: an error of `complete` means
+   * that the work is done, and is not recorded.
+   */
+  async once<T>(
+    transactionId: string,
+    options: ClaimOptions,
+    work: (claim: Claim) => T | PromiseLike<T>,
+  ): Promise<T> {
+    const claim = await this.claim(transactionId, options);
+    let value: T;
+    try {
+      value = await work(claim);
+    } catch (error) {
+      // A completion that failed is no reason to release: the work is done.
+      if (!claim.ended) await this.giveBack(claim);
+      throw error;
+    }
+    if (!claim.ended) await claim.complete();
+    return value;
+  }
+
+  /** Looks a transaction up and changes nothing; undefined when nobody holds it. Throws UnavailableError. */
+  async get(transactionId: string, options: GetOptions = {}): Promise<Transaction | undefined> {
+    const request = GetTransactionRequest.fromPartial({
+      transactionId: encodeText("transaction_id", transactionId),
+      namespace: encodeText("namespace", options.namespace ?? this.options.namespace ?? ""),
+    });
+    try {
+      const { reply } = await this.channel.call(DedupServiceService.getTransaction, () => request, this.budget(options));
+      return reply.transaction && transactionFrom(reply.transaction);
+    } catch (error) {
+      const absent = error instanceof UnavailableError && error.reason === "TRANSACTION_NOT_FOUND";
+      if (absent && error.code === status.NOT_FOUND) return undefined;
+      throw error;
+    }
+  }
+
+  /** Ends the connection; calls under way fail. */
+  close(): void {
+    this.channel.close();
+  }
+
+  private claimRequest(transactionId: string, namespace: string, token: string, options: ClaimOptions) {
+    // The service would make a token of its own for every attempt, and the second would be a duplicate of the first.
+    if (token === "") throw InvalidRequestError.of("claim_token", "must not be empty");
+    if (options.waitMs !== undefined && options.waitMs < 0) throw InvalidRequestError.of("wait", "must not be negative");
+    encodeDuration("wait", options.waitMs ?? 0);
+    return ClaimTransactionRequest.fromPartial({
+      transactionId: encodeText("transaction_id", transactionId),
+      namespace: encodeText("namespace", namespace),
+      claimToken: encodeText("claim_token", token),
+      claimant: encodeText("claimant", options.claimant ?? this.options.claimant ?? ""),
+      payloadFingerprint: encodeBytes("payload_fingerprint", options.fingerprint ?? ""),
+      ...encodeExpiry(options),
+    });
+  }
+
+  private mayGoOn(error: unknown, options: ClaimOptions): error is UnavailableError {
+    const policy = options.onUnavailable ?? this.options.onUnavailable ?? "deny";
+    return policy === "allow" && error instanceof UnavailableError && isOutage(error);
+  }
+
+  private async giveBack(claim: Claim): Promise<void> {
+    try {
+      await claim.release();
+    } catch (error) {
+      // The error of the work is what the caller has to hear of; the claim expires by itself.
+      this.logger.warn("the claim could not be released", { transactionId: claim.transactionId, error });
+    }
+  }
+
+  private handle(grant: Grant): Claim {
+    return new Claim(this.channel, this.budget({}), grant);
+  }
+
+  private budget({ timeoutMs = this.options.timeoutMs ?? 2000, signal }: CallOptions): Budget {
+    return { timeoutMs, attemptTimeoutMs: this.options.attemptTimeoutMs ?? 750, signal };
+  }
+}
+
+/** Makes the name of one logical call: 128 random bits, which nobody else ever makes. */
+export function newToken(): string {
+  return randomBytes(16).toString("base64url");
+}

@@ -1,0 +1,190 @@
+import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
+import { join } from "node:path";
+import { after, before, suite, test } from "node:test";
+import { Client, DuplicateTransactionError, NotHeldError } from "../src/index.js";
+import { Live, PATIENT, uniqueId } from "./harness/live.js";
+import { Service } from "./harness/service.js";
+import { STORES, sqliteStore, temporaryFolder } from "./harness/stores.js";
+
+interface Vectors {
+  claim_tokens: { valid: string[]; invalid: string[] };
+}
+
+const vectors = JSON.parse(readFileSync(new URL("../../../golden_vectors.json", import.meta.url), "utf8")) as Vectors;
+
+for (const store of Object.keys(STORES)) {
+  suite(`claims on ${store}`, () => {
+    let live: Live;
+    let client: Client;
+    before(async () => {
+      live = await Live.over(store);
+      client = live.client({ claimant: "the tests" });
+    });
+    after(() => live[Symbol.asyncDispose]());
+
+    test("of a hundred concurrent callers one may go and 99 are duplicates", async () => {
+      const id = uniqueId();
+      const outcomes = await Promise.allSettled(Array.from({ length: 100 }, () => client.claim(id)));
+      const refused = outcomes.flatMap((outcome) => (outcome.status === "rejected" ? [outcome.reason] : []));
+      assert.equal(outcomes.length - refused.length, 1);
+      for (const error of refused) assert.ok(error instanceof DuplicateTransactionError, error);
+    });
+
+    test("a duplicate is told who holds the transaction, and its result once there is one", async () => {
+      const id = uniqueId();
+      const claim = await client.claim(id, { ttlMs: 3_600_000 });
+      assert.deepEqual([claim.replayed, claim.failOpen, claim.shadowDuplicate], [false, false, false]);
+      const holder = await duplicateOf(client, id);
+      assert.deepEqual([holder.state, holder.claimant, holder.completionTime], ["in progress", "the tests", undefined]);
+      assert.equal(holder.expireTime!.getTime() - holder.claimTime!.getTime(), 3_600_000);
+      await claim.complete("paid 5");
+      const completed = await duplicateOf(client, id);
+      assert.deepEqual([completed.state, completed.result.toString()], ["completed", "paid 5"]);
+      assert.ok(completed.completionTime instanceof Date);
+    });
+
+    test("a completion may be repeated, and says how long it is remembered", async () => {
+      const claim = await client.claim(uniqueId());
+      const expireTime = new Date(Date.now() + 7_200_000);
+      await claim.complete(Buffer.from([0, 255]), { expireTime });
+      await claim.complete(Buffer.from([0, 255]), { expireTime });
+      const found = await client.get(claim.transactionId);
+      assert.deepEqual([found!.result, found!.expireTime], [Buffer.from([0, 255]), expireTime]);
+    });
+
+    test("a released transaction may be claimed again, and a look finds nobody", async () => {
+      const id = uniqueId();
+      await (await client.claim(id)).release();
+      assert.equal(await client.get(id), undefined);
+      assert.equal((await client.claim(id)).replayed, false);
+    });
+
+    test("an extension moves the end away", async () => {
+      const claim = await client.claim(uniqueId(), { ttlMs: 60_000 });
+      const end = claim.transaction!.expireTime!;
+      await claim.extend(3_600_000);
+      assert.ok(claim.transaction!.expireTime! > end);
+    });
+
+    test("a claim that is not held any more can be neither completed, released nor extended", async () => {
+      const claim = await client.claim(uniqueId());
+      await claim.release();
+      const expected = { name: "NotHeldError", transactionId: claim.transactionId };
+      await assert.rejects(claim.complete(), expected);
+      await assert.rejects(claim.release(), expected);
+      await assert.rejects(claim.extend(60_000), expected);
+    });
+
+    test("the same token is told again that it may go", async () => {
+      const id = uniqueId();
+      const { token } = await client.claim(id);
+      assert.equal((await client.claim(id, { token })).replayed, true);
+    });
+
+    test("another fingerprint is a mismatch", async () => {
+      const id = uniqueId();
+      await client.claim(id, { fingerprint: "sha-of-5" });
+      await assert.rejects(client.claim(id, { fingerprint: "sha-of-6" }), { name: "PayloadMismatchError" });
+    });
+
+    test("namespaces keep equal ids apart", async () => {
+      const id = uniqueId();
+      await client.claim(id);
+      const claim = await client.claim(id, { namespace: "refunds" });
+      await claim.complete();
+      assert.equal((await client.get(id, { namespace: "refunds" }))!.state, "completed");
+      assert.equal((await client.get(id))!.state, "in progress");
+    });
+
+    test("a duplicate that waits is answered by the end of the work", async () => {
+      const id = uniqueId();
+      const claim = await client.claim(id);
+      const waiting = client.claim(id, { waitMs: 60_000 });
+      await claim.complete("done");
+      await assert.rejects(waiting, (error: DuplicateTransactionError) => error.holder.result.toString() === "done");
+    });
+
+    test("a claim may end at a moment", async () => {
+      const expireTime = new Date(Date.now() + 600_000);
+      const claim = await client.claim(uniqueId(), { expireTime });
+      assert.deepEqual(claim.transaction!.expireTime, expireTime);
+    });
+
+    test("a request that breaks the contract names its fields", async () => {
+      await assert.rejects(client.claim("", { namespace: "NO" }), (error: { name: string; violations: object[] }) => {
+        assert.equal(error.name, "InvalidRequestError");
+        assert.deepEqual(error.violations.map((v) => (v as { field: string }).field).sort(), ["namespace", "transaction_id"]);
+        return true;
+      });
+    });
+
+    test("once completes what succeeded, and answers with its value", async () => {
+      const id = uniqueId();
+      assert.equal(await client.once(id, {}, async () => 42), 42);
+      assert.equal((await client.get(id))!.state, "completed");
+      await assert.rejects(
+        client.once(id, {}, () => assert.fail("done twice")),
+        DuplicateTransactionError,
+      );
+    });
+
+    test("once keeps the result that its work completed with", async () => {
+      const id = uniqueId();
+      await client.once(id, {}, (claim) => claim.complete("paid 5"));
+      assert.equal((await client.get(id))!.result.toString(), "paid 5");
+    });
+
+    test("once releases what threw, and throws the same", async () => {
+      const id = uniqueId();
+      const broken = new Error("no money");
+      await assert.rejects(
+        client.once(id, {}, () => Promise.reject(broken)),
+        (error) => error === broken,
+      );
+      assert.equal(await client.get(id), undefined);
+    });
+
+    test("once tells of a claim that was lost while its work went on", async () => {
+      const id = uniqueId();
+      const work = async () => (await client.claim(id, { token: "the-same-token-16" })).release();
+      await assert.rejects(client.once(id, { token: "the-same-token-16" }, work), NotHeldError);
+    });
+
+    test("once does not release work that could not be completed", async () => {
+      const id = uniqueId();
+      const tooLong = "x".repeat(1_000_000);
+      await assert.rejects(
+        client.once(id, {}, (claim) => claim.complete(tooLong)),
+        { name: "InvalidRequestError" },
+      );
+      assert.equal((await client.get(id))!.state, "in progress");
+    });
+
+    test("the service takes and refuses the tokens that every client agrees on", async () => {
+      for (const token of vectors.claim_tokens.valid) await client.claim(uniqueId(), { token });
+      for (const token of vectors.claim_tokens.invalid) {
+        await assert.rejects(client.claim(uniqueId(), { token }), { name: "InvalidRequestError" }, JSON.stringify(token));
+      }
+    });
+  });
+}
+
+test("a Unix socket is a target like any other", async () => {
+  await using folder = await temporaryFolder();
+  await using store = await sqliteStore();
+  await using service = await Service.start(store.url, `unix://${join(folder.path, "dedup.sock")}`);
+  const client = new Client(service.address, PATIENT);
+  try {
+    assert.match(service.address, /^unix:\/\/\//);
+    assert.equal(await client.once("order", {}, () => "went"), "went");
+  } finally {
+    client.close();
+  }
+});
+
+async function duplicateOf(client: Client, id: string) {
+  const error: unknown = await client.claim(id).catch((error: unknown) => error);
+  assert.ok(error instanceof DuplicateTransactionError);
+  return error.holder;
+}

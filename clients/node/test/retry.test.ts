@@ -1,0 +1,103 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+import { status } from "@grpc/grpc-js";
+import { UnavailableError, type Failure } from "../src/errors.js";
+import { withRetries, type Clock } from "../src/retry.js";
+
+/** Time that passes only when somebody waits. */
+class FakeClock implements Clock {
+  time = 0;
+  pauses: number[] = [];
+  constructor(private readonly chance: number) {}
+  now = () => this.time;
+  random = () => this.chance;
+  sleep = async (ms: number) => {
+    this.pauses.push(ms);
+    this.time += ms;
+  };
+}
+
+/** Attempts that each take `ms` and fail, one after another as `failures` says; the last stays. */
+function failing(clock: FakeClock, ms: number, ...failures: Partial<Failure>[]) {
+  const seen: number[] = [];
+  const attempt = async ({ leftMs }: { leftMs: number }): Promise<never> => {
+    const failure = failures[Math.min(seen.length, failures.length - 1)];
+    seen.push(leftMs);
+    clock.time += Math.min(ms, leftMs);
+    throw new UnavailableError("no", { code: status.UNAVAILABLE, reason: "", applied: "no", ...failure });
+  };
+  return { attempt, seen };
+}
+
+test("attempts and pauses together never exceed the budget", async () => {
+  for (const chance of [0, 0.3, 0.999]) {
+    const clock = new FakeClock(chance);
+    const { attempt, seen } = failing(clock, 300, {});
+    await assert.rejects(withRetries(2000, undefined, attempt, clock), UnavailableError);
+    assert.ok(clock.time <= 2000, `${clock.time} ms with chance ${chance}`);
+    assert.ok(seen.length >= 3 && seen.length <= 7, `${seen.length} attempts with chance ${chance}`);
+    assert.ok(seen.every((leftMs) => leftMs > 0));
+  }
+});
+
+test("a budget that one attempt uses up allows one attempt", async () => {
+  const clock = new FakeClock(0.5);
+  const { attempt, seen } = failing(clock, 5000, { code: status.DEADLINE_EXCEEDED });
+  await assert.rejects(withRetries(2000, undefined, attempt, clock), UnavailableError);
+  assert.deepEqual(seen, [2000]);
+  assert.deepEqual(clock.pauses, []);
+});
+
+test("the pause is drawn from a span that doubles up to a second", async () => {
+  const clock = new FakeClock(0.5);
+  const { attempt } = failing(clock, 0, {});
+  await assert.rejects(withRetries(3000, undefined, attempt, clock), UnavailableError);
+  assert.deepEqual(clock.pauses, [25, 50, 100, 200, 400, 500, 500, 500, 500]);
+});
+
+test("the service's wish to wait is honoured, with jitter after it", async () => {
+  const clock = new FakeClock(0.5);
+  const { attempt } = failing(clock, 0, { reason: "STORE_LOADING", retryAfterMs: 200 });
+  await assert.rejects(withRetries(600, undefined, attempt, clock), UnavailableError);
+  assert.deepEqual(clock.pauses, [225, 250]);
+});
+
+test("a wish to wait beyond the budget ends the call at once", async () => {
+  const clock = new FakeClock(0.5);
+  const { attempt, seen } = failing(clock, 0, { reason: "STORE_LOADING", retryAfterMs: 2000 });
+  await assert.rejects(withRetries(2000, undefined, attempt, clock), { name: "UnavailableError", reason: "STORE_LOADING" });
+  assert.equal(seen.length, 1);
+});
+
+for (const failure of [
+  { code: status.FAILED_PRECONDITION, reason: "VALUE_DAMAGED" },
+  { code: status.INTERNAL, reason: "INTERNAL" },
+  { code: status.UNAVAILABLE, reason: "STORE_REFUSED" },
+  { code: status.UNIMPLEMENTED },
+]) {
+  test(`what a retry cannot mend is not repeated: ${failure.reason ?? status[failure.code]}`, async () => {
+    const clock = new FakeClock(0.5);
+    const { attempt, seen } = failing(clock, 0, failure);
+    await assert.rejects(withRetries(2000, undefined, attempt, clock), failure);
+    assert.equal(seen.length, 1);
+  });
+}
+
+test("one attempt in doubt makes the whole call doubtful", async () => {
+  const clock = new FakeClock(0.5);
+  const last = { reason: "STORE_REFUSED", applied: "no" } as const;
+  const { attempt } = failing(clock, 0, { applied: "unknown" }, last);
+  await assert.rejects(withRetries(2000, undefined, attempt, clock), { reason: "STORE_REFUSED", applied: "unknown" });
+});
+
+test("an abort during a pause ends the call with the reason of the signal", async () => {
+  const { attempt, seen } = failing(new FakeClock(0), 0, { retryAfterMs: 30_000, reason: "STORE_LOADING" });
+  const controller = new AbortController();
+  const call = withRetries(60_000, controller.signal, async (given) => {
+    // Lets the pause begin first.
+    setImmediate(() => controller.abort(new Error("enough")));
+    return attempt(given);
+  });
+  await assert.rejects(call, /enough/);
+  assert.equal(seen.length, 1);
+});
