@@ -174,7 +174,7 @@ def main() -> None:
     options = parser.parse_args()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lucky-box-")))
-        programs = {"python": (sys.executable, str(HERE / "python" / "lucky_box.py"))}
+        programs: dict[str, tuple[str, ...]] = {"python": (sys.executable, str(HERE / "python" / "lucky_box.py"))}
         if shutil.which("go"):
             say("Building the API in Go…")
             subprocess.run(["go", "build", "-o", str(folder / "lucky_box"), "."], cwd=HERE / "go", check=True)
