@@ -1,0 +1,185 @@
+"""ASGI middleware: a request with an Idempotency-Key is handled once (FastAPI, Starlette and others)."""
+
+import logging
+from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
+from typing import Any
+
+from dedup import aio
+from dedup.errors import DedupError
+from dedup.idempotency import TOO_LARGE, Response, Rules, answer_to, fingerprint, pack, problem, worth_completing
+from dedup.requests import Span
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_LOG = logging.getLogger("dedup")
+
+
+class IdempotencyMiddleware:
+    """Lets the first request with an Idempotency-Key through, and replays its response to the others.
+
+    The options are those of `dedup.idempotency.Rules`. A response is complete at the service before its last byte
+    leaves, so no caller can have it and be let through again. A server error or an exception releases the claim, any
+    other response completes it.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        client: aio.Client,
+        *,
+        ttl: Span | None = None,
+        retention: Span | None = None,
+        namespace: str | None = None,
+        methods: Collection[str] = ("POST", "PATCH"),
+        required: bool = False,
+        caller: Callable[[Mapping[str, str]], str] | None = None,
+        max_body_bytes: int = 1024 * 1024,
+    ) -> None:
+        self._app = app
+        self._client = client
+        self._rules = Rules(
+            ttl=ttl,
+            retention=retention,
+            namespace=namespace,
+            methods=methods,
+            required=required,
+            caller=caller,
+            max_body_bytes=max_body_bytes,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection; what is not HTTP, and what has no key, goes through untouched."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        try:
+            claim_id = self._rules.claim_id(scope["method"], scope["path"], headers)
+        except ValueError as error:
+            await _respond(send, problem(400, str(error)))
+            return
+        if claim_id is None:
+            await self._app(scope, receive, send)
+            return
+        try:
+            body = await _whole_body(receive, self._rules.max_body_bytes)
+        except ValueError as error:
+            await _respond(send, problem(413, str(error)))
+            return
+        if body is None:
+            return
+        try:
+            claim = await self._client.claim(
+                claim_id, ttl=self._rules.ttl, namespace=self._rules.namespace, fingerprint=fingerprint(body)
+            )
+        except DedupError as error:
+            await _respond(send, answer_to(error))
+            return
+        claim.retention = self._rules.retention
+        responder = _Responder(claim, send)
+        # Extensions have other ways to send a response, past the one that is watched here.
+        guarded = {**scope, "extensions": {}}
+        try:
+            await self._app(guarded, _replay(body, receive), responder.send)
+        except Exception:
+            await responder.fail()
+            raise
+        await responder.flush()
+
+
+class _Responder:
+    """Holds the response back until its claim is ended, or until it is too large to be kept."""
+
+    def __init__(self, claim: aio.Claim, send: Send) -> None:
+        self._claim = claim
+        self._send = send
+        self._held: list[Message] = []
+        self._body = bytearray()
+        self._start: Message = {}
+        self._streaming = False
+        self._ended = False
+
+    async def send(self, message: Message) -> None:
+        """Take one message of the application."""
+        if message["type"] == "http.response.start":
+            self._start = message
+        if message["type"] == "http.response.body" and not self._ended:
+            self._body += message.get("body", b"") if not self._streaming else b""
+            if not message.get("more_body", False):
+                await self._end()
+        if not self._ended and not self._streaming:
+            self._held.append(message)
+            # A large response need not be gathered whole: it is not replayed anyway.
+            if self._response_bytes() == TOO_LARGE:
+                self._streaming = True
+                await self.flush()
+            return
+        await self.flush()
+        await self._send(message)
+
+    async def fail(self) -> None:
+        """Give the claim back, unless the response was complete before the exception."""
+        if not self._ended:
+            self._ended = True
+            await self._quietly(self._claim.release())
+
+    async def _end(self) -> None:
+        self._ended = True
+        if worth_completing(self._start["status"]):
+            await self._quietly(self._claim.complete(self._response_bytes()))
+        else:
+            await self._quietly(self._claim.release())
+
+    def _response_bytes(self) -> bytes:
+        if self._streaming:
+            return TOO_LARGE
+        headers = tuple((k.decode("latin-1").lower(), v.decode("latin-1")) for k, v in self._start.get("headers", ()))
+        return pack(Response(self._start["status"], headers, bytes(self._body)))
+
+    async def flush(self) -> None:
+        """Send what is held back."""
+        held, self._held = self._held, []
+        for message in held:
+            await self._send(message)
+
+    async def _quietly(self, ending: Awaitable[object]) -> None:
+        """End the claim; the caller gets the response even where that fails, since the work is done."""
+        try:
+            await ending
+        except DedupError as error:
+            _LOG.warning("could not end the claim of %r: %s", self._claim.transaction_id, error)
+
+
+async def _whole_body(receive: Receive, limit: int) -> bytes | None:
+    """Return the body of the request, or None when its caller is gone; raises ValueError when it is too large."""
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        body += message.get("body", b"")
+        if len(body) > limit:
+            raise ValueError(f"At most {limit} bytes are taken.")
+        if not message.get("more_body", False):
+            return bytes(body)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Return a `receive` that gives the body that was read already, and then goes on."""
+    pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return pending.pop() if pending else await receive()
+
+    return replay
+
+
+async def _respond(send: Send, response: Response) -> None:
+    headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in response.headers]
+    headers.append((b"content-length", str(len(response.body)).encode()))
+    await send({"type": "http.response.start", "status": response.status, "headers": headers})
+    await send({"type": "http.response.body", "body": response.body})

@@ -1,0 +1,275 @@
+"""The service in memory: the same decisions, token checks, expiries and refusals, for one process."""
+
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+
+from dedup.errors import CallFailed, InvalidRequest, Unavailable
+from dedup.ids import MAX_TRANSACTION_ID_BYTES, new_claim_token
+from dedup.v1 import dedup_pb2
+
+DEFAULT_TTL_MS = 60_000
+DEFAULT_RETENTION_MS = 24 * 3_600_000
+MAX_TTL_MS = 7 * 24 * 3_600_000
+MAX_RESULT_BYTES = 4_096
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_NAMESPACE = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
+_TOKEN = re.compile(r"[\x20-\x7e]{16,64}")
+
+_Holding = (
+    dedup_pb2.CompleteTransactionRequest | dedup_pb2.ReleaseTransactionRequest | dedup_pb2.ExtendTransactionRequest
+)
+
+
+@dataclass(slots=True)
+class _Held:
+    transaction: dedup_pb2.Transaction
+    token: str
+    fingerprint: bytes
+    expire_time_ms: int
+
+
+class FakeService:
+    """Claims in a dictionary, by a clock of the test's own: `clock` returns Unix time in seconds.
+
+    `advance` moves time on. `unavailable = True` refuses every call as a service whose store is away does;
+    `lose_replies` carries calls out and loses their answers. Safe for several threads. It does not wait: a claim with
+    `wait` is answered at once, and there are no namespaces with rules of their own.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._advanced_s = 0.0
+        self._lost_replies = 0
+        self._held: dict[tuple[str, str], _Held] = {}
+        self._lock = threading.Lock()
+        self.unavailable = False
+        self.calls: list[tuple[str, Message]] = []
+        """The method and request of every attempt so far."""
+
+    def advance(self, seconds: float) -> None:
+        """Move time on, so that claims expire."""
+        self._advanced_s += seconds
+
+    def lose_replies(self, count: int = 1) -> None:
+        """Carry the next calls out, and let their callers hear nothing of it."""
+        self._lost_replies = count
+
+    def answer(self, method: str, request: Message) -> Message:
+        """Carry out one attempt of a call; raises CallFailed as the service would have it."""
+        with self._lock:
+            copy = type(request)()
+            copy.CopyFrom(request)
+            self.calls.append((method, copy))
+            if self.unavailable:
+                raise _unavailable("STORE_UNREACHABLE: the fake service is told to be unavailable", "STORE_UNREACHABLE")
+            reply = self._carry_out(copy)
+            if self._lost_replies:
+                self._lost_replies -= 1
+                raise Unavailable("UNAVAILABLE: the answer was lost", code=grpc.StatusCode.UNAVAILABLE)
+            return reply
+
+    def _carry_out(self, request: Message) -> Message:
+        match request:
+            case dedup_pb2.ClaimTransactionRequest():
+                return self._claim(request)
+            case dedup_pb2.CompleteTransactionRequest():
+                return self._complete(request)
+            case dedup_pb2.ReleaseTransactionRequest():
+                return self._release(request)
+            case dedup_pb2.ExtendTransactionRequest():
+                return self._extend(request)
+            case dedup_pb2.GetTransactionRequest():
+                return self._get(request)
+        raise AssertionError(f"the fake service has no call for {type(request).__name__}")
+
+    def _claim(self, request: dedup_pb2.ClaimTransactionRequest) -> dedup_pb2.ClaimTransactionResponse:
+        expire_time_ms = self._expire_time_ms(request, DEFAULT_TTL_MS)
+        _refuse([*_identity_faults(request), *self._expiry_faults(request), *_claim_faults(request)])
+        token = request.claim_token or new_claim_token()
+        held = self._find(request)
+        if held is None:
+            held = _Held(
+                dedup_pb2.Transaction(
+                    transaction_id=request.transaction_id,
+                    namespace=request.namespace or "default",
+                    state=dedup_pb2.TRANSACTION_STATE_IN_PROGRESS,
+                    claimant=request.claimant,
+                ),
+                token,
+                request.payload_fingerprint,
+                expire_time_ms,
+            )
+            held.transaction.claim_time.FromMilliseconds(self._now_ms())
+            self._keep(held, expire_time_ms)
+            return dedup_pb2.ClaimTransactionResponse(
+                outcome=dedup_pb2.CLAIM_OUTCOME_CLAIMED, claim_token=token, transaction=held.transaction
+            )
+        if request.payload_fingerprint and held.fingerprint and request.payload_fingerprint != held.fingerprint:
+            return dedup_pb2.ClaimTransactionResponse(
+                outcome=dedup_pb2.CLAIM_OUTCOME_PAYLOAD_MISMATCH, transaction=held.transaction
+            )
+        if held.token == token and held.transaction.state == dedup_pb2.TRANSACTION_STATE_IN_PROGRESS:
+            return dedup_pb2.ClaimTransactionResponse(
+                outcome=dedup_pb2.CLAIM_OUTCOME_CLAIMED,
+                claim_token=token,
+                replayed=True,
+                transaction=held.transaction,
+            )
+        return dedup_pb2.ClaimTransactionResponse(
+            outcome=dedup_pb2.CLAIM_OUTCOME_DUPLICATE, transaction=held.transaction
+        )
+
+    def _complete(self, request: dedup_pb2.CompleteTransactionRequest) -> dedup_pb2.CompleteTransactionResponse:
+        expire_time_ms = self._expire_time_ms(request, DEFAULT_RETENTION_MS)
+        faults = [*_identity_faults(request), *self._expiry_faults(request), *_token_faults(request)]
+        if len(request.result) > MAX_RESULT_BYTES:
+            faults.append(("result", f"has {len(request.result)} bytes, at most {MAX_RESULT_BYTES} are allowed"))
+        _refuse(faults)
+        held = self._find(request)
+        if held is None or held.token != request.claim_token:
+            return dedup_pb2.CompleteTransactionResponse(outcome=dedup_pb2.COMPLETE_OUTCOME_NOT_HELD)
+        if held.transaction.state == dedup_pb2.TRANSACTION_STATE_COMPLETED:
+            if held.transaction.result != request.result:
+                return dedup_pb2.CompleteTransactionResponse(outcome=dedup_pb2.COMPLETE_OUTCOME_NOT_HELD)
+        else:
+            held.transaction.state = dedup_pb2.TRANSACTION_STATE_COMPLETED
+            held.transaction.result = request.result
+            held.transaction.completion_time.FromMilliseconds(self._now_ms())
+            self._keep(held, expire_time_ms)
+        return dedup_pb2.CompleteTransactionResponse(
+            outcome=dedup_pb2.COMPLETE_OUTCOME_COMPLETED, transaction=held.transaction
+        )
+
+    def _release(self, request: dedup_pb2.ReleaseTransactionRequest) -> dedup_pb2.ReleaseTransactionResponse:
+        _refuse([*_identity_faults(request), *_token_faults(request)])
+        if self._find_in_progress(request) is None:
+            return dedup_pb2.ReleaseTransactionResponse(outcome=dedup_pb2.RELEASE_OUTCOME_NOT_HELD)
+        del self._held[request.namespace or "default", request.transaction_id]
+        return dedup_pb2.ReleaseTransactionResponse(outcome=dedup_pb2.RELEASE_OUTCOME_RELEASED)
+
+    def _extend(self, request: dedup_pb2.ExtendTransactionRequest) -> dedup_pb2.ExtendTransactionResponse:
+        expire_time_ms = self._expire_time_ms(request, DEFAULT_TTL_MS)
+        _refuse([*_identity_faults(request), *self._expiry_faults(request), *_token_faults(request)])
+        held = self._find_in_progress(request)
+        if held is None:
+            return dedup_pb2.ExtendTransactionResponse(outcome=dedup_pb2.EXTEND_OUTCOME_NOT_HELD)
+        if request.allow_shortening or expire_time_ms > held.expire_time_ms:
+            self._keep(held, expire_time_ms)
+        return dedup_pb2.ExtendTransactionResponse(
+            outcome=dedup_pb2.EXTEND_OUTCOME_EXTENDED, transaction=held.transaction
+        )
+
+    def _get(self, request: dedup_pb2.GetTransactionRequest) -> dedup_pb2.GetTransactionResponse:
+        _refuse(list(_identity_faults(request)))
+        held = self._find(request)
+        if held is None:
+            raise CallFailed(
+                "NOT_FOUND TRANSACTION_NOT_FOUND: nobody holds the transaction",
+                code=grpc.StatusCode.NOT_FOUND,
+                reason="TRANSACTION_NOT_FOUND",
+                applied="no",
+            )
+        return dedup_pb2.GetTransactionResponse(transaction=held.transaction)
+
+    def _now_ms(self) -> int:
+        return int((self._clock() + self._advanced_s) * 1000)
+
+    def _find(
+        self, request: dedup_pb2.ClaimTransactionRequest | dedup_pb2.GetTransactionRequest | _Holding
+    ) -> _Held | None:
+        key = (request.namespace or "default", request.transaction_id)
+        held = self._held.get(key)
+        if held is not None and held.expire_time_ms <= self._now_ms():
+            del self._held[key]
+            return None
+        return held
+
+    def _find_in_progress(self, request: _Holding) -> _Held | None:
+        held = self._find(request)
+        if held is None or held.token != request.claim_token:
+            return None
+        return held if held.transaction.state == dedup_pb2.TRANSACTION_STATE_IN_PROGRESS else None
+
+    def _keep(self, held: _Held, expire_time_ms: int) -> None:
+        held.expire_time_ms = expire_time_ms
+        held.transaction.expire_time.FromMilliseconds(expire_time_ms)
+        self._held[held.transaction.namespace, held.transaction.transaction_id] = held
+
+    def _expire_time_ms(
+        self,
+        request: dedup_pb2.ClaimTransactionRequest
+        | dedup_pb2.CompleteTransactionRequest
+        | dedup_pb2.ExtendTransactionRequest,
+        default_ms: int,
+    ) -> int:
+        if request.HasField("expire_time"):
+            return request.expire_time.ToMilliseconds()
+        return self._now_ms() + (request.ttl.ToMilliseconds() if request.HasField("ttl") else default_ms)
+
+    def _expiry_faults(
+        self,
+        request: dedup_pb2.ClaimTransactionRequest
+        | dedup_pb2.CompleteTransactionRequest
+        | dedup_pb2.ExtendTransactionRequest,
+    ) -> Iterator[tuple[str, str]]:
+        if request.HasField("ttl"):
+            yield from _ttl_faults(request.ttl)
+        if request.HasField("expire_time"):
+            left_ms = request.expire_time.ToMilliseconds() - self._now_ms()
+            if left_ms <= 0:
+                yield "expire_time", "is in the past"
+            elif left_ms > MAX_TTL_MS:
+                yield "expire_time", "is further away than the maximum ttl of 7d"
+
+
+def _ttl_faults(ttl: Duration) -> Iterator[tuple[str, str]]:
+    if ttl.ToMilliseconds() <= 0:
+        yield "ttl", "must be at least 1 ms"
+    elif ttl.ToMilliseconds() > MAX_TTL_MS:
+        yield "ttl", "is longer than the maximum of 7d"
+
+
+def _identity_faults(
+    request: dedup_pb2.ClaimTransactionRequest | dedup_pb2.GetTransactionRequest | _Holding,
+) -> Iterator[tuple[str, str]]:
+    size = len(request.transaction_id.encode())
+    if not 1 <= size <= MAX_TRANSACTION_ID_BYTES:
+        yield "transaction_id", f"has {size} bytes of UTF-8, 1 to {MAX_TRANSACTION_ID_BYTES} are allowed"
+    elif _CONTROL.search(request.transaction_id):
+        yield "transaction_id", "has a control character"
+    if request.namespace and not _NAMESPACE.fullmatch(request.namespace):
+        yield "namespace", "must match [a-z0-9][a-z0-9_.-]{0,62}"
+
+
+def _claim_faults(request: dedup_pb2.ClaimTransactionRequest) -> Iterator[tuple[str, str]]:
+    if request.claim_token:
+        yield from _token_faults(request)
+    if len(request.claimant.encode()) > 256 or _CONTROL.search(request.claimant):
+        yield "claimant", "must be at most 256 bytes of UTF-8 without control characters"
+    if len(request.payload_fingerprint) > 64:
+        yield "payload_fingerprint", f"has {len(request.payload_fingerprint)} bytes, at most 64 are allowed"
+    if not 0 <= request.wait.ToMilliseconds() <= 300_000:
+        yield "wait", "must be 0 to 5 minutes"
+
+
+def _token_faults(request: dedup_pb2.ClaimTransactionRequest | _Holding) -> Iterator[tuple[str, str]]:
+    if not _TOKEN.fullmatch(request.claim_token):
+        yield "claim_token", "must be 16 to 64 printable ASCII characters"
+
+
+def _refuse(faults: list[tuple[str, str]]) -> None:
+    if faults:
+        raise InvalidRequest("; ".join(f"{field}: {what}" for field, what in faults), violations=dict(faults))
+
+
+def _unavailable(message: str, reason: str) -> Unavailable:
+    code = grpc.StatusCode.UNAVAILABLE
+    return Unavailable(f"{code.name} {message}", code=code, reason=reason, applied="no", retry_after_s=0.2)
