@@ -1,0 +1,163 @@
+"""Fixtures: the real service over each store, the fake in its place, and both clients in front of any of them."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dedup import Client, aio
+from dedup.testing import AsyncFakeClient, FakeClient, FakeService
+from harness.processes import RedisProcess, ServiceProcess
+
+
+class Threaded:
+    """A synchronous client in the shape of the asynchronous one, so that one suite tests both."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def claim(self, *arguments: Any, **options: Any) -> "ThreadedClaim":
+        """Return a claim to be awaited or entered."""
+        return ThreadedClaim(self._client, arguments, options)
+
+    async def get(self, *arguments: Any, **options: Any) -> Any:
+        """Look up."""
+        return await asyncio.to_thread(self._client.get, *arguments, **options)
+
+
+class ThreadedClaim:
+    """A synchronous claim in the shape of the asynchronous one."""
+
+    def __init__(self, client: Client, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        self.__dict__["_parts"] = (client, arguments, options)
+
+    async def _claim(self) -> "ThreadedClaim":
+        client, arguments, options = self._parts
+        self.__dict__["_claimed"] = await asyncio.to_thread(client.claim, *arguments, **options)
+        return self
+
+    def __await__(self) -> Any:
+        return self._claim().__await__()
+
+    async def __aenter__(self) -> "ThreadedClaim":
+        if "_claimed" not in self.__dict__:
+            await self._claim()
+        self._claimed.__enter__()
+        return self
+
+    async def __aexit__(self, *error: Any) -> None:
+        await asyncio.to_thread(self._claimed.__exit__, *error)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.__dict__["_claimed"], name)
+        if name not in {"complete", "release", "extend"}:
+            return value
+
+        async def call(*arguments: Any, **options: Any) -> Any:
+            return await asyncio.to_thread(value, *arguments, **options)
+
+        return call
+
+    def __setattr__(self, name: str, value: object) -> None:
+        setattr(self._claimed, name, value)
+
+
+class World:
+    """A service, live or fake, of which a test may ask for clients and for time to pass."""
+
+    def __init__(self, target: str | None, *, threaded: bool) -> None:
+        self._target = target
+        self._threaded = threaded
+        self._fake = FakeService()
+        self._open: list[Client | aio.Client] = []
+
+    def client(self, **options: Any) -> Any:
+        """Return a new client."""
+        client: Client | aio.Client
+        if self._threaded:
+            client = Client(self._target, **options) if self._target else FakeClient(self._fake, **options)
+        else:
+            client = aio.Client(self._target, **options) if self._target else AsyncFakeClient(self._fake, **options)
+        self._open.append(client)
+        return Threaded(client) if isinstance(client, Client) else client
+
+    async def pass_time(self, seconds: float) -> None:
+        """Let time go by: in earnest for the live service, at once for the fake."""
+        if self._target:
+            await asyncio.sleep(seconds)
+        else:
+            self._fake.advance(seconds)
+
+    async def close(self) -> None:
+        """Close every client."""
+        for client in self._open:
+            if isinstance(client, Client):
+                client.close()
+            else:
+                await client.close()
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProcess]:
+    """A real Redis."""
+    server = RedisProcess(tmp_path_factory.mktemp("redis")).start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def start_service() -> Iterator[Callable[..., ServiceProcess]]:
+    """Starts services, and ends them with the session."""
+    started: list[ServiceProcess] = []
+
+    def start(*arguments: str) -> ServiceProcess:
+        process = ServiceProcess(*arguments)
+        started.append(process)
+        return process.start()
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+@pytest.fixture(scope="session")
+def redis_target(redis_server: RedisProcess, start_service: Callable[..., ServiceProcess]) -> str:
+    """The address of the service over Redis."""
+    return start_service("--store-url", redis_server.url).target
+
+
+@pytest.fixture(scope="session")
+def sqlite_target(tmp_path_factory: pytest.TempPathFactory, start_service: Callable[..., ServiceProcess]) -> str:
+    """The address of the service over the embedded store."""
+    path: Path = tmp_path_factory.mktemp("store") / "claims.db"
+    return start_service("--store-url", f"sqlite://{path}").target
+
+
+@pytest.fixture(params=["redis", "sqlite"])
+def target(request: pytest.FixtureRequest) -> str:
+    """The address of the live service, over each store."""
+    address: str = request.getfixturevalue(f"{request.param}_target")
+    return address
+
+
+@pytest.fixture(params=["redis", "sqlite", "fake"])
+def place(request: pytest.FixtureRequest) -> str | None:
+    """The address of the live service over each store, and None for the fake."""
+    return None if request.param == "fake" else request.getfixturevalue(f"{request.param}_target")
+
+
+@pytest.fixture(params=["aio", "sync"])
+async def world(request: pytest.FixtureRequest, place: str | None) -> AsyncIterator[World]:
+    """Every service with every client."""
+    world = World(place, threaded=request.param == "sync")
+    yield world
+    await world.close()
+
+
+@pytest.fixture
+def unique() -> str:
+    """Text that no other test uses in its ids."""
+    return uuid.uuid4().hex

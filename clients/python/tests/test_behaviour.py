@@ -1,0 +1,213 @@
+"""What a claim does, the same for both clients, over each store, and for the fake."""
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import grpc
+import pytest
+
+from dedup import DuplicateTransaction, InvalidRequest, NotHeld, PayloadMismatch, TransactionState, new_claim_token
+
+
+async def test_a_duplicate_explains_itself(world: Any, unique: str) -> None:
+    """It names the holder, since when and until when."""
+    client = world.client(claimant="anna")
+    claim = await client.claim(unique, ttl=timedelta(seconds=30))
+    assert (claim.replayed, claim.fail_open, claim.shadow_duplicate) == (False, False, False)
+    with pytest.raises(DuplicateTransaction, match="in progress, claimed by anna") as caught:
+        await client.claim(unique)
+    holder = caught.value.holder
+    assert (holder.transaction_id, holder.namespace, holder.claimant) == (unique, "default", "anna")
+    assert holder.state is TransactionState.IN_PROGRESS
+    assert holder == claim.transaction
+    assert holder.expire_time - holder.claim_time == timedelta(seconds=30)
+
+
+async def test_leaving_the_block_completes_with_the_result(world: Any, unique: str) -> None:
+    """Later duplicates see the first result."""
+    client = world.client()
+    async with client.claim(unique) as claim:
+        claim.result = b"paid 5"
+        claim.retention = 90
+    with pytest.raises(DuplicateTransaction, match="is completed") as caught:
+        await client.claim(unique)
+    holder = caught.value.holder
+    assert holder.completed
+    assert holder.result == b"paid 5"
+    assert timedelta(seconds=89) < holder.expire_time - holder.completion_time < timedelta(seconds=91)
+
+
+async def test_leaving_by_an_exception_releases(world: Any, unique: str) -> None:
+    """The next caller may have it at once, and the exception goes on."""
+    client = world.client()
+    with pytest.raises(ZeroDivisionError):
+        async with client.claim(unique):
+            raise ZeroDivisionError
+    assert await client.get(unique) is None
+    await client.claim(unique)
+
+
+@pytest.mark.parametrize("told", ["claim", "client", "handle"])
+async def test_leaving_by_an_exception_keeps_where_told(world: Any, unique: str, told: str) -> None:
+    """Work that may have had its effect is left to expire."""
+    client = world.client(on_error="keep" if told == "client" else "release")
+    with pytest.raises(ZeroDivisionError):
+        async with client.claim(unique, on_error="keep" if told == "claim" else None) as claim:
+            if told == "handle":
+                claim.on_error = "keep"
+            raise ZeroDivisionError
+    with pytest.raises(DuplicateTransaction):
+        await client.claim(unique)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, asyncio.CancelledError])
+async def test_being_stopped_keeps_the_claim(world: Any, unique: str, stop: type[BaseException]) -> None:
+    """Work that was cut off anywhere is not declared undone."""
+    client = world.client()
+    claim = await client.claim(unique)
+    await claim.__aexit__(stop, stop(), None)
+    assert (await client.get(unique)).state is TransactionState.IN_PROGRESS
+
+
+async def test_what_was_ended_inside_is_left_alone(world: Any, unique: str) -> None:
+    """Explicit endings stand, also when an exception follows."""
+    client = world.client()
+    with pytest.raises(ZeroDivisionError):
+        async with client.claim(f"{unique}-1") as claim:
+            completed = await claim.complete(b"done", ttl=60)
+            raise ZeroDivisionError
+    assert completed.result == b"done"
+    assert (await client.get(f"{unique}-1")).completed
+    async with client.claim(f"{unique}-2") as claim:
+        await claim.release()
+    assert await client.get(f"{unique}-2") is None
+
+
+async def test_completing_twice_is_completed_once(world: Any, unique: str) -> None:
+    """The same token and result are told the same, another result is not held."""
+    claim = await world.client().claim(unique)
+    assert (await claim.complete(b"one")).result == b"one"
+    assert (await claim.complete(b"one")).completed
+    with pytest.raises(NotHeld):
+        await claim.complete(b"two")
+    with pytest.raises(NotHeld):
+        await claim.release()
+    with pytest.raises(NotHeld):
+        await claim.extend(60)
+
+
+async def test_an_expired_claim_is_not_held(world: Any, unique: str) -> None:
+    """Another caller gets it, and the first is told so at the end of its block."""
+    client = world.client()
+    with pytest.raises(NotHeld, match=unique):
+        async with client.claim(unique, ttl=0.1):
+            await world.pass_time(0.3)
+            await client.claim(unique)
+
+
+async def test_an_extension_only_lengthens_unless_told(world: Any, unique: str) -> None:
+    """An earlier end needs leave."""
+    claim = await world.client().claim(unique, ttl=60)
+    longer = await claim.extend(timedelta(seconds=120))
+    assert longer.expire_time > claim.transaction.expire_time
+    assert (await claim.extend(30)).expire_time == longer.expire_time
+    assert (await claim.extend(30, allow_shortening=True)).expire_time < longer.expire_time
+    moment = datetime.now(UTC).replace(microsecond=0) + timedelta(hours=1)
+    assert (await claim.extend(expire_time=moment)).expire_time == moment
+
+
+async def test_the_same_token_is_replayed(world: Any, unique: str) -> None:
+    """A caller that repeats its own call is told CLAIMED, and another is not."""
+    client, token = world.client(), new_claim_token()
+    first = await client.claim(unique, token=token)
+    again = await client.claim(unique, token=token)
+    assert (first.replayed, again.replayed, again.claim_token) == (False, True, token)
+    await again.complete(b"x")
+    with pytest.raises(DuplicateTransaction):
+        await client.claim(unique, token=token)
+
+
+async def test_another_fingerprint_is_a_mismatch(world: Any, unique: str) -> None:
+    """The same id for other work is told apart from a duplicate; without a fingerprint nothing is compared."""
+    client = world.client()
+    await client.claim(unique, fingerprint=b"one")
+    with pytest.raises(PayloadMismatch) as caught:
+        await client.claim(unique, fingerprint=b"two")
+    assert caught.value.holder.transaction_id == unique
+    for same in (b"one", b""):
+        with pytest.raises(DuplicateTransaction):
+            await client.claim(unique, fingerprint=same)
+
+
+async def test_namespaces_are_apart(world: Any, unique: str) -> None:
+    """The same id in another namespace is another transaction."""
+    client = world.client(namespace="pay")
+    async with client.claim(unique) as claim:
+        assert claim.namespace == "pay"
+        async with client.claim(unique, namespace="mail"):
+            pass
+        assert not (await client.get(unique)).completed
+        assert (await client.get(unique, namespace="mail")).completed
+    assert await client.get(unique, namespace="default") is None
+
+
+@pytest.mark.parametrize(
+    ("field", "options"),
+    [
+        ("transaction_id", {"transaction_id": ""}),
+        ("transaction_id", {"transaction_id": "x" * 513}),
+        ("transaction_id", {"transaction_id": "tab\t"}),
+        ("namespace", {"namespace": "Pay"}),
+        ("claim_token", {"token": "short"}),
+        ("claimant", {"claimant": "x" * 257}),
+        ("payload_fingerprint", {"fingerprint": b"x" * 65}),
+        ("ttl", {"ttl": -1}),
+        ("ttl", {"ttl": timedelta(days=8)}),
+        ("expire_time", {"expire_time": datetime(2020, 1, 1, tzinfo=UTC)}),
+        ("wait", {"wait": 301}),
+    ],
+)
+async def test_a_broken_limit_is_named(world: Any, unique: str, field: str, options: dict[str, Any]) -> None:
+    """InvalidRequest says which field; nothing is changed and nothing is tried again."""
+    with pytest.raises(InvalidRequest) as caught:
+        await world.client().claim(**({"transaction_id": unique} | options))
+    assert list(caught.value.violations) == [field]
+    assert (caught.value.code, caught.value.applied) == (grpc.StatusCode.INVALID_ARGUMENT, "no")
+    assert caught.value.reason == "INVALID_REQUEST"
+
+
+async def test_a_result_that_is_too_large_does_not_undo_the_work(world: Any, unique: str) -> None:
+    """It is refused, and the transaction is completed without it."""
+    client = world.client()
+    with pytest.raises(InvalidRequest) as caught:
+        async with client.claim(unique) as claim:
+            claim.result = b"x" * 4097
+    assert list(caught.value.violations) == ["result"]
+    found = await client.get(unique)
+    assert found.completed
+    assert found.result == b""
+
+
+async def test_of_a_hundred_concurrent_claims_one_is_told_to_go(world: Any, unique: str) -> None:
+    """Exactly 1 and 99."""
+    clients = [world.client(timeout=20) for _ in range(4)]
+
+    async def claim(number: int) -> str:
+        try:
+            await clients[number % 4].claim(unique)
+        except DuplicateTransaction:
+            return "duplicate"
+        return "claimed"
+
+    answers = await asyncio.gather(*map(claim, range(100)))
+    assert (answers.count("claimed"), answers.count("duplicate")) == (1, 99)
+
+
+async def test_both_ways_to_give_an_expiry_are_one_too_many(world: Any) -> None:
+    """And a time without a zone means nothing."""
+    client = world.client()
+    with pytest.raises(ValueError, match="not both"):
+        await client.claim("x", ttl=1, expire_time=datetime.now(UTC))
+    with pytest.raises(ValueError, match="time zone"):
+        await client.claim("x", expire_time=datetime(2100, 1, 1))  # noqa: DTZ001 - That is the point.

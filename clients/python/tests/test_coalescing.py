@@ -1,0 +1,143 @@
+"""Claims that travel together, each with its own token, error and time."""
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import pytest
+
+from dedup import CallFailed, Client, DuplicateTransaction, InvalidRequest, Unavailable, aio
+from dedup.aio_coalescing import Coalescer as AioCoalescer
+from dedup.batches import answers_of
+from dedup.v1 import dedup_pb2
+
+
+class Batches:
+    """Counts the batches that leave a client, and passes them on."""
+
+    def __init__(self, stub: Any) -> None:
+        self.sizes: list[int] = []
+        self._call = stub.BatchClaimTransactions
+        self.BatchClaimTransactions = self
+        self.future = self._future
+
+    def __call__(self, request: Any, timeout: float) -> Any:
+        self.sizes.append(len(request.requests))
+        return self._call(request, timeout=timeout)
+
+    def _future(self, request: Any, timeout: float) -> Any:
+        self.sizes.append(len(request.requests))
+        return self._call.future(request, timeout=timeout)
+
+
+async def watch(client: aio.Client) -> Batches:
+    """Return the counter of a client's batches."""
+    await client.get("nothing")
+    transport: Any = client._transport
+    batches = Batches(transport._stub)
+    transport._coalescer._stub = batches
+    return batches
+
+
+async def test_concurrent_claims_share_calls_and_nothing_else(target: str, unique: str) -> None:
+    """Each is answered for itself: claimed, duplicate, or refused."""
+    async with aio.Client(target, coalesce=True, coalesce_delay=0.05, timeout=20) as client:
+        batches = await watch(client)
+
+        async def claim(number: int) -> object:
+            try:
+                ttl = -1.0 if number % 10 == 9 else None
+                return (await client.claim(f"{unique}-{number // 2}", ttl=ttl)).claim_token
+            except (DuplicateTransaction, InvalidRequest) as error:
+                return type(error)
+
+        answers = await asyncio.gather(*map(claim, range(100)))
+        assert batches.sizes == [100]
+    assert answers.count(InvalidRequest) == 10
+    assert answers.count(DuplicateTransaction) == 40
+    tokens = [answer for answer in answers if isinstance(answer, str)]
+    assert len(set(tokens)) == len(tokens) == 50
+
+
+async def test_no_batch_is_larger_than_the_service_takes(target: str, unique: str) -> None:
+    """A full one leaves at once."""
+    async with aio.Client(target, coalesce=True, coalesce_delay=0.2, timeout=20, attempt_timeout=20) as client:
+        batches = await watch(client)
+        await asyncio.gather(*[client.claim(f"{unique}-{number}")._claim() for number in range(2_100)])
+        assert batches.sizes == [1_000, 1_000, 100]
+
+
+def test_threads_share_calls(target: str, unique: str) -> None:
+    """The client that blocks gathers too, and 100 threads are 1 and 99."""
+    with Client(target, coalesce=True, coalesce_delay=0.1, timeout=20) as client, ThreadPoolExecutor(100) as pool:
+        transport: Any = client._transport
+        batches = transport._coalescer._stub = Batches(transport._stub)
+        together = threading.Barrier(100)
+
+        def claim(_: int) -> bool:
+            together.wait()
+            try:
+                client.claim(unique)
+            except DuplicateTransaction:
+                return False
+            return True
+
+        assert sum(pool.map(claim, range(100))) == 1
+        assert sum(batches.sizes) == 100
+        assert len(batches.sizes) < 20
+
+
+async def test_a_claim_that_waits_travels_alone(target: str, unique: str) -> None:
+    """It would hold up the others, and the service refuses it in a batch."""
+    async with aio.Client(target, coalesce=True) as client:
+        batches = await watch(client)
+        first = await client.claim(unique)
+        waiting = asyncio.ensure_future(client.claim(unique, wait=20)._claim())
+        await first.release()
+        assert not (await waiting).replayed
+        assert batches.sizes == [1]
+
+
+async def test_a_batch_that_fails_fails_each_of_its_claims_alone() -> None:
+    """Every caller has an error object of its own, and its own number of attempts."""
+    async with aio.Client("127.0.0.1:1", coalesce=True, timeout=0.3) as client:
+        errors = await asyncio.gather(
+            client.claim("a")._claim(), client.claim("b", timeout=0.01)._claim(), return_exceptions=True
+        )
+    assert [type(error) for error in errors] == [Unavailable] * 2
+    assert errors[0] is not errors[1]
+
+
+async def test_a_short_budget_does_not_wait_for_its_batch() -> None:
+    """Its time is up alone, doubtful; the others go on. Who was cancelled is not answered."""
+    answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+    class Slow:
+        def BatchClaimTransactions(self, request: Any, timeout: float) -> Any:  # noqa: N802 - As the stub names it.
+            assert (len(request.requests), timeout) == (3, 20)
+            return answer
+
+    coalescer = AioCoalescer(Slow(), 0.0)  # type: ignore[arg-type]
+    requests = [dedup_pb2.ClaimTransactionRequest(transaction_id=name) for name in "abc"]
+    patient = asyncio.ensure_future(coalescer.claim(requests[0], 20))
+    gone = asyncio.ensure_future(coalescer.claim(requests[1], 20))
+    with pytest.raises(Unavailable) as caught:
+        await coalescer.claim(requests[2], 0.05)
+    assert (caught.value.code, caught.value.applied) == (grpc.StatusCode.DEADLINE_EXCEEDED, "unknown")
+    gone.cancel()
+    reply = dedup_pb2.ClaimTransactionResponse(outcome=dedup_pb2.CLAIM_OUTCOME_CLAIMED)
+    entries = [dedup_pb2.BatchClaimEntry(response=reply)] * 3
+    answer.set_result(dedup_pb2.BatchClaimTransactionsResponse(entries=entries))
+    assert await patient == reply
+
+
+@pytest.mark.parametrize("entries", [0, 1, 3])
+def test_answers_that_cannot_be_matched_answer_nobody(entries: int) -> None:
+    """A reply of another length, or with an empty entry, is never "go"."""
+    reply = dedup_pb2.BatchClaimTransactionsResponse(entries=[dedup_pb2.BatchClaimEntry()] * entries)
+    assert all(isinstance(answer, CallFailed) for answer in answers_of(reply, 2))
+    assert isinstance(
+        answers_of(dedup_pb2.BatchClaimTransactionsResponse(entries=reply.entries), entries or 1)[0], CallFailed
+    )

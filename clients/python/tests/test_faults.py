@@ -1,0 +1,195 @@
+"""Lost answers, a killed server, and a service that is away: the live service behind a proxy that loses things."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dedup import CallFailed, Client, DuplicateTransaction, Unavailable, aio
+from dedup.testing import AsyncFakeClient, FakeClient
+from dedup.v1 import dedup_pb2
+from harness.fault_proxy import FaultProxy
+from harness.polling import eventually
+from harness.processes import RedisProcess, ServiceProcess, free_port
+
+
+@pytest.fixture
+async def proxy(target: str) -> AsyncIterator[FaultProxy]:
+    """A proxy between client and service."""
+    async with FaultProxy(int(target.rpartition(":")[2])) as proxy:
+        yield proxy
+
+
+def address(proxy: FaultProxy) -> str:
+    """Where the proxy listens."""
+    return proxy.url.removeprefix("redis://").removesuffix("/0")
+
+
+@pytest.mark.parametrize("coalesce", [False, True])
+async def test_a_lost_answer_is_asked_for_again(target: str, proxy: FaultProxy, unique: str, coalesce: bool) -> None:  # noqa: FBT001 - A parameter of pytest.
+    """The claim is made, its answer is lost, and the retry is told CLAIMED again: once, and replayed."""
+    async with (
+        aio.Client(target) as direct,
+        aio.Client(address(proxy), timeout=20, attempt_timeout=20, coalesce=coalesce) as client,
+    ):
+        await client.get(unique)
+        proxy.hold_replies.clear()
+        claiming = asyncio.ensure_future(client.claim(unique)._claim())
+        await eventually(lambda: direct.get(unique))
+        proxy.drop_connections()
+        proxy.hold_replies.set()
+        claim = await claiming
+        assert claim.replayed
+        with pytest.raises(DuplicateTransaction):
+            await direct.claim(unique)
+
+
+async def test_a_lost_answer_reaches_a_blocking_caller_too(target: str, proxy: FaultProxy, unique: str) -> None:
+    """The same for the client that blocks."""
+    with Client(target) as direct, Client(address(proxy), timeout=20, attempt_timeout=20) as client:
+        await asyncio.to_thread(client.get, unique)
+        proxy.hold_replies.clear()
+        claiming = asyncio.ensure_future(asyncio.to_thread(client.claim, unique))
+        await eventually(lambda: asyncio.to_thread(direct.get, unique))
+        proxy.drop_connections()
+        proxy.hold_replies.set()
+        assert (await claiming).replayed
+
+
+async def test_an_answer_that_never_comes_ends_with_the_attempt(target: str, proxy: FaultProxy, unique: str) -> None:
+    """A silent connection costs one attempt, not the call: the next one is replayed."""
+    async with aio.Client(target) as direct, aio.Client(address(proxy), timeout=20, attempt_timeout=0.3) as client:
+        await client.get(unique)
+        proxy.hold_replies.clear()
+        claiming = asyncio.ensure_future(client.claim(unique)._claim())
+        await eventually(lambda: direct.get(unique))
+        await asyncio.sleep(0.4)
+        proxy.hold_replies.set()
+        assert (await claiming).replayed
+
+
+async def test_a_server_that_is_killed_and_started_again_lets_each_transaction_through_once(
+    redis_server: RedisProcess, start_service: Callable[..., ServiceProcess], unique: str
+) -> None:
+    """Two callers want each of 60 transactions while the server dies and comes back."""
+    port = free_port()
+    options = ("--listen", f"127.0.0.1:{port}", "--store-url", redis_server.url)
+    service = await asyncio.to_thread(start_service, *options)
+    claimed: list[int] = []
+    begun = asyncio.Event()
+
+    async def caller(client: aio.Client) -> None:
+        for number in range(60):
+            try:
+                await client.claim(f"{unique}-{number}")
+            except DuplicateTransaction:
+                continue
+            claimed.append(number)
+            if len(claimed) > 10:
+                begun.set()
+
+    async with aio.Client(f"127.0.0.1:{port}", timeout=40) as one, aio.Client(f"127.0.0.1:{port}", timeout=40) as two:
+        callers = asyncio.gather(caller(one), caller(two))
+        await begun.wait()
+        await asyncio.to_thread(service.kill)
+        await asyncio.to_thread(start_service, *options)
+        await callers
+    assert sorted(claimed) == list(range(60))
+
+
+async def test_nobody_listening_denies(unique: str) -> None:
+    """By default no answer is no claim."""
+    with (
+        Client(f"127.0.0.1:{free_port()}", timeout=0.3) as client,
+        pytest.raises(Unavailable) as caught,
+    ):
+        client.claim(unique)
+    assert (caught.value.code.name, caught.value.applied, caught.value.reason) == ("UNAVAILABLE", "unknown", "")
+
+
+async def test_work_may_go_ahead_where_that_was_chosen(unique: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It is marked, logged as a warning, and its endings do nothing."""
+    target = f"127.0.0.1:{free_port()}"
+    with caplog.at_level(logging.WARNING, "dedup"), Client(target, timeout=0.3, on_unavailable="allow") as client:
+        with client.claim(unique) as claim:
+            assert claim.fail_open is True
+            assert (claim.transaction, claim.extend(60), claim.complete(b"x")) == (None, None, None)
+            claim.release()
+        with pytest.raises(ZeroDivisionError), client.claim(unique):
+            raise ZeroDivisionError
+        with pytest.raises(Unavailable):
+            client.get(unique)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    async with aio.Client(target, timeout=0.3, on_unavailable="allow") as waiting, waiting.claim(unique) as held:
+        assert held.fail_open is True
+        assert await held.extend(60) is None
+
+
+def test_the_choice_has_two_answers() -> None:
+    """A word that is neither is not taken for one of them."""
+    with pytest.raises(ValueError, match="on_unavailable"):
+        FakeClient(on_unavailable="open")  # type: ignore[arg-type]
+
+
+async def test_refused_work_is_never_allowed(unique: str) -> None:
+    """Only a service that is away opens the door: not a refusal, and not a duplicate."""
+    client = AsyncFakeClient(on_unavailable="allow")
+    await client.claim(unique)
+    with pytest.raises(DuplicateTransaction):
+        await client.claim(unique)
+    with pytest.raises(CallFailed):
+        await client.claim("")
+
+
+def test_the_fake_loses_answers_and_recovers(unique: str) -> None:
+    """A lost answer is replayed, a lost release is no error, and an outage ends with the budget."""
+    client = FakeClient()
+    client.service.lose_replies(2)
+    claim = client.claim(unique)
+    assert claim.replayed
+    attempts = [request for method, request in client.service.calls if method == "ClaimTransaction"]
+    assert len(attempts) == 3
+    assert (
+        len({request.claim_token for request in attempts if isinstance(request, dedup_pb2.ClaimTransactionRequest)})
+        == 1
+    )
+    client.service.lose_replies()
+    claim.release()
+    client.service.unavailable = True
+    with pytest.raises(Unavailable) as caught:
+        client.claim(unique)
+    assert (caught.value.reason, caught.value.applied) == ("STORE_UNREACHABLE", "no")
+
+
+def test_a_release_that_fails_hides_nothing(unique: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The caller hears what went wrong with the work; the claim expires by itself."""
+    client = FakeClient()
+
+    def work() -> None:
+        with client.claim(unique):
+            client.service.unavailable = True
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        work()
+    assert "could not release" in caplog.text
+
+
+def test_a_unix_socket_is_a_target(tmp_path: Path, start_service: Callable[..., ServiceProcess], unique: str) -> None:
+    """As a sidecar offers it."""
+    socket = f"unix://{tmp_path / 's'}"
+    start_service("--listen", socket, "--store-url", f"sqlite://{tmp_path / 'claims.db'}")
+    with Client(socket) as client:
+        assert not client.claim(unique).replayed
+
+
+def test_grpc_itself_never_retries(unique: str) -> None:
+    """Not even where a caller's options say so: gRPC would not know the budget."""
+    options: Any = [("grpc.enable_retries", 1), ("grpc.max_receive_message_length", 1)]
+    from dedup.channels import channel_options  # noqa: PLC0415 - Wanted here alone.
+
+    assert dict(channel_options(options))["grpc.enable_retries"] == 0
+    assert dict(channel_options(options))["grpc.max_receive_message_length"] == 1

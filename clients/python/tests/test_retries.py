@@ -1,0 +1,178 @@
+"""One logical call of several attempts, by a clock that the test moves: no time passes here."""
+
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.message import Message
+
+from dedup.calls import Calls
+from dedup.error_details import failure_of_status
+from dedup.errors import CallFailed, Unavailable
+from dedup.requests import claim_request
+from dedup.retries import Retrier, RetryPolicy
+from dedup.steps import Send, run
+from dedup.v1 import dedup_pb2
+
+CLAIMED = dedup_pb2.ClaimTransactionResponse(outcome=dedup_pb2.CLAIM_OUTCOME_CLAIMED, claim_token="t" * 16)
+
+
+def failure(
+    code: str = "UNAVAILABLE", reason: str = "", applied: Any = "unknown", after: float | None = None
+) -> CallFailed:
+    """Return the failure of an attempt."""
+    status = grpc.StatusCode[code]
+    kind = Unavailable if code in {"UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"} else CallFailed
+    return kind("a failure", code=status, reason=reason, applied=applied, retry_after_s=after)
+
+
+class Script:
+    """A service that answers from a list, in a world where only pauses and attempts take time."""
+
+    def __init__(self, *answers: Message | Callable[[], CallFailed], attempt_s: float = 0.0) -> None:
+        self._answers = list(answers)
+        self._attempt_s = attempt_s
+        self.now = 0.0
+        self.pauses: list[float] = []
+        self.timeouts: list[float] = []
+        self.requests: list[dedup_pb2.ClaimTransactionRequest] = []
+
+    def send(self, step: Send) -> Message:
+        """Answer the next attempt, and end it at its timeout when it would last longer."""
+        assert step.timeout_s > 0
+        self.timeouts.append(step.timeout_s)
+        copy = dedup_pb2.ClaimTransactionRequest()
+        copy.CopyFrom(step.request)
+        self.requests.append(copy)
+        if self._attempt_s >= step.timeout_s:
+            self.now += step.timeout_s
+            raise failure("DEADLINE_EXCEEDED")
+        self.now += self._attempt_s
+        answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+        if isinstance(answer, Message):
+            return answer
+        raise answer()
+
+    def pause(self, seconds: float) -> None:
+        """Let time go by."""
+        self.pauses.append(seconds)
+        self.now += seconds
+
+    def claim(self, *, jitter: float = 1.0, wait: float | None = None, **policy: float) -> Any:
+        """Make one logical claim; `jitter` is where in its range every backoff falls."""
+        retrier = Retrier(RetryPolicy(**policy), lambda: self.now, lambda low, high: low + (high - low) * jitter)
+        request = claim_request("x", ttl=None, expire_time=None, namespace="", claimant="", fingerprint=b"", token=None)
+        return run(Calls(retrier, "deny").claim(request, wait=wait, budget_s=None), self.send, self.pause)
+
+
+def test_every_attempt_has_the_same_token() -> None:
+    """And another logical call another one."""
+    scripts = [Script(failure, failure, CLAIMED), Script(failure, CLAIMED)]
+    for script in scripts:
+        script.claim()
+    tokens = [{request.claim_token for request in script.requests} for script in scripts]
+    assert [len(script.requests) for script in scripts] == [3, 2]
+    assert all(len(found) == 1 and len(next(iter(found))) == 22 for found in tokens)
+    assert tokens[0] != tokens[1]
+
+
+@pytest.mark.parametrize(
+    ("error", "attempts"),
+    [
+        (lambda: failure("UNAVAILABLE"), 2),
+        (lambda: failure("RESOURCE_EXHAUSTED", "TOO_MANY_CALLS", "no", 0.2), 2),
+        (lambda: failure("DEADLINE_EXCEEDED"), 2),
+        (lambda: failure("DEADLINE_EXCEEDED", "DEADLINE_PASSED"), 2),
+        (lambda: failure("UNAVAILABLE", "STORE_UNREACHABLE", "no", 0.2), 2),
+        (lambda: failure("UNAVAILABLE", "STORE_REFUSED", "no"), 1),
+        (lambda: failure("INTERNAL", "INTERNAL"), 1),
+        (lambda: failure("FAILED_PRECONDITION", "VALUE_DAMAGED", "no"), 1),
+        (lambda: failure("CANCELLED"), 1),
+        (lambda: failure("UNIMPLEMENTED"), 1),
+    ],
+)
+def test_only_what_a_retry_may_mend_is_tried_again(error: Callable[[], CallFailed], attempts: int) -> None:
+    """The service says so by RetryInfo; what gRPC itself says of a connection or a deadline counts too."""
+    script = Script(error, CLAIMED)
+    if attempts == 1:
+        with pytest.raises(CallFailed) as caught:
+            script.claim()
+        assert caught.value.code is error().code
+    else:
+        script.claim()
+    assert len(script.requests) == attempts
+
+
+def test_the_service_says_how_long_to_stay_away() -> None:
+    """No pause is shorter than its RetryInfo, whatever the jitter."""
+    script = Script(lambda: failure("UNAVAILABLE", "STORE_LOADING", "no", 0.2), CLAIMED)
+    script.claim(jitter=0.0)
+    assert script.pauses == [0.2]
+
+
+def test_backoff_is_exponential_with_full_jitter_up_to_a_limit() -> None:
+    """Twice as long each time, and anywhere from nothing to that."""
+    waits = {}
+    for jitter in (0.0, 0.5, 1.0):
+        script = Script(*[failure] * 7, CLAIMED)
+        script.claim(jitter=jitter, budget_s=60.0)
+        waits[jitter] = script.pauses
+    assert waits[1.0] == [0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.0]
+    assert waits[0.5] == [pause / 2 for pause in waits[1.0]]
+    assert waits[0.0] == [0.0] * 7
+
+
+@pytest.mark.parametrize("attempt_s", [0.0, 0.3, 0.9, 100.0])
+@pytest.mark.parametrize("jitter", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("after", [None, 0.2])
+def test_the_budget_is_never_exceeded(attempt_s: float, jitter: float, after: float | None) -> None:
+    """Neither an attempt nor a pause ends after it, and the last error is what the caller hears."""
+    script = Script(lambda: failure(after=after), attempt_s=attempt_s)
+    with pytest.raises(Unavailable):
+        script.claim(jitter=jitter, budget_s=2.0, attempt_timeout_s=1.0)
+    assert script.now <= 2.0
+    assert len(script.requests) > 1
+    assert max(script.timeouts) <= 1.0
+
+
+def test_a_wait_is_added_to_the_budget_and_not_begun_anew() -> None:
+    """An attempt after a lost one asks only for the rest of the wait."""
+    script = Script(failure, CLAIMED, attempt_s=4.0)
+    script.claim(wait=10.0, jitter=0.0, budget_s=2.0, attempt_timeout_s=1.0)
+    assert [request.wait.ToMilliseconds() for request in script.requests] == [10_000, 6_000]
+    assert script.timeouts == [11.0, 7.0]
+
+
+def test_one_doubtful_attempt_makes_the_call_doubtful() -> None:
+    """`applied` speaks of all attempts together."""
+    certain = lambda: failure("UNAVAILABLE", "STORE_REFUSED", "no")  # noqa: E731 - A short name for two scripts.
+    for script, applied in ((Script(certain), "no"), (Script(failure, certain), "unknown")):
+        with pytest.raises(Unavailable) as caught:
+            script.claim()
+        assert caught.value.applied == applied
+
+
+@pytest.mark.parametrize("outcome", [0, 4, 99])
+@pytest.mark.parametrize("on_unavailable", ["deny", "allow"])
+def test_an_outcome_that_means_nothing_is_never_go(outcome: int, on_unavailable: Any) -> None:
+    """Not even where work is allowed while the service is away: somebody did answer."""
+    script = Script(dedup_pb2.ClaimTransactionResponse(outcome=outcome, claim_token="t" * 16))  # type: ignore[arg-type]
+    request = claim_request("x", ttl=None, expire_time=None, namespace="", claimant="", fingerprint=b"", token=None)
+    steps = Calls(Retrier(RetryPolicy()), on_unavailable).claim(request, wait=None, budget_s=None)
+    with pytest.raises(CallFailed, match="do not do the work"):
+        run(steps, script.send, script.pause)
+
+
+def test_an_unknown_code_is_a_failure() -> None:
+    """A status of a later gRPC is read as UNKNOWN."""
+    from google.rpc import status_pb2  # noqa: PLC0415 - Wanted here alone.
+
+    assert failure_of_status(status_pb2.Status(code=77)).code is grpc.StatusCode.UNKNOWN
+
+
+@pytest.mark.parametrize("policy", [{"budget_s": 0.0}, {"attempt_timeout_s": -1.0}])
+def test_no_time_at_all_is_refused(policy: dict[str, float]) -> None:
+    """A call that may take no time cannot be made."""
+    with pytest.raises(ValueError, match="more than 0"):
+        RetryPolicy(**policy)
