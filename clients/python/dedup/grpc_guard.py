@@ -6,6 +6,9 @@ with ABORTED, another request under the same key with FAILED_PRECONDITION, and a
 UNAVAILABLE. A call that ends with an error releases its claim.
 """
 
+# gRPC's classes have type parameters in their stubs alone.
+from __future__ import annotations
+
 import hashlib
 import logging
 from collections.abc import Awaitable, Callable

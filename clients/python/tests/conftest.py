@@ -4,7 +4,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -42,13 +42,13 @@ class ThreadedClaim:
     def __await__(self) -> Any:
         return self._claim().__await__()
 
-    async def __aenter__(self) -> "ThreadedClaim":
+    async def __aenter__(self) -> Self:
         if "_claimed" not in self.__dict__:
             await self._claim()
         self._claimed.__enter__()
         return self
 
-    async def __aexit__(self, *error: Any) -> None:
+    async def __aexit__(self, *error: object) -> None:
         await asyncio.to_thread(self._claimed.__exit__, *error)
 
     def __getattr__(self, name: str) -> Any:

@@ -186,7 +186,7 @@ def test_a_unix_socket_is_a_target(tmp_path: Path, start_service: Callable[..., 
         assert not client.claim(unique).replayed
 
 
-def test_grpc_itself_never_retries(unique: str) -> None:
+def test_grpc_itself_never_retries() -> None:
     """Not even where a caller's options say so: gRPC would not know the budget."""
     options: Any = [("grpc.enable_retries", 1), ("grpc.max_receive_message_length", 1)]
     from dedup.channels import channel_options  # noqa: PLC0415 - Wanted here alone.
