@@ -19,11 +19,11 @@ R = TypeVar("R")
 def once(
     client: Client | aio.Client,
     *,
-    key: Callable[P, str],
+    key: Callable[..., str],
     ttl: Span | None = None,
     retention: Span | None = None,
     namespace: str | None = None,
-    fingerprint: Callable[P, bytes] | None = None,
+    fingerprint: Callable[..., bytes] | None = None,
     wait: Span | None = None,
     on_error: OnError | None = None,
     on_duplicate: Callable[[DuplicateTransaction], object] | None = None,

@@ -21,6 +21,8 @@ async def test_a_duplicate_explains_itself(world: Any, unique: str) -> None:
     assert (holder.transaction_id, holder.namespace, holder.claimant) == (unique, "default", "anna")
     assert holder.state is TransactionState.IN_PROGRESS
     assert holder == claim.transaction
+    assert holder.claim_time is not None
+    assert holder.expire_time is not None
     assert holder.expire_time - holder.claim_time == timedelta(seconds=30)
 
 
@@ -35,6 +37,8 @@ async def test_leaving_the_block_completes_with_the_result(world: Any, unique: s
     holder = caught.value.holder
     assert holder.completed
     assert holder.result == b"paid 5"
+    assert holder.completion_time is not None
+    assert holder.expire_time is not None
     assert timedelta(seconds=89) < holder.expire_time - holder.completion_time < timedelta(seconds=91)
 
 

@@ -46,7 +46,7 @@ def read(data: bytes) -> str:
     return StringValue.FromString(data).value
 
 
-def handlers(function: Any) -> grpc.GenericRpcHandler[Any, Any]:
+def handlers(function: Any) -> grpc.GenericRpcHandler:
     """Return the handlers of a server whose messages are text."""
     method = grpc.unary_unary_rpc_method_handler(function, read, write)
     stream = grpc.unary_stream_rpc_method_handler(lambda request, _: iter([request]), read, write)

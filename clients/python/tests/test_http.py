@@ -78,7 +78,7 @@ def over_asgi(shop: Shop, client: aio.Client, **options: Any) -> Post:
     app = asgi.IdempotencyMiddleware(starlette_app(shop), client, **options)
 
     async def post(path: str, body: bytes = b"", method: str = "POST", **headers: str) -> httpx.Response:
-        transport = httpx.ASGITransport(app)  # type: ignore[arg-type]
+        transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://shop") as http:
             return await http.request(method, path, content=body, headers=names(headers))
 
@@ -338,7 +338,7 @@ def test_wsgi_hands_on_what_is_written() -> None:
     environ = {"REQUEST_METHOD": "POST", "PATH_INFO": "/", "HTTP_IDEMPOTENCY_KEY": "k"}
     started: list[Any] = []
     guarded = wsgi.IdempotencyMiddleware(app, FakeClient())
-    bodies = [b"".join(guarded(dict(environ), lambda *parts: started.append(parts))) for _ in range(2)]  # type: ignore[arg-type, misc]
+    bodies = [b"".join(guarded(dict(environ), lambda *parts: started.append(parts))) for _ in range(2)]  # type: ignore[arg-type]
     assert bodies == [b"written returned"] * 2
     assert closed == [True]
     assert started[1][1] == [("content-type", "text/plain"), ("idempotency-replayed", "true"), ("content-length", "16")]

@@ -132,8 +132,8 @@ def test_the_client_must_fit_the_function() -> None:
         once(FakeClient(), key=key, encode=str.encode)
 
 
-async def _nothing(order: str) -> None:
-    """Do nothing."""
+async def _nothing(order: str) -> str:
+    return order
 
 
 async def _accent(order: str) -> str:

@@ -42,9 +42,8 @@ class Script:
         """Answer the next attempt, and end it at its timeout when it would last longer."""
         assert step.timeout_s > 0
         self.timeouts.append(step.timeout_s)
-        copy = dedup_pb2.ClaimTransactionRequest()
-        copy.CopyFrom(step.request)
-        self.requests.append(copy)
+        # A later attempt changes the wait of the same message.
+        self.requests.append(dedup_pb2.ClaimTransactionRequest.FromString(step.request.SerializeToString()))
         if self._attempt_s >= step.timeout_s:
             self.now += step.timeout_s
             raise failure("DEADLINE_EXCEEDED")
