@@ -76,8 +76,7 @@ class _Guard:
         return {"transaction_id": self.key(*args, **kwargs), "fingerprint": digest, **self.options}
 
     def finish(self, claim: Handle, value: object) -> None:
-        """Prepare the completion of work that is done: from here on no error may give the claim back."""
-        claim.on_error = "keep"
+        """Prepare the completion of work that is done; when that fails, the caller completes it without a result."""
         claim.retention = self.retention
         if self.encode is not None:
             claim.result = self.encode(value)

@@ -47,6 +47,7 @@ class FakeService:
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._advanced_s = 0.0
+        self._now_ms = 0
         self._lost_replies = 0
         self._held: dict[tuple[str, str], _Held] = {}
         self._lock = threading.Lock()
@@ -70,6 +71,8 @@ class FakeService:
             self.calls.append((method, copy))
             if self.unavailable:
                 raise _unavailable("STORE_UNREACHABLE: the fake service is told to be unavailable", "STORE_UNREACHABLE")
+            # Read once, so that all times of a call are counted from one moment.
+            self._read_clock()
             reply = self._carry_out(copy)
             if self._lost_replies:
                 self._lost_replies -= 1
@@ -107,7 +110,7 @@ class FakeService:
                 request.payload_fingerprint,
                 expire_time_ms,
             )
-            held.transaction.claim_time.FromMilliseconds(self._now_ms())
+            held.transaction.claim_time.FromMilliseconds(self._now_ms)
             self._keep(held, expire_time_ms)
             return dedup_pb2.ClaimTransactionResponse(
                 outcome=dedup_pb2.CLAIM_OUTCOME_CLAIMED, claim_token=token, transaction=held.transaction
@@ -142,7 +145,7 @@ class FakeService:
         else:
             held.transaction.state = dedup_pb2.TRANSACTION_STATE_COMPLETED
             held.transaction.result = request.result
-            held.transaction.completion_time.FromMilliseconds(self._now_ms())
+            held.transaction.completion_time.FromMilliseconds(self._now_ms)
             self._keep(held, expire_time_ms)
         return dedup_pb2.CompleteTransactionResponse(
             outcome=dedup_pb2.COMPLETE_OUTCOME_COMPLETED, transaction=held.transaction
@@ -179,15 +182,15 @@ class FakeService:
             )
         return dedup_pb2.GetTransactionResponse(transaction=held.transaction)
 
-    def _now_ms(self) -> int:
-        return int((self._clock() + self._advanced_s) * 1000)
+    def _read_clock(self) -> None:
+        self._now_ms = int((self._clock() + self._advanced_s) * 1000)
 
     def _find(
         self, request: dedup_pb2.ClaimTransactionRequest | dedup_pb2.GetTransactionRequest | _Holding
     ) -> _Held | None:
         key = (request.namespace or "default", request.transaction_id)
         held = self._held.get(key)
-        if held is not None and held.expire_time_ms <= self._now_ms():
+        if held is not None and held.expire_time_ms <= self._now_ms:
             del self._held[key]
             return None
         return held
@@ -212,7 +215,7 @@ class FakeService:
     ) -> int:
         if request.HasField("expire_time"):
             return request.expire_time.ToMilliseconds()
-        return self._now_ms() + (request.ttl.ToMilliseconds() if request.HasField("ttl") else default_ms)
+        return self._now_ms + (request.ttl.ToMilliseconds() if request.HasField("ttl") else default_ms)
 
     def _expiry_faults(
         self,
@@ -223,7 +226,7 @@ class FakeService:
         if request.HasField("ttl"):
             yield from _ttl_faults(request.ttl)
         if request.HasField("expire_time"):
-            left_ms = request.expire_time.ToMilliseconds() - self._now_ms()
+            left_ms = request.expire_time.ToMilliseconds() - self._now_ms
             if left_ms <= 0:
                 yield "expire_time", "is in the past"
             elif left_ms > MAX_TTL_MS:
