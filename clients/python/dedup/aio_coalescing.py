@@ -70,6 +70,11 @@ class Coalescer:
             for _, _, future in batch:
                 future.cancel()
             raise
+        except Exception as error:  # noqa: BLE001 - Such as that of a closed channel: every caller hears it.
+            for _, _, future in batch:
+                if not future.done():
+                    future.set_exception(error)
+            return
         for (_, _, future), answer in zip(batch, answers, strict=True):
             # Who was cancelled or whose time was up no longer listens.
             if not future.done():

@@ -1,6 +1,7 @@
 """Claims of several threads that are made within a moment travel as one BatchClaimTransactions."""
 
 import threading
+import time
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import cast
@@ -30,6 +31,7 @@ class Coalescer:
 
     def claim(self, request: dedup_pb2.ClaimTransactionRequest, timeout_s: float) -> dedup_pb2.ClaimTransactionResponse:
         """Make one attempt of a claim in a batch; raises CallFailed."""
+        end = time.monotonic() + timeout_s
         future: Future[ClaimAnswer] = Future()
         with self._changed:
             # The batch that this claim is in: whoever fills or sends it puts another list in its place.
@@ -39,23 +41,38 @@ class Coalescer:
             if len(batch) >= MAX_BATCH:
                 self._waiting = []
                 self._changed.notify_all()
-            if leads:
-                self._changed.wait_for(lambda: self._waiting is not batch, min(self._delay_s, timeout_s))
-                if self._waiting is batch:
-                    self._waiting = []
         if leads:
-            self._ask(batch)
+            try:
+                self._gather(batch, min(self._delay_s, timeout_s))
+            finally:
+                # Also when this thread was interrupted: the others of its batch count on it.
+                self._ask(batch)
         try:
-            answer = future.result(timeout_s)
+            answer = future.result(max(0.0, end - time.monotonic()))
         except FutureTimeoutError:
             raise too_late(timeout_s) from None
         if isinstance(answer, CallFailed):
             raise answer
         return answer
 
+    def _gather(self, batch: list[_Waiting], delay_s: float) -> None:
+        """Return when the batch is full or its time is up, and let nobody join it any more."""
+        with self._changed:
+            try:
+                self._changed.wait_for(lambda: self._waiting is not batch, delay_s)
+            finally:
+                if self._waiting is batch:
+                    self._waiting = []
+
     def _ask(self, batch: list[_Waiting]) -> None:
         request = dedup_pb2.BatchClaimTransactionsRequest(requests=[request for request, _, _ in batch])
-        call = self._stub.BatchClaimTransactions.future(request, timeout=max(timeout_s for _, timeout_s, _ in batch))
+        timeout_s = max(timeout_s for _, timeout_s, _ in batch)
+        try:
+            call = self._stub.BatchClaimTransactions.future(request, timeout=timeout_s)
+        except Exception as error:  # noqa: BLE001 - Such as that of a closed channel: every caller hears it.
+            for _, _, future in batch:
+                future.set_exception(error)
+            return
         call.add_done_callback(lambda done: _tell(batch, done))
 
 

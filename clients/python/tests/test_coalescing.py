@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
+import grpc.aio
 import pytest
 
 from dedup import CallFailed, Client, DuplicateTransaction, InvalidRequest, Unavailable, aio
@@ -87,6 +88,39 @@ def test_threads_share_calls(target: str, unique: str) -> None:
         assert sum(pool.map(claim, range(100))) == 1
         assert sum(batches.sizes) == 100
         assert len(batches.sizes) < 20
+
+
+def test_an_interrupted_thread_does_not_strand_the_others(target: str, unique: str) -> None:
+    """Its batch leaves all the same, and the next claim begins another."""
+    with Client(target, coalesce=True, timeout=20) as client:
+        transport: Any = client._transport
+        coalescer = transport._coalescer
+        gather = coalescer._changed.wait_for
+
+        def interrupted(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        coalescer._changed.wait_for = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            client.claim(unique)
+        coalescer._changed.wait_for = gather
+        client.claim(f"{unique}-2")
+        assert not coalescer._waiting
+
+
+async def test_a_closed_client_says_so_at_once() -> None:
+    """Rather than after the budget."""
+    blocking = Client("127.0.0.1:1", coalesce=True, timeout=60, attempt_timeout=60)
+    blocking.close()
+    with pytest.raises(ValueError, match="closed"):
+        blocking.claim("x")
+    waiting = aio.Client("127.0.0.1:1", coalesce=True, timeout=60, attempt_timeout=60)
+    with pytest.raises(Unavailable):
+        await waiting.claim("x", timeout=0.1)
+    transport: Any = waiting._transport
+    await transport._channel.close()
+    with pytest.raises(grpc.aio.UsageError):
+        await waiting.claim("x")
 
 
 async def test_a_claim_that_waits_travels_alone(target: str, unique: str) -> None:
