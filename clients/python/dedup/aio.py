@@ -1,7 +1,7 @@
 """The client for code that awaits: the same shape as `dedup.Client`, with coroutines."""
 
 import asyncio
-from collections.abc import Generator, Sequence
+from collections.abc import Coroutine, Generator, Sequence
 from datetime import datetime
 from typing import Protocol, Self, cast
 
@@ -143,21 +143,19 @@ class Claim(Handle):
 
 
 class PendingClaim:
-    """A claim that is made when it is awaited (`claim = await …`) or entered (`async with …`)."""
+    """A claim that is made when it is awaited (`claim = await …`) or entered (`async with …`), once.
 
-    def __init__(self, client: "Client", steps: Steps[Grant], on_error: OnError) -> None:
-        self._client = client
-        self._steps = steps
-        self._on_error = on_error
+    Python warns of one that is neither, as of any coroutine: nothing was claimed then.
+    """
 
-    async def _claim(self) -> Claim:
-        return Claim(self._client, await self._client._run(self._steps), self._on_error)
+    def __init__(self, claiming: Coroutine[object, object, Claim]) -> None:
+        self._claiming = claiming
 
-    def __await__(self) -> Generator[object, None, Claim]:
-        return self._claim().__await__()
+    def __await__(self) -> Generator[object, object, Claim]:
+        return self._claiming.__await__()
 
     async def __aenter__(self) -> Claim:
-        self._entered = await self._claim()
+        self._entered = await self._claiming
         return self._entered
 
     async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
@@ -231,7 +229,7 @@ class Client:
             token=token,
         )
         steps = self._calls.claim(request, wait=wait, budget_s=timeout)
-        return PendingClaim(self, steps, on_error or self._on_error)
+        return PendingClaim(self._claim(steps, on_error or self._on_error))
 
     async def get(
         self, transaction_id: str, *, namespace: str | None = None, timeout: float | None = None
@@ -252,6 +250,9 @@ class Client:
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
+
+    async def _claim(self, steps: Steps[Grant], on_error: OnError) -> Claim:
+        return Claim(self, await self._run(steps), on_error)
 
     async def _run(self, steps: Steps[T]) -> T:
         return await run_async(steps, self._transport.send, self._transport.pause)

@@ -8,6 +8,7 @@ import grpc
 import pytest
 
 from dedup import DuplicateTransaction, InvalidRequest, NotHeld, PayloadMismatch, TransactionState, new_claim_token
+from dedup.testing import AsyncFakeClient
 
 
 async def test_a_duplicate_explains_itself(world: Any, unique: str) -> None:
@@ -215,3 +216,15 @@ async def test_both_ways_to_give_an_expiry_are_one_too_many(world: Any) -> None:
         await client.claim("x", ttl=1, expire_time=datetime.now(UTC))
     with pytest.raises(ValueError, match="time zone"):
         await client.claim("x", expire_time=datetime(2100, 1, 1))  # noqa: DTZ001 - That is the point.
+
+
+async def test_a_claim_that_nobody_awaits_is_noticed() -> None:
+    """It was never made, and Python warns of it; nor can it be made twice."""
+    client = AsyncFakeClient()
+    with pytest.warns(RuntimeWarning, match="never awaited"):
+        client.claim("x")
+    assert client.service.calls == []
+    claiming = client.claim("x")
+    await claiming
+    with pytest.raises(RuntimeError, match="cannot reuse"):
+        await claiming

@@ -66,7 +66,7 @@ async def test_no_batch_is_larger_than_the_service_takes(target: str, unique: st
     """A full one leaves at once."""
     async with aio.Client(target, coalesce=True, coalesce_delay=0.2, timeout=20, attempt_timeout=20) as client:
         batches = await watch(client)
-        await asyncio.gather(*[client.claim(f"{unique}-{number}")._claim() for number in range(2_100)])
+        await asyncio.gather(*[client.claim(f"{unique}-{number}")._claiming for number in range(2_100)])
         assert batches.sizes == [1_000, 1_000, 100]
 
 
@@ -128,7 +128,7 @@ async def test_a_claim_that_waits_travels_alone(target: str, unique: str) -> Non
     async with aio.Client(target, coalesce=True) as client:
         batches = await watch(client)
         first = await client.claim(unique)
-        waiting = asyncio.ensure_future(client.claim(unique, wait=20)._claim())
+        waiting = asyncio.ensure_future(client.claim(unique, wait=20)._claiming)
         await first.release()
         assert not (await waiting).replayed
         assert batches.sizes == [1]
@@ -138,7 +138,7 @@ async def test_a_batch_that_fails_fails_each_of_its_claims_alone() -> None:
     """Every caller has an error object of its own, and its own number of attempts."""
     async with aio.Client("127.0.0.1:1", coalesce=True, timeout=0.3) as client:
         errors = await asyncio.gather(
-            client.claim("a")._claim(), client.claim("b", timeout=0.01)._claim(), return_exceptions=True
+            client.claim("a")._claiming, client.claim("b", timeout=0.01)._claiming, return_exceptions=True
         )
     assert [type(error) for error in errors] == [Unavailable] * 2
     assert errors[0] is not errors[1]

@@ -37,7 +37,7 @@ async def test_a_lost_answer_is_asked_for_again(target: str, proxy: FaultProxy, 
     ):
         await client.get(unique)
         proxy.hold_replies.clear()
-        claiming = asyncio.ensure_future(client.claim(unique)._claim())
+        claiming = asyncio.ensure_future(client.claim(unique)._claiming)
         await eventually(lambda: direct.get(unique))
         proxy.drop_connections()
         proxy.hold_replies.set()
@@ -64,7 +64,7 @@ async def test_an_answer_that_never_comes_ends_with_the_attempt(target: str, pro
     async with aio.Client(target) as direct, aio.Client(address(proxy), timeout=20, attempt_timeout=0.3) as client:
         await client.get(unique)
         proxy.hold_replies.clear()
-        claiming = asyncio.ensure_future(client.claim(unique)._claim())
+        claiming = asyncio.ensure_future(client.claim(unique)._claiming)
         await eventually(lambda: direct.get(unique))
         await asyncio.sleep(0.4)
         proxy.hold_replies.set()
