@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/protoadapt"
 	"google.golang.org/protobuf/types/known/durationpb"
 
@@ -36,7 +37,7 @@ type script struct {
 
 func (s *script) ClaimTransaction(ctx context.Context, r *dedupv1.ClaimTransactionRequest, _ ...grpc.CallOption) (*dedupv1.ClaimTransactionResponse, error) {
 	s.mu.Lock()
-	s.requests = append(s.requests, r)
+	s.requests = append(s.requests, proto.Clone(r).(*dedupv1.ClaimTransactionRequest)) // As it was sent.
 	attempt := len(s.requests)
 	s.mu.Unlock()
 	return s.claim(ctx, attempt)
