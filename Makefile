@@ -45,6 +45,7 @@ test: .venv/dev.stamp redis ## Run every test (ARGS="-k claim" chooses)
 # Where Go or Node is missing its client is not tested, and the last line says so.
 test-clients: .venv/dev.stamp redis ## Test the Python, Go and Node clients against the live service
 	.venv/bin/pytest -c clients/python/pyproject.toml clients/python/tests -n auto --dist worksteal $(ARGS)
+	$(if $(GO),cd clients/go && PROTOC="$(CURDIR)/.venv/bin/python -m grpc_tools.protoc" ./generate.sh --check)
 	$(if $(GO),cd clients/go && $(CLIENT_ENV) go vet ./... && $(CLIENT_ENV) go test -race ./...)
 	$(if $(GO),cd examples/lucky_box/go && go vet ./...)
 	$(if $(NODE),cd clients/node && npm ci --no-audit --no-fund && $(CLIENT_ENV) npm test)
@@ -61,6 +62,7 @@ check: .venv/dev.stamp stubs-current ## Lint, format, types, layers, contract, g
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
+	MYPYPATH=clients/python:tests .venv/bin/mypy clients/python/dedup clients/python/tests
 	.venv/bin/lint-imports
 	cd protos && ../.venv/bin/buf lint
 	cd protos && ../.venv/bin/buf format -d --exit-code

@@ -3,28 +3,27 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import grpc
 import typer
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
+from google.rpc import status_pb2
 
+from dedup.channels import channel_options
+from dedup.error_details import failure_of_call, failure_of_status
 from dedup_service.cli import exit_codes
 from dedup_service.settings import listening_address, target_from_environment
 
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104 - read, not bound
 
-_CHANNEL_OPTIONS = [
-    # By default a channel waits up to two minutes before it tries a server again that was away, and who looks on or
-    # repeats a call learns nothing new in the meantime.
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.min_reconnect_backoff_ms", 1_000),
-    ("grpc.max_reconnect_backoff_ms", 1_000),
-    # A thousand duplicates with their results are more than the 4 MB of the default.
-    ("grpc.max_receive_message_length", -1),
-]
-_CODE_NAMES: dict[int, str] = {code.value[0]: code.name for code in grpc.StatusCode}
+# Who looks on or repeats a call learns nothing new from a channel that hurries, and nothing from one that waits longer.
+_CHANNEL_OPTIONS = channel_options(
+    (
+        ("grpc.min_reconnect_backoff_ms", 1_000),
+        # A thousand duplicates may each have a result as large as the server allows.
+        ("grpc.max_receive_message_length", -1),
+    )
+)
 
 
 @contextmanager
@@ -38,20 +37,14 @@ def open_channel(target: str | None) -> Iterator[grpc.Channel]:
 
 def error_fields(error: grpc.RpcError) -> dict[str, str]:
     """Return what the commands say of a failed call: code, reason, applied and message."""
-    status = rpc_status.from_call(error)
-    if status is not None:
-        return status_fields(status)
-    return failure(error.code().name, "", "unknown", error.details() or "")
+    found = failure_of_call(error)
+    return failure(found.code.name, found.reason, found.applied, error.details() or "")
 
 
-def status_fields(status: Any) -> dict[str, str]:  # noqa: ANN401 - google.rpc has no types
+def status_fields(status: status_pb2.Status) -> dict[str, str]:
     """Return the same of a google.rpc.Status, such as one entry of a batch carries."""
-    info = error_details_pb2.ErrorInfo()
-    if not any(detail.Unpack(info) for detail in status.details):
-        info.Clear()
-    # Without the details of this service nobody knows how far the call came.
-    applied = info.metadata.get("applied", "unknown")
-    return failure(_CODE_NAMES.get(status.code, "UNKNOWN"), info.reason, applied, status.message)
+    found = failure_of_status(status)
+    return failure(found.code.name, found.reason, found.applied, status.message)
 
 
 def failure(code: str, reason: str, applied: str, message: str) -> dict[str, str]:
