@@ -37,6 +37,7 @@ class StoreMemory:
         return counts
 
 
+# The library has no types, hence what is ignored.
 class DetailedHealth(health.aio.HealthServicer):  # type: ignore[misc]
     """The health service of the library, with details."""
 
