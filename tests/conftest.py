@@ -1,6 +1,7 @@
 """Fixtures of the whole suite: one real Redis for each test worker, and services in front of both stores."""
 
 import asyncio
+import signal
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -10,6 +11,12 @@ import redis
 import uvloop
 
 from harness.processes import RedisProcess, ServiceProcess
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C reach what the tests start, also where a shell began them in the background with SIGINT ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
