@@ -1,7 +1,8 @@
 """Claims in one Redis or Valkey server: `SET key value NX GET PX` decides, one script a change compares the token."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import hiredis
@@ -192,7 +193,8 @@ class RedisStore:
         self, key: bytes, claim: Transaction, ttl_ms: int | None, holder: Transaction
     ) -> Transaction | None:
         """Return the holder, once replicas know it too: this try wrote nothing that a WAIT would answer for."""
-        held, acknowledged = await self._run(CONFIRM, key, holder.claim_token or "")
+        with _doubt_only():
+            held, acknowledged = await self._run(CONFIRM, key, holder.claim_token or "")
         if not held:
             # It ended between the two commands.
             return await self.claim(claim, ttl_ms)
@@ -259,13 +261,23 @@ class RedisStore:
             # Without an await between them they arrive one after the other, which is how ASKING knows its command.
             sent = [channel.send("ASKING")] if word == "ASK" else []
             *_, reply = await asyncio.gather(*sent, channel.send(*command))
-            if quorum is not None:
-                _, acknowledged = await quorum.send("TIME")
+            if quorum is not None and type(reply) is not hiredis.ReplyError:
+                with _doubt_only():
+                    _, acknowledged = await quorum.send("TIME")
         return _checked(reply, channel), acknowledged
 
 
 class _ScriptForgotten(Exception):
     """Redis does not know the script by its name: it restarted, or its scripts were flushed."""
+
+
+@contextmanager
+def _doubt_only() -> Iterator[None]:
+    """Turn "not applied" of what follows a write into doubt: the write itself was, or may have been, carried out."""
+    try:
+        yield
+    except StoreUnavailable as error:
+        raise StoreUnavailable(error.reason, str(error), Applied.UNKNOWN) from error
 
 
 def _checked(reply: Any, channel: RedisChannel) -> Any:  # noqa: ANN401 - what Redis may answer

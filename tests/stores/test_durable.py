@@ -6,7 +6,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import AsyncMock, Mock
 
+import hiredis
 import pytest
 import redis
 
@@ -21,6 +24,8 @@ from dedup_service.claims import (
     system_clock_ms,
 )
 from dedup_service.stores import StorePlace, make_store
+from dedup_service.stores.keys import prefixed_layout
+from dedup_service.stores.redis_canary import RedisCanary
 from dedup_service.stores.redis_store import RedisStore
 from harness.claims import a_claim
 from harness.cluster import ClusterDeployment
@@ -292,3 +297,21 @@ async def test_in_a_cluster(open_store: OpenStore, tmp_path: Path, unique: str) 
         assert failures == {("STORE_NOT_REPLICATED", Applied.UNKNOWN)}
     finally:
         deployment.stop()
+
+
+async def test_what_fails_after_a_redirected_write_is_doubt() -> None:
+    """When the WAIT after a write that was redirected cannot be sent, the write was made all the same.
+
+    Protection: what follows a write never says "not applied". No server here loses a connection at that very moment.
+    """
+    moved = hiredis.ReplyError("MOVED 1 127.0.0.1:7000")
+    away = StoreUnavailable("STORE_CONNECTION_LOST", "the connection was lost", Applied.NO)
+    written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    written.set_result(None)
+    link = SimpleNamespace(
+        channel=SimpleNamespace(send=Mock(return_value=written)),
+        quorum=SimpleNamespace(send=AsyncMock(side_effect=[(moved, 0), away])),
+    )
+    nodes = Mock(link_of=Mock(return_value=link), redirected=Mock(return_value=link))
+    store = RedisStore(nodes, prefixed_layout("dedup:"), "a test", canary=RedisCanary(b"canary:"), min_replicas=1)
+    assert await failure_of(store.claim(a_claim("x"), 60_000)) == ("STORE_CONNECTION_LOST", Applied.UNKNOWN)
