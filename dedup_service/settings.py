@@ -2,19 +2,12 @@
 
 import os
 import re
+import tomllib
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import (
-    BaseSettings,
-    NoDecode,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    SettingsError,
-    TomlConfigSettingsSource,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from dedup_service.durations import format_duration, parse_duration
 
@@ -85,35 +78,23 @@ def default_store_url() -> str:
 DurationMs = Annotated[int, BeforeValidator(_duration), Field(gt=0)]
 # The outer validator is what the command line knows a duration by.
 OptionalDurationMs = Annotated[DurationMs | None, BeforeValidator(_duration)]
-Addresses = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_addresses)]
+Addresses = Annotated[tuple[str, ...], BeforeValidator(_addresses)]
 
 
-class Listening(BaseSettings):
+class Listening(BaseModel):
     """Where the server listens: all that a probe beside it needs to know."""
 
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="ignore", frozen=True, env_ignore_empty=True)
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
     listen: Addresses = Field(
         ("127.0.0.1:50051",), description="Where to serve: host:port or unix:///path, several with commas between."
     )
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the signature is pydantic's
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - as above
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Flags win over the environment, and the environment over the file."""
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
-
 
 class Settings(Listening):
     """Everything that an operator can set. Durations are milliseconds inside."""
 
-    model_config = SettingsConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid")
 
     store_url: SecretStr | None = Field(
         None,
@@ -162,6 +143,10 @@ class Settings(Listening):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="The least severe log lines to write; successful calls are info."
     )
+    log_sample: float = Field(
+        0.0, ge=0, le=1, description="The share of successful calls to log, 0 to 1; failed ones are logged always."
+    )
+    log_slow: DurationMs = Field(250, description="Successful calls that take as long as this are logged always.")
     log_transaction_ids: Literal["hashed", "plain"] = Field(
         "hashed", description="How transaction ids stand in the log: as the start of their SHA-256, or as they are."
     )
@@ -213,19 +198,30 @@ def listening_address() -> str:
 SettingsT = TypeVar("SettingsT", bound=Listening)
 
 
-def _load(base: type[SettingsT], flags: dict[str, Any], config_file: Path | None) -> SettingsT:
+def _load(model: type[SettingsT], flags: dict[str, Any], config_file: Path | None) -> SettingsT:
     if config_file is None and (path := os.environ.get(CONFIG_VARIABLE)):
         config_file = Path(path)
-    if config_file is not None and not config_file.is_file():
-        raise BadSettings(f"the settings file {str(config_file)!r} does not exist")
-    configured = type("Configured", (base,), {"model_config": SettingsConfigDict(toml_file=config_file)})
+    written = {} if config_file is None else _read(config_file)
     try:
-        settings: SettingsT = configured(**flags)
+        return model(**(written | _environment() | flags))
     except ValidationError as error:
         raise BadSettings("; ".join(_sentence(dict(detail)) for detail in error.errors())) from None
-    except (SettingsError, ValueError) as error:
+
+
+def _read(config_file: Path) -> dict[str, Any]:
+    if not config_file.is_file():
+        raise BadSettings(f"the settings file {str(config_file)!r} does not exist")
+    try:
+        return tomllib.loads(config_file.read_text())
+    except (OSError, ValueError) as error:
         raise BadSettings(f"the settings file {str(config_file)!r} cannot be read: {error}") from None
-    return settings
+
+
+def _environment() -> dict[str, str]:
+    # Case does not matter, and an empty variable is as none: manifests often have both.
+    found = {name.upper(): value for name, value in os.environ.items() if value}
+    variables = {name: f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields}
+    return {name: found[variable] for name, variable in variables.items() if variable in found}
 
 
 def target_from_environment() -> str | None:

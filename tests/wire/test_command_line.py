@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from dedup_service import __version__
-from dedup_service.cli import app
+from dedup_service.cli.commands import app
 from dedup_service.settings import Settings
 from harness.processes import ServiceProcess, free_port, run_command
 

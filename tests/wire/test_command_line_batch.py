@@ -13,9 +13,10 @@ import pytest
 from typer.testing import CliRunner
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
-from dedup_service.cli import app, batch_call
+from dedup_service.cli import batch_call
 from dedup_service.cli.batch_lines import Line
 from dedup_service.cli.channel import failure
+from dedup_service.cli.commands import app
 from harness.polling import wait_until
 from harness.processes import RedisProcess, ServiceProcess
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from dedup_service.cli import app
+from dedup_service.cli.commands import app
 from harness.processes import ServiceProcess
 
 TOKEN = "token-of-sixteen"

@@ -19,7 +19,7 @@ from google.protobuf.duration_pb2 import Duration
 from typer.testing import CliRunner
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
-from dedup_service.cli import app
+from dedup_service.cli.commands import app
 from harness.polling import wait_until
 from harness.processes import ServiceProcess
 
