@@ -1,15 +1,14 @@
 """The claim semantics: what is asked of the store, and what its answer means. It knows no protocol and no database."""
 
-import secrets
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 
 from dedup_service.claims.errors import Applied, InvalidRequest, StoreUnavailable, TransactionNotFound
 from dedup_service.claims.limits import DEFAULT_NAMESPACE, claim_violations, holder_violations, identity_violations
 from dedup_service.claims.policy import Policies, Policy
 from dedup_service.claims.store import ClaimStore
+from dedup_service.claims.tokens import claim_tokens
 from dedup_service.claims.transaction import (
     ClaimAnswer,
     ClaimOutcome,
@@ -47,6 +46,7 @@ class ClaimService:
         self._max_result_bytes = max_result_bytes
         self._clock_ms = clock_ms
         self._waiting = WaitingRoom(store)
+        self._tokens = claim_tokens()
         self.policies = policies
         """The rules in force; may be replaced at any time, and calls under way keep those that they began with."""
         self.shadow_duplicates: Counter[str] = Counter()
@@ -66,13 +66,13 @@ class ClaimService:
         policy = self.policies.of(namespace)
         if violations := tuple(claim_violations(request, namespace, policy, self._clock_ms())):
             raise InvalidRequest(*violations)
-        request = replace(request, namespace=namespace, claim_token=request.claim_token or secrets.token_urlsafe(16))
-        answer = await self._claim_once(request, policy)
+        token = request.claim_token or next(self._tokens)
+        answer = await self._claim_once(request, namespace, token, policy)
         if policy.shadow and answer.outcome is not ClaimOutcome.CLAIMED:
             self.shadow_duplicates[namespace] += 1
-            return replace(answer, outcome=ClaimOutcome.CLAIMED, shadow_duplicate=True)
+            return answer._replace(outcome=ClaimOutcome.CLAIMED, shadow_duplicate=True)
         if request.wait_ms and _is_in_progress(answer):
-            return await self._wait_and_claim(request, policy, answer)
+            return await self._wait_and_claim(request, namespace, policy, answer)
         return answer
 
     async def complete(self, request: HolderRequest) -> Transaction | None:
@@ -135,25 +135,27 @@ class ClaimService:
             raise TransactionNotFound(f"no transaction with this id is claimed in the namespace {namespace!r}")
         return transaction
 
-    async def _claim_once(self, request: ClaimRequest, policy: Policy) -> ClaimAnswer:
+    async def _claim_once(self, request: ClaimRequest, namespace: str, token: str, policy: Policy) -> ClaimAnswer:
         ttl_ms, expire_time_ms, now_ms = self._lifetime(request.ttl_ms, request.expire_time_ms, policy.default_ttl_ms)
         claim = Transaction(
-            namespace=request.namespace,
+            namespace=namespace,
             transaction_id=request.transaction_id,
-            claim_token=request.claim_token,
+            claim_token=token,
             claimant=request.claimant,
             claim_time_ms=now_ms,
             expire_time_ms=expire_time_ms,
             payload_fingerprint=request.payload_fingerprint,
         )
-        return decide(claim, request.claim_token, await self._store.claim(claim, ttl_ms))
+        return decide(claim, token, await self._store.claim(claim, ttl_ms))
 
-    async def _wait_and_claim(self, request: ClaimRequest, policy: Policy, answer: ClaimAnswer) -> ClaimAnswer:
+    async def _wait_and_claim(
+        self, request: ClaimRequest, namespace: str, policy: Policy, answer: ClaimAnswer
+    ) -> ClaimAnswer:
         until = time.monotonic() + request.wait_ms / 1_000
         while _is_in_progress(answer) and (left_s := until - time.monotonic()) > 0:
-            await self._waiting.ended(request.namespace, request.transaction_id, left_s)
+            await self._waiting.ended(namespace, request.transaction_id, left_s)
             # Asked anew also at the end of the wait: what was known before may have changed since.
-            answer = await self._claim_once(request, policy)
+            answer = await self._claim_once(request, namespace, answer.claim_token, policy)
             if self._waiting.closed:
                 break
         return answer
@@ -179,8 +181,8 @@ def decide(claim: Transaction, token: str, holder: Transaction | None) -> ClaimA
     """Return what it means that a store met `holder` when it was asked to keep `claim`, made with `token`."""
     if holder is None:
         return ClaimAnswer(ClaimOutcome.CLAIMED, claim, token)
-    fingerprints = (claim.payload_fingerprint, holder.payload_fingerprint)
-    if all(fingerprints) and fingerprints[0] != fingerprints[1]:
+    asked, held = claim.payload_fingerprint, holder.payload_fingerprint
+    if asked and held and asked != held:
         return ClaimAnswer(ClaimOutcome.PAYLOAD_MISMATCH, holder, token)
     # A completed transaction is a duplicate even to its own token: CLAIMED always means that there is work to do.
     if holder.claim_token == token and holder.state is TransactionState.IN_PROGRESS:

@@ -1,6 +1,6 @@
 """What a token may do with the transaction that it holds: pure functions, which every store carries out atomically."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from dedup_service.claims.transaction import Transaction, TransactionState
 
@@ -23,8 +23,7 @@ class Completion:
             return None
         if holder.state is TransactionState.COMPLETED:
             return holder if holder.result == self.result else None
-        return replace(
-            holder,
+        return holder._replace(
             state=TransactionState.COMPLETED,
             result=self.result,
             completion_time_ms=self.completion_time_ms,
@@ -49,7 +48,7 @@ class Extension:
             return None
         if not self.allow_shortening and holder.expire_time_ms and self.expire_time_ms <= holder.expire_time_ms:
             return holder
-        return replace(holder, expire_time_ms=self.expire_time_ms)
+        return holder._replace(expire_time_ms=self.expire_time_ms)
 
 
 @dataclass(frozen=True, slots=True)

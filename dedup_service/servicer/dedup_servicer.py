@@ -3,7 +3,6 @@
 import asyncio
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -45,7 +44,7 @@ class DedupServicer:
         """Serve ClaimTransaction."""
         claim = claim_request(request)
         if claim.wait_ms > 0 and budget_s is not None:
-            claim = replace(claim, wait_ms=max(0, min(claim.wait_ms, int(budget_s * 1_000) - _LAST_CLAIM_MS)))
+            claim = claim._replace(wait_ms=max(0, min(claim.wait_ms, int(budget_s * 1_000) - _LAST_CLAIM_MS)))
         return claim_response(await self._claims.claim(claim))
 
     async def complete_transaction(

@@ -20,7 +20,8 @@ UNREADABLE = {
 """Why a value cannot be read: the stable reason, and what to do."""
 
 _FIELDS = 9
-_FIELD_TYPES = (int, str, str, int, int, int, bytes, int, bytes)
+_FIELD_TYPES = [int, str, str, int, int, int, bytes, int, bytes]
+_STATES = {state.value: state for state in TransactionState}
 
 
 def encode(claim: Transaction, over: bytes | None = None) -> bytes:
@@ -35,7 +36,7 @@ def encode(claim: Transaction, over: bytes | None = None) -> bytes:
             claim.claimant,
             claim.claim_time_ms,
             claim.expire_time_ms,
-            int(claim.state),
+            claim.state.value,
             claim.payload_fingerprint,
             claim.completion_time_ms or 0,
             claim.result,
@@ -61,7 +62,7 @@ def decode(value: bytes, namespace: str, transaction_id: str) -> Transaction:
     if fields[0] != VERSION:
         raise _unreadable("VALUE_VERSION_UNKNOWN")
     known = fields[:_FIELDS]
-    if tuple(map(type, known)) != _FIELD_TYPES or fields[5] not in tuple(TransactionState):
+    if [type(field) for field in known] != _FIELD_TYPES or fields[5] not in _STATES:
         raise _unreadable("VALUE_DAMAGED")
     _, token, claimant, claim_time_ms, expire_time_ms, state, fingerprint, completion_time_ms, result = known
     return Transaction(
@@ -71,7 +72,7 @@ def decode(value: bytes, namespace: str, transaction_id: str) -> Transaction:
         claimant=claimant,
         claim_time_ms=claim_time_ms,
         expire_time_ms=expire_time_ms,
-        state=TransactionState(state),
+        state=_STATES[state],
         payload_fingerprint=fingerprint,
         completion_time_ms=completion_time_ms or None,
         result=result,

@@ -16,7 +16,6 @@ What each mutation shows itself by:
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from typing import Any
 
 from dedup_service import cli
@@ -30,14 +29,14 @@ _decide = service.decide
 
 def _any_token_holds() -> None:
     def decide(claim: Transaction, token: str, holder: Transaction | None) -> ClaimAnswer:
-        return _decide(claim, token, holder and replace(holder, claim_token=token))
+        return _decide(claim, token, holder and holder._replace(claim_token=token))
 
     service.decide = decide
 
 
 def _no_token_holds() -> None:
     def decide(claim: Transaction, token: str, holder: Transaction | None) -> ClaimAnswer:
-        return _decide(claim, token, holder and replace(holder, claim_token="nobody"))
+        return _decide(claim, token, holder and holder._replace(claim_token="nobody"))
 
     service.decide = decide
 

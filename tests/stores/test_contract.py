@@ -1,7 +1,6 @@
 """The contract suite: what every store promises, the same cases over each of them."""
 
 import asyncio
-from dataclasses import replace
 
 import pytest
 
@@ -51,7 +50,7 @@ async def test_every_answer_goes_to_its_own_question(store: ClaimStore, unique: 
     """Concurrent claims and look-ups of different ids never see each other's answers."""
     held = [a_claim(f"{unique}-{number}", token=f"token-number-{number:04}") for number in range(50)]
     await asyncio.gather(*(store.claim(claim, 60_000) for claim in held))
-    again = [store.claim(replace(claim, claim_token="another-token-16"), 60_000) for claim in held]
+    again = [store.claim(claim._replace(claim_token="another-token-16"), 60_000) for claim in held]
     looked = [store.get("default", claim.transaction_id) for claim in held]
     assert await asyncio.gather(*again, *looked) == held + held
 
@@ -127,7 +126,7 @@ async def test_the_same_token_is_a_replay(claims: ClaimService, unique: str) -> 
     """Repeating a claim with its own token is CLAIMED and replayed, and shows the first claim unchanged."""
     request = ClaimRequest(unique, claim_token="token-of-sixteen", claimant="first")
     first = await claims.claim(request)
-    again = await claims.claim(replace(request, claimant="changed"))
+    again = await claims.claim(request._replace(claimant="changed"))
     assert (first.outcome, first.replayed) == (ClaimOutcome.CLAIMED, False)
     assert (again.outcome, again.replayed) == (ClaimOutcome.CLAIMED, True)
     assert again.transaction == first.transaction
@@ -147,9 +146,9 @@ async def test_another_fingerprint_is_a_mismatch(claims: ClaimService, unique: s
     request = ClaimRequest(unique, claim_token="token-of-sixteen", payload_fingerprint=b"one")
     await claims.claim(request)
     for token in ("token-of-sixteen", ""):
-        answer = await claims.claim(replace(request, claim_token=token, payload_fingerprint=b"two"))
+        answer = await claims.claim(request._replace(claim_token=token, payload_fingerprint=b"two"))
         assert answer.outcome is ClaimOutcome.PAYLOAD_MISMATCH
-    assert (await claims.claim(replace(request, claim_token=""))).outcome is ClaimOutcome.DUPLICATE
+    assert (await claims.claim(request._replace(claim_token=""))).outcome is ClaimOutcome.DUPLICATE
     assert (await claims.claim(ClaimRequest(unique))).outcome is ClaimOutcome.DUPLICATE
 
 

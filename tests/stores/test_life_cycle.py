@@ -64,7 +64,7 @@ async def taken_over(claims: ClaimService, unique: str) -> Transaction:
 
 def asks(unique: str, token: str = TOKEN, **fields: Any) -> HolderRequest:
     """Return what a holder asks."""
-    return replace(HolderRequest(unique, claim_token=token), **fields)
+    return HolderRequest(unique, claim_token=token)._replace(**fields)
 
 
 async def test_completing_keeps_the_result_and_the_rest(claims: ClaimService, unique: str) -> None:
@@ -76,8 +76,7 @@ async def test_completing_keeps_the_result_and_the_rest(claims: ClaimService, un
     assert completed.completion_time_ms is not None
     assert before <= completed.completion_time_ms <= system_clock_ms()
     assert completed.expire_time_ms == completed.completion_time_ms + POLICY.retention_ms
-    assert completed == replace(
-        held,
+    assert completed == held._replace(
         state=TransactionState.COMPLETED,
         result=b"paid \xff",
         completion_time_ms=completed.completion_time_ms,
@@ -161,7 +160,7 @@ async def test_an_extension_moves_the_end_and_nothing_else(claims: ClaimService,
     held = await hold(claims, unique, ttl_ms=300)
     extended = await claims.extend(asks(unique, ttl_ms=60_000))
     assert extended is not None
-    assert extended == replace(held, expire_time_ms=extended.expire_time_ms)
+    assert extended == held._replace(expire_time_ms=extended.expire_time_ms)
     assert extended.expire_time_ms is not None
     assert held.expire_time_ms is not None
     assert extended.expire_time_ms > held.expire_time_ms + 50_000
@@ -181,7 +180,7 @@ async def test_an_extension_never_shortens_unless_asked(claims: ClaimService, un
     assert await claims.extend(asks(unique, expire_time_ms=sooner)) == held
     assert await claims.get("", unique) == held
     shortened = await claims.extend(asks(unique, expire_time_ms=sooner, allow_shortening=True))
-    assert shortened == replace(held, expire_time_ms=sooner)
+    assert shortened == held._replace(expire_time_ms=sooner)
     ended = await claims.extend(asks(unique, ttl_ms=20, allow_shortening=True))
     assert ended is not None
 

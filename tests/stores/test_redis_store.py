@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import msgpack
@@ -282,7 +281,7 @@ async def test_a_lost_reply_is_doubt_and_the_same_token_resolves_it(
         assert (caught.value.reason, caught.value.applied) == ("STORE_CONNECTION_LOST", Applied.UNKNOWN)
         assert bytes(proxy.sent_upstream).count(b"\r\nSET\r\n") == 1
         proxy.swallow_replies = False
-        other = await answered(service, replace(request, claim_token="another-token-16"))
+        other = await answered(service, request._replace(claim_token="another-token-16"))
         again = await answered(service, request)
     assert other is ClaimOutcome.DUPLICATE
     assert again is ClaimOutcome.CLAIMED
@@ -374,7 +373,7 @@ async def test_random_cancels_cost_no_connection_and_mix_nothing_up(
 
         async def claim(number: int) -> None:
             mine = a_claim(f"{unique}-{number}", token=f"token-number-{number:04}")
-            held = replace(mine, claim_token="another-token-16")
+            held = mine._replace(claim_token="another-token-16")
             assert await store.claim(mine, 60_000) is None
             assert await store.claim(held, 60_000) == mine
 
