@@ -55,7 +55,12 @@ async def serve(settings: Settings, announce: Callable[[Sequence[str]], None]) -
         startup_checks = StartupChecks(settings, readiness, log)
         await startup_checks.run()
         claims = ClaimService(store, policies, max_result_bytes=settings.max_result_bytes)
-        call_log = CallLog(log, plain_ids=settings.log_transaction_ids == "plain")
+        call_log = CallLog(
+            log,
+            plain_ids=settings.log_transaction_ids == "plain",
+            sample=settings.log_sample,
+            slow_s=settings.log_slow / 1000,
+        )
         admission = Admission(settings.max_in_flight)
         server = grpc.aio.server(options=_OPTIONS)
         server.add_generic_rpc_handlers((generic_handler(DedupServicer(claims), call_log, admission),))

@@ -34,9 +34,10 @@ class Endpoint(Generic[RequestT]):
     """One rpc as gRPC calls it: bytes in, bytes out.
 
     Whatever the handler raises becomes the status that the error table says, with its details in the trailing metadata;
-    the text of an unexpected exception goes to the log only. Every call gets one log line, a cancelled one as well, and
-    its correlation id in the trailing metadata. A call is answered before its deadline, if with doubt: what its handler
-    asked of the store then runs to the store's own time-out.
+    the text of an unexpected exception goes to the log only. Every call that fails gets one log line, a cancelled one
+    as well, and so does whichever success the log takes; a call with a line has its correlation id in the trailing
+    metadata. A call is answered before its deadline, if with doubt: what its handler asked of the store then runs to
+    the store's own time-out.
     """
 
     def __init__(
@@ -61,13 +62,11 @@ class Endpoint(Generic[RequestT]):
     async def serve(self, raw: bytes, context: Context) -> bytes:
         """Serve one call; a bound coroutine method is what gRPC recognises as asynchronous."""
         begun = time.perf_counter()
-        record = CallRecord(self._method, correlation_id(context.invocation_metadata() or ()), time.time())
-        trailer = (CORRELATION_HEADER, record.correlation_id)
+        request = None
         try:
             self._admission.enter()
             try:
                 request = decode_request(self._request_type, raw)
-                record.transaction_id = getattr(request, "transaction_id", "")
                 remaining = _time_remaining(context)
                 if remaining is None:
                     reply = await self._handler(request, None)
@@ -75,19 +74,33 @@ class Endpoint(Generic[RequestT]):
                     reply = await self._handle_in_time(request, remaining)
             finally:
                 self._admission.leave()
-            record.outcome = self._outcome_of(reply)
-            context.set_trailing_metadata((trailer,))
-            return reply.SerializeToString()
+            answer = reply.SerializeToString()
         except asyncio.CancelledError:
+            record = self._record(begun, request, context)
             remaining = _time_remaining(context)
             late = remaining is not None and remaining < _CLOCK_TOLERANCE_S
             record.code = "DEADLINE_EXCEEDED" if late else "CANCELLED"
+            self._call_log.write(record)
             raise
         except Exception as error:  # noqa: BLE001 - the outermost guard: gRPC would send the exception's text
-            await self._refuse(error, record, trailer, context)
-        finally:
-            record.duration = time.perf_counter() - begun
+            await self._refuse(error, self._record(begun, request, context), context)
+        if self._call_log.takes_success(time.perf_counter() - begun):
+            record = self._record(begun, request, context)
+            record.outcome = self._outcome_of(reply)
+            context.set_trailing_metadata(((CORRELATION_HEADER, record.correlation_id),))
             self._call_log.write(record)
+        return answer
+
+    def _record(self, begun: float, request: RequestT | None, context: Context) -> CallRecord:
+        # Made at the end and for a line alone: reading the metadata costs as much as deciding a claim.
+        duration = time.perf_counter() - begun
+        return CallRecord(
+            self._method,
+            correlation_id(context.invocation_metadata() or ()),
+            time.time() - duration,
+            duration,
+            transaction_id=getattr(request, "transaction_id", ""),
+        )
 
     async def _handle_in_time(self, request: RequestT, remaining: float) -> Message:
         budget = remaining - ANSWER_MARGIN_S
@@ -100,9 +113,7 @@ class Endpoint(Generic[RequestT]):
             applied = Applied.UNKNOWN if self._may_change else Applied.NO
             raise DeadlinePassed("the store did not answer before the deadline", applied) from None
 
-    async def _refuse(
-        self, error: Exception, record: CallRecord, trailer: tuple[str, str], context: Context
-    ) -> NoReturn:
+    async def _refuse(self, error: Exception, record: CallRecord, context: Context) -> NoReturn:
         incident = new_incident()
         failure = failure_of(error, incident)
         record.code = failure.code.name
@@ -111,8 +122,9 @@ class Endpoint(Generic[RequestT]):
         if failure.code is grpc.StatusCode.INTERNAL:
             record.incident = incident
             record.exception = error
+        self._call_log.write(record)
         details = (STATUS_DETAILS_KEY, failure.status().SerializeToString())
-        await context.abort(failure.code, failure.message, (trailer, details))
+        await context.abort(failure.code, failure.message, ((CORRELATION_HEADER, record.correlation_id), details))
 
 
 def _time_remaining(context: Context) -> float | None:

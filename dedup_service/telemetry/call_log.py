@@ -1,6 +1,7 @@
-"""One log line for each call: when, how long, how it ended, for whom, and on which transaction."""
+"""One log line for each call worth one: when, how long, how it ended, for whom, and on which transaction."""
 
 import hashlib
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -34,11 +35,28 @@ def hashed_id(transaction_id: str) -> str:
 
 
 class CallLog:
-    """Writes call records to a log."""
+    """Writes call records to a log.
 
-    def __init__(self, log: Any, *, plain_ids: bool) -> None:  # noqa: ANN401 - as in logs.logger
+    Every call that failed is worth a line. Of those that succeeded are those that took `slow_s` seconds or longer, and
+    the share `sample` (0 to 1) of the others, taken at random.
+    """
+
+    def __init__(
+        self,
+        log: Any,  # noqa: ANN401 - as in logs.logger
+        *,
+        plain_ids: bool,
+        sample: float = 1.0,
+        slow_s: float = 0.0,
+    ) -> None:
         self._log = log
         self._shown_id: Callable[[str], str] = str if plain_ids else hashed_id
+        self._sample = sample
+        self._slow_s = slow_s
+
+    def takes_success(self, duration: float) -> bool:
+        """Return whether a call that succeeded after this many seconds gets a line."""
+        return duration >= self._slow_s or (self._sample > 0 and random.random() < self._sample)  # noqa: S311 - no secret
 
     def write(self, record: CallRecord) -> None:
         """Write one line: errors of ours as error, refusals and outages as warning, the rest as info."""

@@ -184,7 +184,7 @@ def main() -> None:
         say("Starting Redis, the dedup service and the APIs…")
         port = stack.enter_context(redis_server(folder))
         target = f"unix://{folder}/dedup.sock"
-        command = (sys.executable, "-m", "dedup_service", "serve", "--listen", target)
+        command = (sys.executable, "-m", "dedup_service", "serve", "--listen", target, "--log-sample", "1")
         sidecar = stack.enter_context(logged(*command, "--store-url", f"redis://127.0.0.1:{port}"))
         sidecar.event("serving")
         results, trace = [], {}

@@ -109,7 +109,7 @@ class RedisProcess:
 
 
 class ServiceProcess:
-    """The real service, `python -m dedup_service serve`, with its log parsed line by line.
+    """The real service, `python -m dedup_service serve`, with its log of every call parsed line by line.
 
     `command` is what follows `python -m` instead of `dedup_service`.
     """
@@ -127,7 +127,7 @@ class ServiceProcess:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("DEDUP_")}
         self._process = subprocess.Popen(
             [sys.executable, "-m", *command, "serve", *self.arguments],
-            env=clean | dict(environment or {}),
+            env=clean | {"DEDUP_LOG_SAMPLE": "1"} | dict(environment or {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

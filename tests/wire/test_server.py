@@ -387,3 +387,25 @@ def test_without_a_store_url_the_embedded_store_is_used_and_said(tmp_path: Path,
         assert (tmp_path / "dedup-service" / "claims.db").is_file()
     finally:
         service.stop()
+
+
+def test_successes_are_logged_when_asked_for_or_slow(redis_server: RedisProcess, unique: str) -> None:
+    """By default a quick success leaves no line and no id behind, a failure and a slow call do."""
+    environment = {"DEDUP_LOG_SAMPLE": "0", "DEDUP_LOG_SLOW": "300ms", "DEDUP_STORE_URL": redis_server.url}
+    service = ServiceProcess(environment=environment).start()
+    try:
+        with service.channel() as channel:
+            stub = dedup_pb2_grpc.DedupServiceStub(channel)
+            _, quick = stub.ClaimTransaction.with_call(dedup_pb2.ClaimTransactionRequest(transaction_id=unique))
+            assert not quick.trailing_metadata()
+            slow = dedup_pb2.ClaimTransactionRequest(transaction_id=unique)
+            slow.wait.FromMilliseconds(500)
+            stub.ClaimTransaction(slow)
+            with pytest.raises(grpc.RpcError):
+                stub.ClaimTransaction(dedup_pb2.ClaimTransactionRequest())
+    finally:
+        service.stop()
+    assert [(call["code"], call.get("outcome")) for call in service.events("call")] == [
+        ("OK", "DUPLICATE"),
+        ("INVALID_ARGUMENT", None),
+    ]
