@@ -78,6 +78,7 @@ def default_store_url() -> str:
 DurationMs = Annotated[int, BeforeValidator(_duration), Field(gt=0)]
 # The outer validator is what the command line knows a duration by.
 OptionalDurationMs = Annotated[DurationMs | None, BeforeValidator(_duration)]
+EngineName = Literal["grpcio", "native"]
 Addresses = Annotated[tuple[str, ...], BeforeValidator(_addresses)]
 
 
@@ -139,6 +140,10 @@ class Settings(Listening):
     strict: bool = Field(False, description="Refuse to start when the doctor finds something critical about the store.")
     shutdown_grace: DurationMs = Field(
         10_000, description="How long calls under way may take to end after SIGTERM or SIGINT."
+    )
+    engine: EngineName = Field(
+        "grpcio",
+        description="What speaks gRPC: grpcio, or native, which is faster and younger; see docs/engines.md.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="The least severe log lines to write; successful calls are info."

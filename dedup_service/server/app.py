@@ -11,20 +11,18 @@ from grpc_reflection.v1alpha import reflection
 
 from dedup_service import __version__
 from dedup_service.claims import ClaimService, ClaimStore, StoreRefused
-from dedup_service.server.listeners import StartRefused, add_listener
+from dedup_service.server.engines import Engine, make_engine
+from dedup_service.server.listeners import StartRefused
 from dedup_service.server.policy_file import load_policies
 from dedup_service.server.policy_reload import PolicyReload
 from dedup_service.server.readiness import Readiness
 from dedup_service.server.startup_checks import StartupChecks, store_place
 from dedup_service.servicer.admission import Admission
-from dedup_service.servicer.dedup_servicer import SERVICE_NAME, DedupServicer, generic_handler
+from dedup_service.servicer.dedup_servicer import SERVICE_NAME, DedupServicer, add_to_server
 from dedup_service.settings import BadSettings, Settings
 from dedup_service.stores import make_store
 from dedup_service.telemetry.call_log import CallLog
 from dedup_service.telemetry.logs import logger
-
-# gRPC shares a port between servers by default, and a second server that was started by mistake would go unnoticed.
-_OPTIONS = (("grpc.so_reuseport", 0),)
 
 # How long calls are refused with a reason before the server stops to listen.
 _LAME_DUCK_S = 0.25
@@ -62,15 +60,18 @@ async def serve(settings: Settings, announce: Callable[[Sequence[str]], None]) -
             slow_s=settings.log_slow / 1000,
         )
         admission = Admission(settings.max_in_flight)
-        server = grpc.aio.server(options=_OPTIONS)
-        server.add_generic_rpc_handlers((generic_handler(DedupServicer(claims), call_log, admission),))
-        health_pb2_grpc.add_HealthServicer_to_server(readiness.servicer, server)
-        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-        addresses = [add_listener(server, address) for address in settings.listen]
-        await server.start()
+
+        def register(server: grpc.aio.Server) -> None:
+            add_to_server(server, DedupServicer(claims), call_log, admission)
+            health_pb2_grpc.add_HealthServicer_to_server(readiness.servicer, server)
+            reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+
+        engine = make_engine(settings.engine, register)
+        addresses = [engine.listen(address) for address in settings.listen]
+        await engine.start()
         policy_reload.log_loaded(claims)
         stop = _stop_signals()
-        log.info("serving", addresses=addresses, store=store.description, version=__version__)
+        log.info("serving", addresses=addresses, store=store.description, engine=settings.engine, version=__version__)
         if settings.store_url is None:
             log.warning("embedded_store", message="no store URL is set: only this host sees these claims")
         announce(addresses)
@@ -89,7 +90,7 @@ async def serve(settings: Settings, announce: Callable[[Sequence[str]], None]) -
         admission.close()
         # Those who wait would otherwise wait out the grace, and then be cancelled.
         await claims.close()
-        await _drain(server, admission, store, settings.shutdown_grace / 1000, stop)
+        await _drain(engine, admission, store, settings.shutdown_grace / 1000, stop)
         log.info("stopped", shadow_duplicates=dict(claims.shadow_duplicates))
         startup_checks.raise_refusal()
     finally:
@@ -112,7 +113,7 @@ def _stop_signals() -> asyncio.Queue[signal.Signals]:
 
 
 async def _drain(
-    server: grpc.aio.Server,
+    engine: Engine,
     admission: Admission,
     store: ClaimStore,
     grace_s: float,
@@ -130,7 +131,7 @@ async def _drain(
             await admission.emptied()
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_STOP_SLACK_S):
-            await server.stop(None)
+            await engine.stop(None)
 
 
 async def _until_idle(admission: Admission, grace_s: float) -> None:

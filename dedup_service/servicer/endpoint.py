@@ -1,6 +1,7 @@
 """The one wrapper around every rpc: decode, call, answer or refuse, and write the log line. Nothing escapes it."""
 
 import asyncio
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from typing import Generic, NoReturn, cast
@@ -20,6 +21,9 @@ STATUS_DETAILS_KEY = "grpc-status-details-bin"
 
 # A caller whose deadline has passed by its own clock cancels; by ours it may be about to pass.
 _CLOCK_TOLERANCE_S = 0.05
+
+# What the native engine says of a call without a deadline, where grpc.aio says None.
+_NO_DEADLINE_S = float(sys.maxsize)
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
 
@@ -129,4 +133,5 @@ class Endpoint(Generic[RequestT]):
 
 def _time_remaining(context: Context) -> float | None:
     # The type stubs do not know that a call may have no deadline.
-    return cast("float | None", context.time_remaining())
+    remaining = cast("float | None", context.time_remaining())
+    return None if remaining is None or remaining >= _NO_DEADLINE_S else remaining

@@ -10,7 +10,7 @@ import structlog
 from dedup.v1 import dedup_pb2_grpc
 from dedup_service.claims import ClaimService, ClaimStore, Policies, Policy
 from dedup_service.servicer.admission import Admission
-from dedup_service.servicer.dedup_servicer import DedupServicer, generic_handler
+from dedup_service.servicer.dedup_servicer import DedupServicer, add_to_server
 from dedup_service.telemetry.call_log import CallLog
 
 
@@ -24,7 +24,7 @@ async def serving(store: ClaimStore, log: io.StringIO) -> AsyncIterator["dedup_p
     )
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     servicer = DedupServicer(ClaimService(store, Policies(Policy(60_000, 60_000, 60_000))))
-    server.add_generic_rpc_handlers((generic_handler(servicer, CallLog(logger, plain_ids=False), Admission(1_000)),))
+    add_to_server(server, servicer, CallLog(logger, plain_ids=False), Admission(1_000))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:

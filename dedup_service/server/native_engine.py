@@ -1,0 +1,44 @@
+"""The native engine: pygrpc-native, whose HTTP/2 and gRPC work runs in Rust outside the interpreter lock."""
+
+import asyncio
+
+import grpc
+import pygrpc_native.aio
+
+from dedup_service.server.engines import Register, server_options
+from dedup_service.server.listeners import StartRefused, add_listener
+
+
+class NativeEngine:
+    """One server of pygrpc-native for each address, since such a server has one port.
+
+    Reflection is a bidirectional stream, which it hands to a server of grpcio on a Unix socket in a temporary folder.
+    """
+
+    def __init__(self, register: Register, *, reuse_port: bool) -> None:
+        self._register = register
+        self._reuse_port = reuse_port
+        self._servers: list[grpc.aio.Server] = []
+
+    def listen(self, address: str) -> str:
+        """Bind one address, as the protocol says."""
+        server = pygrpc_native.aio.server(options=server_options(reuse_port=self._reuse_port))
+        self._register(server)
+        bound = add_listener(server.add_insecure_port, address, reuse_port=self._reuse_port)
+        self._servers.append(server)
+        return bound
+
+    async def start(self) -> None:
+        """Accept calls; raise StartRefused without a temporary folder."""
+        for server in self._servers:
+            try:
+                await server.start()
+            except OSError as error:
+                raise StartRefused(
+                    f"the engine 'native' needs a temporary folder that it can write to ({error}): "
+                    "set TMPDIR to one, or set DEDUP_ENGINE=grpcio"
+                ) from None
+
+    async def stop(self, grace: float | None) -> None:
+        """Stop, as the protocol says."""
+        await asyncio.gather(*(server.stop(grace) for server in self._servers))
