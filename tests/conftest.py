@@ -5,11 +5,13 @@ import signal
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import redis
 import uvloop
 
+from dedup_service.settings import EngineName
 from harness.processes import RedisProcess, ServiceProcess
 
 
@@ -68,13 +70,23 @@ def store_url(kind: str, redis_server: RedisProcess, folder: Path) -> str:
     return redis_server.url if kind == "redis" else f"sqlite://{folder / 'claims.db'}"
 
 
+@pytest.fixture(scope="session", params=get_args(EngineName))
+def engine(request: pytest.FixtureRequest) -> EngineName:
+    """Each engine: whoever starts a service with it runs once on each."""
+    name: EngineName = request.param
+    return name
+
+
 @pytest.fixture(scope="session", params=["redis", "sqlite"])
 def service(
-    request: pytest.FixtureRequest, redis_server: RedisProcess, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    engine: EngineName,
+    redis_server: RedisProcess,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[ServiceProcess]:
-    """The real service in a second process, once over Redis and once over the embedded store."""
+    """The real service in a second process, on each engine, once over Redis and once over the embedded store."""
     url = store_url(request.param, redis_server, tmp_path_factory.mktemp("service"))
-    process = ServiceProcess("--store-url", url, "--log-level", "debug").start()
+    process = ServiceProcess("--engine", engine, "--store-url", url, "--log-level", "debug").start()
     yield process
     assert process.stop() == 0
     assert not [line for line in process.stderr_lines if not line.startswith("{")], "a line that is no JSON"

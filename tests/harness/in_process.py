@@ -9,24 +9,28 @@ import structlog
 
 from dedup.v1 import dedup_pb2_grpc
 from dedup_service.claims import ClaimService, ClaimStore, Policies, Policy
+from dedup_service.server.engines import make_engine
 from dedup_service.servicer.admission import Admission
 from dedup_service.servicer.dedup_servicer import DedupServicer, add_to_server
+from dedup_service.settings import EngineName
 from dedup_service.telemetry.call_log import CallLog
 
 
 @asynccontextmanager
-async def serving(store: ClaimStore, log: io.StringIO) -> AsyncIterator["dedup_pb2_grpc.DedupServiceAsyncStub"]:
-    """Yield a stub of an in-process server over a store."""
+async def serving(
+    store: ClaimStore, log: io.StringIO, engine: EngineName
+) -> AsyncIterator["dedup_pb2_grpc.DedupServiceAsyncStub"]:
+    """Yield a stub of an in-process server over a store, on an engine."""
     logger = structlog.wrap_logger(
         structlog.WriteLogger(log),
         processors=[structlog.processors.format_exc_info, structlog.processors.JSONRenderer()],
         wrapper_class=structlog.BoundLogger,
     )
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     servicer = DedupServicer(ClaimService(store, Policies(Policy(60_000, 60_000, 60_000))))
-    add_to_server(server, servicer, CallLog(logger, plain_ids=False), Admission(1_000))
-    port = server.add_insecure_port("127.0.0.1:0")
+    call_log = CallLog(logger, plain_ids=False)
+    server = make_engine(engine, lambda server: add_to_server(server, servicer, call_log, Admission(1_000)))
+    address = server.listen("127.0.0.1:0")
     await server.start()
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+    async with grpc.aio.insecure_channel(address) as channel:
         yield dedup_pb2_grpc.DedupServiceStub(channel)
     await server.stop(None)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from dedup.v1 import dedup_pb2_grpc
+from dedup_service.settings import EngineName
 from harness.processes import ServiceProcess
 
 
@@ -17,12 +18,12 @@ def stub(service: ServiceProcess) -> Iterator[dedup_pb2_grpc.DedupServiceStub]:
 
 
 @pytest.fixture
-def start_service() -> Iterator[Callable[..., ServiceProcess]]:
-    """Starts services of a test's own, and ends them with it."""
+def start_service(engine: EngineName) -> Iterator[Callable[..., ServiceProcess]]:
+    """Starts services of a test's own, on each engine, and ends them with it."""
     started: list[ServiceProcess] = []
 
     def start(*arguments: str, **options: Any) -> ServiceProcess:
-        process = ServiceProcess(*arguments, **options)
+        process = ServiceProcess("--engine", engine, *arguments, **options)
         started.append(process)
         return process.start()
 

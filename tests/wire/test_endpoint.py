@@ -23,6 +23,7 @@ from dedup_service.claims import (
     UnreadableValue,
 )
 from dedup_service.servicer.error_table import RETRY_AFTER_MS
+from dedup_service.settings import EngineName
 from harness.claims import a_claim
 from harness.in_process import serving
 
@@ -91,7 +92,9 @@ CASES: dict[str, tuple[Callable[[], Exception], grpc.StatusCode, str, str, bool]
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("method", ["claim", "get"])
-async def test_every_failure_has_its_place_in_the_table(case: str, method: str, unique: str) -> None:
+async def test_every_failure_has_its_place_in_the_table(
+    case: str, method: str, unique: str, engine: EngineName
+) -> None:
     """Code, reason, applied and retry advice are those of the table, and the log line says the same.
 
     Protection: the outermost guard. Without it gRPC puts the text of an unexpected exception into the status.
@@ -101,7 +104,7 @@ async def test_every_failure_has_its_place_in_the_table(case: str, method: str, 
         # Whatever became of a question, it changed nothing.
         applied = "no"
     log = io.StringIO()
-    async with serving(FailingStore(make()), log) as stub:
+    async with serving(FailingStore(make()), log, engine) as stub:
         calls: dict[str, Callable[[], Any]] = {
             "claim": lambda: stub.ClaimTransaction(dedup_pb2.ClaimTransactionRequest(transaction_id=unique)),
             "get": lambda: stub.GetTransaction(dedup_pb2.GetTransactionRequest(transaction_id=unique)),
@@ -127,11 +130,11 @@ async def test_every_failure_has_its_place_in_the_table(case: str, method: str, 
         assert "hunter2" in line["exception"]
 
 
-async def test_a_token_in_the_store_reaches_nobody_but_its_owner(unique: str) -> None:
+async def test_a_token_in_the_store_reaches_nobody_but_its_owner(unique: str, engine: EngineName) -> None:
     """A duplicate's reply and log line show the holder without its token."""
     log = io.StringIO()
     holder = a_claim(unique, token="the-holders-secret")
-    async with serving(FailingStore(holder), log) as stub:
+    async with serving(FailingStore(holder), log, engine) as stub:
         reply = await stub.ClaimTransaction(dedup_pb2.ClaimTransactionRequest(transaction_id=unique))
     assert reply.outcome == dedup_pb2.CLAIM_OUTCOME_DUPLICATE
     assert b"the-holders-secret" not in reply.SerializeToString()

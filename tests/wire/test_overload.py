@@ -16,6 +16,7 @@ from grpc_status import rpc_status
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
 from dedup_service.servicer import endpoint
+from dedup_service.settings import EngineName
 from dedup_service.stores import StorePlace, make_store
 from harness.fault_proxy import FaultProxy
 from harness.in_process import serving
@@ -66,7 +67,7 @@ async def test_too_many_calls_are_refused_and_health_is_not(
 
 
 async def test_a_deadline_too_near_is_refused_unsent(
-    redis_server: RedisProcess, unique: str, monkeypatch: pytest.MonkeyPatch
+    redis_server: RedisProcess, unique: str, engine: EngineName, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A call that leaves no time for an answer is not begun: nothing reaches Redis.
 
@@ -76,7 +77,7 @@ async def test_a_deadline_too_near_is_refused_unsent(
     async with FaultProxy(redis_server.port) as proxy:
         store = make_store(StorePlace(proxy.url, timeout_ms=5_000))
         await store.open()
-        async with serving(store, io.StringIO()) as stub:
+        async with serving(store, io.StringIO(), engine) as stub:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await stub.ClaimTransaction(Claim(transaction_id=unique), timeout=50)
             assert told(caught.value) == (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_TOO_NEAR", "no")
@@ -84,7 +85,9 @@ async def test_a_deadline_too_near_is_refused_unsent(
         assert b"\r\nSET\r\n" not in proxy.sent_upstream
 
 
-async def test_a_store_that_is_late_is_doubt_before_the_deadline(redis_server: RedisProcess, unique: str) -> None:
+async def test_a_store_that_is_late_is_doubt_before_the_deadline(
+    redis_server: RedisProcess, unique: str, engine: EngineName
+) -> None:
     """Over a slow Redis calls of every deadline end by it; those with time left are told what is known.
 
     Protection: the store is waited for no longer than the caller does, less the margin.
@@ -92,7 +95,7 @@ async def test_a_store_that_is_late_is_doubt_before_the_deadline(redis_server: R
     async with FaultProxy(redis_server.port) as proxy:
         store = make_store(StorePlace(proxy.url, timeout_ms=20_000))
         await store.open()
-        async with serving(store, io.StringIO()) as stub:
+        async with serving(store, io.StringIO(), engine) as stub:
             proxy.hold_replies.clear()
             deadlines_s = [0.001 * 1.5**step for step in range(17)]
             calls = [

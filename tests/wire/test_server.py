@@ -18,6 +18,7 @@ from grpc_status import rpc_status
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
 from dedup_service.server import app
+from dedup_service.settings import EngineName
 from harness.errors import refused
 from harness.fault_proxy import FaultProxy
 from harness.polling import eventually, wait_until
@@ -89,12 +90,13 @@ def test_health_follows_redis(start_service: StartService, tmp_path: Path, uniqu
         redis_server.stop()
 
 
-def test_a_second_server_on_the_port_fails_loudly(service: ServiceProcess, tmp_path: Path) -> None:
+def test_a_second_server_on_the_port_fails_loudly(service: ServiceProcess, tmp_path: Path, engine: EngineName) -> None:
     """A server does not share another one's port in silence.
 
     Protections: grpc.so_reuseport is off, and the probe before the bind, which also says why. Either one is enough.
     """
-    ended = run_command("serve", "--listen", service.target, "--store-url", f"sqlite://{tmp_path / 'x.db'}")
+    arguments = ("--engine", engine, "--listen", service.target, "--store-url", f"sqlite://{tmp_path / 'x.db'}")
+    ended = run_command("serve", *arguments)
     assert ended.returncode == 1
     sentence = f"dedup-service: cannot listen on {service.target}: Address already in use: does another server"
     assert [line for line in ended.stderr.splitlines() if not line.startswith(("{", sentence))] == []
@@ -102,7 +104,7 @@ def test_a_second_server_on_the_port_fails_loudly(service: ServiceProcess, tmp_p
 
 
 def test_a_unix_socket_is_narrow_and_is_not_taken_from_a_living_server(
-    start_service: StartService, tmp_path: Path, unique: str
+    start_service: StartService, tmp_path: Path, unique: str, engine: EngineName
 ) -> None:
     """A Unix socket serves with mode 0660; a second server leaves it alone, and replaces that of a dead one.
 
@@ -114,7 +116,7 @@ def test_a_unix_socket_is_narrow_and_is_not_taken_from_a_living_server(
     assert first.target == f"unix://{path}"
     assert stat.S_IMODE(path.stat().st_mode) == 0o660
     claim(first, unique)
-    ended = run_command("serve", "--listen", f"unix://{path}", *store)
+    ended = run_command("serve", "--engine", engine, "--listen", f"unix://{path}", *store)
     assert (ended.returncode, "another server listens there" in ended.stderr) == (1, True)
     claim(first, f"{unique}-still-there")
     first.kill()
@@ -122,11 +124,12 @@ def test_a_unix_socket_is_narrow_and_is_not_taken_from_a_living_server(
     claim(start_service("--listen", f"unix://{path}", *store), f"{unique}-again")
 
 
-def test_a_file_in_the_place_of_the_socket_is_kept(tmp_path: Path) -> None:
+def test_a_file_in_the_place_of_the_socket_is_kept(tmp_path: Path, engine: EngineName) -> None:
     """A server does not remove a file that is no socket."""
     path = tmp_path / "precious"
     path.write_text("data")
-    ended = run_command("serve", "--listen", f"unix://{path}", "--store-url", f"sqlite://{tmp_path / 'claims.db'}")
+    arguments = ("--engine", engine, "--listen", f"unix://{path}", "--store-url", f"sqlite://{tmp_path / 'claims.db'}")
+    ended = run_command("serve", *arguments)
     assert (ended.returncode, "no socket is in its place" in ended.stderr) == (1, True)
     assert path.read_text() == "data"
 

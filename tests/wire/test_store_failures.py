@@ -14,6 +14,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from dedup.v1 import dedup_pb2
+from dedup_service.settings import EngineName
 from dedup_service.stores import StorePlace, make_store
 from dedup_service.stores.redis_store import RedisStore
 from harness.in_process import serving
@@ -55,13 +56,15 @@ FAULTS: dict[str, tuple[Behaviour, str]] = {
 
 
 @asynccontextmanager
-async def claiming(behaviour: Behaviour) -> AsyncIterator[tuple[grpc.aio.AioRpcError, ScriptedRedis]]:
+async def claiming(
+    behaviour: Behaviour, engine: EngineName
+) -> AsyncIterator[tuple[grpc.aio.AioRpcError, ScriptedRedis]]:
     """Claim through a service over a Redis of this behaviour, and yield the error with which that ended."""
     async with ScriptedRedis(behaviour) as server:
         store = make_store(StorePlace(server.url, timeout_ms=300))
         await store.open()
         try:
-            async with serving(store, io.StringIO()) as stub:
+            async with serving(store, io.StringIO(), engine) as stub:
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
                     await stub.ClaimTransaction(dedup_pb2.ClaimTransactionRequest(transaction_id="x"))
                 yield caught.value, server
@@ -90,27 +93,27 @@ def assert_told_any(error: grpc.aio.AioRpcError, reasons: set[str], applied: str
 
 
 @pytest.mark.parametrize("reply", REFUSALS, ids=lambda reply: reply.split()[0].decode())
-async def test_every_error_reply_has_its_place(reply: bytes) -> None:
+async def test_every_error_reply_has_its_place(reply: bytes, engine: EngineName) -> None:
     """An error reply of Redis becomes its code, reason and applied; its text, which may quote a token, goes nowhere."""
-    async with claiming(says(b"-%b\r\n" % reply)) as (error, server):
+    async with claiming(says(b"-%b\r\n" % reply), engine) as (error, server):
         assert_told(error, *REFUSALS[reply])
         assert reply.partition(b" ")[2].decode() not in repr(error)
         assert server.sets == 1
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-async def test_every_fault_of_the_connection_is_doubt(fault: str) -> None:
+async def test_every_fault_of_the_connection_is_doubt(fault: str, engine: EngineName) -> None:
     """Whatever comes instead of a reply, or nothing, is UNAVAILABLE and says that the claim may have been made."""
     behaviour, reason = FAULTS[fault]
-    async with claiming(behaviour) as (error, server):
+    async with claiming(behaviour, engine) as (error, server):
         assert_told(error, UNAVAILABLE, reason, "unknown")
         assert server.sets == 1
 
 
 @pytest.mark.parametrize("reply", [b"READONLY x", b"NOAUTH x", b"MASTERDOWN x"])
-async def test_a_connection_to_the_wrong_server_is_replaced(reply: bytes) -> None:
+async def test_a_connection_to_the_wrong_server_is_replaced(reply: bytes, engine: EngineName) -> None:
     """After a refusal that shows another server behind the address, claims go over a new connection."""
-    async with claiming(says(b"-%b\r\n" % reply)) as (_, server):
+    async with claiming(says(b"-%b\r\n" % reply), engine) as (_, server):
 
         async def connected_again() -> bool:
             return server.connections >= 2
@@ -119,7 +122,7 @@ async def test_a_connection_to_the_wrong_server_is_replaced(reply: bytes) -> Non
 
 
 @pytest.mark.parametrize("noticed", [True, False])
-async def test_a_connection_that_ended_while_idle_claims_nothing(*, noticed: bool) -> None:
+async def test_a_connection_that_ended_while_idle_claims_nothing(engine: EngineName, *, noticed: bool) -> None:
     """A claim right after its connection ended is not sent, or sent into a dead socket: no or unknown, never twice.
 
     Protection: what was written to a connection that ends is doubt, and is never written to the next one.
@@ -148,7 +151,7 @@ async def test_a_connection_that_ended_while_idle_claims_nothing(*, noticed: boo
             return server.connections >= 2 and link.channel is not None
 
         request = dedup_pb2.ClaimTransactionRequest(transaction_id="x")
-        async with serving(store, io.StringIO()) as stub:
+        async with serving(store, io.StringIO(), engine) as stub:
             if noticed:
                 await eventually(gone, what="the end to be noticed")
             call = stub.ClaimTransaction(request)
