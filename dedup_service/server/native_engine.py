@@ -1,12 +1,27 @@
 """The native engine: pygrpc-native, whose HTTP/2 and gRPC work runs in Rust outside the interpreter lock."""
 
 import asyncio
+from collections.abc import Mapping
+from typing import Any
 
 import grpc
 import pygrpc_native.aio
 
 from dedup_service.server.engines import Register, server_options
 from dedup_service.server.listeners import StartRefused, add_listener
+
+
+class _Server(pygrpc_native.aio.Server):
+    """Hands a service that takes streams of requests, such as reflection, to grpcio by its generic handler alone.
+
+    The package hands the registered one over, which grpcio's asyncio server ignores: calls ended as UNIMPLEMENTED.
+    """
+
+    def add_registered_method_handlers(
+        self, service_name: str, method_handlers: "Mapping[str, grpc.RpcMethodHandler[Any, Any]]"
+    ) -> None:
+        if not any(handler.request_streaming for handler in method_handlers.values()):
+            super().add_registered_method_handlers(service_name, dict(method_handlers))
 
 
 class NativeEngine:
@@ -22,7 +37,7 @@ class NativeEngine:
 
     def listen(self, address: str) -> str:
         """Bind one address, as the protocol says."""
-        server = pygrpc_native.aio.server(options=server_options(reuse_port=self._reuse_port))
+        server = _Server(options=server_options(reuse_port=self._reuse_port))
         self._register(server)
         bound = add_listener(server.add_insecure_port, address, reuse_port=self._reuse_port)
         self._servers.append(server)
