@@ -24,6 +24,10 @@ from dedup_service.stores import make_store
 from dedup_service.telemetry.call_log import CallLog
 from dedup_service.telemetry.logs import logger
 
+# What one connection may have under way beyond what the server admits at all, such as health checks. So a caller with
+# too many is still told so, and a hostile one cannot pile up more.
+_SPARE_STREAMS = 100
+
 # How long calls are refused with a reason before the server stops to listen.
 _LAME_DUCK_S = 0.25
 
@@ -66,7 +70,7 @@ async def serve(settings: Settings, announce: Callable[[Sequence[str]], None]) -
             health_pb2_grpc.add_HealthServicer_to_server(readiness.servicer, server)
             reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
 
-        engine = make_engine(settings.engine, register)
+        engine = make_engine(settings.engine, register, max_streams=settings.max_in_flight + _SPARE_STREAMS)
         addresses = [engine.listen(address) for address in settings.listen]
         await engine.start()
         policy_reload.log_loaded(claims)

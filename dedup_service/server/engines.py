@@ -31,9 +31,9 @@ class Engine(Protocol):
 class GrpcioEngine:
     """The server of grpcio itself."""
 
-    def __init__(self, register: Register, *, reuse_port: bool) -> None:
+    def __init__(self, register: Register, *, max_streams: int, reuse_port: bool) -> None:
         self._reuse_port = reuse_port
-        self._server = grpc.aio.server(options=server_options(reuse_port=reuse_port))
+        self._server = grpc.aio.server(options=server_options(max_streams=max_streams, reuse_port=reuse_port))
         register(self._server)
 
     def listen(self, address: str) -> str:
@@ -49,14 +49,15 @@ class GrpcioEngine:
         await self._server.stop(grace)
 
 
-def make_engine(name: EngineName, register: Register, *, reuse_port: bool = False) -> Engine:
+def make_engine(name: EngineName, register: Register, *, max_streams: int, reuse_port: bool = False) -> Engine:
     """Return the engine of this name, with every service registered.
 
-    `reuse_port` lets several processes listen on one TCP port, which then share its connections. Raises StartRefused
-    when the package of the engine is not installed.
+    `max_streams` is how many calls one connection may have under way; a client keeps more to itself. `reuse_port` lets
+    several processes listen on one TCP port, which then share its connections. Raises StartRefused when the package of
+    the engine is not installed.
     """
     if name == "grpcio":
-        return GrpcioEngine(register, reuse_port=reuse_port)
+        return GrpcioEngine(register, max_streams=max_streams, reuse_port=reuse_port)
     try:
         # Who does not ask for it needs it neither installed nor loaded.
         from dedup_service.server.native_engine import NativeEngine  # noqa: PLC0415
@@ -64,10 +65,14 @@ def make_engine(name: EngineName, register: Register, *, reuse_port: bool = Fals
         raise StartRefused(
             f"the engine 'native' cannot be loaded ({error}): install dedup-service[native], or set DEDUP_ENGINE=grpcio"
         ) from None
-    return NativeEngine(register, reuse_port=reuse_port)
+    return NativeEngine(register, max_streams=max_streams, reuse_port=reuse_port)
 
 
-def server_options(*, reuse_port: bool) -> tuple[tuple[str, int], ...]:
+def server_options(*, max_streams: int, reuse_port: bool) -> tuple[tuple[str, int], ...]:
     """Return the options of a server, in the names of grpcio, which both engines read."""
-    # grpcio shares a port between servers by default, and a second one that was started by mistake would go unnoticed.
-    return (("grpc.so_reuseport", int(reuse_port)),)
+    return (
+        # grpcio shares a port between servers by default, and a second one started by mistake would go unnoticed.
+        ("grpc.so_reuseport", int(reuse_port)),
+        # grpcio sets no limit by default: 100,000 calls that one peer made and reset cost it 800 MB.
+        ("grpc.max_concurrent_streams", max_streams),
+    )

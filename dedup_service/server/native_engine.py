@@ -30,14 +30,15 @@ class NativeEngine:
     Reflection is a bidirectional stream, which it hands to a server of grpcio on a Unix socket in a temporary folder.
     """
 
-    def __init__(self, register: Register, *, reuse_port: bool) -> None:
+    def __init__(self, register: Register, *, max_streams: int, reuse_port: bool) -> None:
         self._register = register
+        self._options = server_options(max_streams=max_streams, reuse_port=reuse_port)
         self._reuse_port = reuse_port
         self._servers: list[grpc.aio.Server] = []
 
     def listen(self, address: str) -> str:
         """Bind one address, as the protocol says."""
-        server = _Server(options=server_options(reuse_port=self._reuse_port))
+        server = _Server(options=self._options)
         self._register(server)
         bound = add_listener(server.add_insecure_port, address, reuse_port=self._reuse_port)
         self._servers.append(server)
@@ -48,10 +49,10 @@ class NativeEngine:
         for server in self._servers:
             try:
                 await server.start()
-            except OSError as error:
+            except (OSError, RuntimeError) as error:
                 raise StartRefused(
-                    f"the engine 'native' needs a temporary folder that it can write to ({error}): "
-                    "set TMPDIR to one, or set DEDUP_ENGINE=grpcio"
+                    f"the engine 'native' needs a socket in a temporary folder ({error}): "
+                    "set TMPDIR to a writable one with a short path, or set DEDUP_ENGINE=grpcio"
                 ) from None
 
     async def stop(self, grace: float | None) -> None:

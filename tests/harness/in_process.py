@@ -28,7 +28,9 @@ async def serving(
     )
     servicer = DedupServicer(ClaimService(store, Policies(Policy(60_000, 60_000, 60_000))))
     call_log = CallLog(logger, plain_ids=False)
-    server = make_engine(engine, lambda server: add_to_server(server, servicer, call_log, Admission(1_000)))
+    server = make_engine(
+        engine, lambda server: add_to_server(server, servicer, call_log, Admission(1_000)), max_streams=1_000
+    )
     address = server.listen("127.0.0.1:0")
     await server.start()
     async with grpc.aio.insecure_channel(address) as channel:

@@ -1,0 +1,77 @@
+"""The engines: which one serves, and how one that cannot says so. That both serve alike is shown by all tests here."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dedup_service.server.engines import make_engine
+from dedup_service.server.listeners import StartRefused
+from dedup_service.settings import EngineName
+from harness.polling import wait_until
+from harness.processes import ServiceProcess, run_command
+
+
+def test_the_log_names_the_engine(service: ServiceProcess, engine: EngineName) -> None:
+    """Operators read in the log of the start which engine serves."""
+    assert service.events("serving")[0]["engine"] == engine
+
+
+def test_grpcio_is_the_default_and_needs_no_other() -> None:
+    """Without the setting grpcio serves, and the other engine is not even loaded."""
+    code = "import sys, dedup_service.cli, dedup_service.server.app as app; print('pygrpc_native' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "False\n"
+
+
+def test_an_engine_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The refusal names the package to install and the setting to change."""
+    monkeypatch.setitem(sys.modules, "pygrpc_native", None)
+    monkeypatch.delitem(sys.modules, "dedup_service.server.native_engine", raising=False)
+    with pytest.raises(StartRefused, match=r"install dedup-service\[native\], or set DEDUP_ENGINE=grpcio"):
+        make_engine("native", lambda _: None, max_streams=1)
+
+
+def test_an_engine_that_does_not_exist_is_refused() -> None:
+    """A misspelt engine is one sentence that names the setting and its values."""
+    ended = run_command("serve", environment={"DEDUP_ENGINE": "rust"})
+    assert ended.returncode == 2
+    assert "DEDUP_ENGINE (--engine): Input should be 'grpcio' or 'native'" in ended.stderr
+
+
+def test_without_a_temporary_folder_the_native_engine_is_refused(tmp_path: Path) -> None:
+    """The socket for what it hands to grpcio has to have a place; the sentence says what to set."""
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    arguments = ("--engine", "native", "--listen", "127.0.0.1:0", "--store-url", f"sqlite://{tmp_path / 'claims.db'}")
+    ended = run_command("serve", *arguments, environment={"TMPDIR": str(folder)})
+    assert ended.returncode == 1
+    assert "set TMPDIR to a writable one with a short path, or set DEDUP_ENGINE=grpcio" in ended.stderr
+
+
+def test_the_native_engine_leaves_nothing_behind(tmp_path: Path) -> None:
+    """The temporary socket has gone when the server has ended."""
+    arguments = ("--engine", "native", "--store-url", f"sqlite://{tmp_path / 'claims.db'}")
+    folder = tmp_path / "t"
+    folder.mkdir()
+    service = ServiceProcess(*arguments, environment={"TMPDIR": str(folder)}).start()
+    wait_until(lambda: list(folder.iterdir()), what="the folder of the socket")
+    assert service.stop() == 0
+    assert list(folder.iterdir()) == []
+
+
+async def test_several_processes_share_a_port_only_when_they_say_so(engine: EngineName) -> None:
+    """With reuse_port two servers listen on one port; a third that does not say so is refused.
+
+    Protections: grpc.so_reuseport, and the probe that asks in the same way.
+    """
+    sharing = [make_engine(engine, lambda _: None, max_streams=1, reuse_port=True) for _ in range(2)]
+    address = sharing[0].listen("127.0.0.1:0")
+    assert sharing[1].listen(address) == address
+    alone = make_engine(engine, lambda _: None, max_streams=1)
+    with pytest.raises(StartRefused, match="does another server listen there"):
+        alone.listen(address)
+    for server in sharing:
+        await server.start()
+        await server.stop(None)
