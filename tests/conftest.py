@@ -10,9 +10,14 @@ from typing import get_args
 import pytest
 import redis
 import uvloop
+from hypothesis import HealthCheck, settings
 
 from dedup_service.settings import EngineName
 from harness.processes import RedisProcess, ServiceProcess
+
+# A busy machine makes an example slow, which says nothing about what is tested.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 def pytest_configure() -> None:

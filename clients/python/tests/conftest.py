@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from dedup import Client, aio
 from dedup.testing import AsyncFakeClient, FakeClient, FakeService
 from harness.processes import RedisProcess, ServiceProcess
+
+# A busy machine makes an example slow, which says nothing about what is tested.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 class Threaded:
