@@ -1,0 +1,133 @@
+"""What a run found, as it stands in the JSON file: cells of figures, the servers, and the answers that were checked."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+from benchmarks.figures import Spread, paired_ratios, percentile, spread
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one load generator saw: latencies ascending in microseconds, one for each call that was answered."""
+
+    seconds: float
+    latencies_us: list[int]
+    wrong: int = 0
+    failed: int = 0
+    first_bad: str = ""
+
+    @property
+    def calls(self) -> int:
+        """How many calls were answered."""
+        return len(self.latencies_us)
+
+
+@dataclass(frozen=True)
+class Round:
+    """The figures of one cell in one round; CPU is that of the measured server alone, and None where it has none."""
+
+    throughput: float
+    p50_us: int
+    p99_us: int
+    p999_us: int
+    cpu_us: float | None
+    wrong: int = 0
+    failed: int = 0
+
+    @classmethod
+    def of(cls, load: Load, *, cpu_s: float | None, claims_a_call: int = 1) -> Self:
+        """Return the figures of one load: throughput and CPU are by the claim, latencies by the call."""
+        claims = load.calls * claims_a_call
+        p50, p99, p999 = (percentile(load.latencies_us, percent) for percent in (50, 99, 99.9))
+        cpu_us = None if cpu_s is None else round(cpu_s * 1e6 / claims, 2)
+        return cls(round(claims / load.seconds, 1), p50, p99, p999, cpu_us, load.wrong, load.failed)
+
+
+@dataclass
+class Cell:
+    """One workload on one server at one concurrency, over all rounds."""
+
+    server: str
+    workload: str
+    loader: str
+    concurrency: int
+    base: str
+    rounds: list[Round] = field(default_factory=list)
+
+    def spread(self, figure: str) -> Spread:
+        """Return the spread of one figure over the rounds."""
+        return spread([getattr(each, figure) for each in self.rounds])
+
+    def ratio(self, other: "Cell", figure: str = "throughput") -> Spread:
+        """Return this cell's figure as a multiple of the other's, round by round."""
+        return paired_ratios(
+            [getattr(each, figure) for each in self.rounds], [getattr(each, figure) for each in other.rounds]
+        )
+
+
+@dataclass
+class ServerFigures:
+    """One server over the whole run: start to first answer for each start, and its peak resident memory."""
+
+    server: str
+    start_ms: list[float] = field(default_factory=list)
+    peak_kib: int = 0
+    double_claims: int = 0
+    claims_checked: int = 0
+
+
+@dataclass
+class Results:
+    """Everything that one run found."""
+
+    machine: dict[str, Any]
+    settings: dict[str, Any]
+    cells: list[Cell] = field(default_factory=list)
+    servers: list[ServerFigures] = field(default_factory=list)
+    # What redis-benchmark, Redis' own client in C, does a second, by the number of its connections.
+    redis_benchmark: dict[str, list[float]] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+    format: int = FORMAT
+
+    def cell(self, server: str, workload: str, concurrency: int, loader: str | None = None) -> Cell | None:
+        """Return one cell, or None when it was not measured."""
+        for cell in self.cells:
+            if (cell.server, cell.workload, cell.concurrency) == (server, workload, concurrency) and loader in {
+                None,
+                cell.loader,
+            }:
+                return cell
+        return None
+
+    def base_of(self, cell: Cell) -> Cell | None:
+        """Return the no-op that a cell is paired with: same engine, concurrency and load generator."""
+        return self.cell(cell.base, "noop", cell.concurrency, cell.loader)
+
+    def bad_answers(self) -> Iterator[str]:
+        """Say for each cell what was wrong with its answers, and which service let a transaction in twice."""
+        for server in self.servers:
+            if server.double_claims and server.server.startswith("service"):
+                yield f"{server.server}: {server.double_claims} of {server.claims_checked} ids not CLAIMED exactly once"
+        for cell in self.cells:
+            for number, each in enumerate(cell.rounds, 1):
+                if each.wrong or each.failed:
+                    yield (
+                        f"{cell.server}, {cell.workload}, {cell.concurrency} callers, round {number}: "
+                        f"{each.wrong} wrong answers, {each.failed} failed calls"
+                    )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object of the results file."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> Self:
+        """Read the JSON object of a results file; raise ValueError for one of another format."""
+        if found.get("format") != FORMAT:
+            raise ValueError(f"results of format {found.get('format')}: this reads format {FORMAT}, measure anew")
+        cells = [Cell(**(cell | {"rounds": [Round(**each) for each in cell["rounds"]]})) for cell in found["cells"]]
+        servers = [ServerFigures(**server) for server in found["servers"]]
+        return cls(**(found | {"cells": cells, "servers": servers}))
