@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass
 
 import grpc
 
+from benchmarks.load import ConstantAnswer
 from benchmarks.servers import CannotMeasure
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
 
@@ -19,25 +19,13 @@ _RIVALS = 16
 _CONNECTIONS = 4
 
 
-@dataclass(frozen=True)
-class ConstantAnswer:
-    """What every call of one h2load run sends, and how many bytes each answer to it has."""
-
-    message: bytes
-    answer_bytes: int
-
-
-def hot_claim(transaction_id: str, *, retry: bool) -> dedup_pb2.ClaimTransactionRequest:
-    """Return a claim of the one id that all callers claim; a retry brings the token of its holder."""
-    request = dedup_pb2.ClaimTransactionRequest(transaction_id=transaction_id, claimant="benchmark")
-    request.ttl.FromSeconds(_HOT_TTL_S)
-    if retry:
-        request.claim_token = _TOKEN
-    return request
+def noop(transaction_id: str) -> ConstantAnswer:
+    """Return a claim for the no-op, which answers nothing."""
+    return ConstantAnswer(_hot_claim(transaction_id, retry=False).SerializeToString(), 0)
 
 
 @contextmanager
-def constant_answer(target: str, transaction_id: str, *, retry: bool) -> Iterator[ConstantAnswer]:
+def claimed(target: str, transaction_id: str, *, retry: bool) -> Iterator[ConstantAnswer]:
     """Claim the id, learn what later callers are told, and see at the end that they would still be told the same.
 
     Exactly one call is told CLAIMED, the one made here; those that follow are told DUPLICATE, or, as retries with its
@@ -45,7 +33,7 @@ def constant_answer(target: str, transaction_id: str, *, retry: bool) -> Iterato
     """
     with grpc.insecure_channel(target) as channel:
         stub = dedup_pb2_grpc.DedupServiceStub(channel)
-        request = hot_claim(transaction_id, retry=retry)
+        request = _hot_claim(transaction_id, retry=retry)
         first = stub.ClaimTransaction(request, timeout=_TIMEOUT_S)
         if first.outcome != dedup_pb2.CLAIM_OUTCOME_CLAIMED or first.replayed:
             raise CannotMeasure(f"{target}: the first claim of {transaction_id} was told {first}")
@@ -75,3 +63,12 @@ async def doubly_claimed(target: str, run: str, ids: int) -> int:
             return [reply.outcome for reply in replies].count(dedup_pb2.CLAIM_OUTCOME_CLAIMED) == 1
 
         return [await race(number) for number in range(ids)].count(False)
+
+
+def _hot_claim(transaction_id: str, *, retry: bool) -> dedup_pb2.ClaimTransactionRequest:
+    """Return a claim of the one id that all callers claim; a retry brings the token of its holder."""
+    request = dedup_pb2.ClaimTransactionRequest(transaction_id=transaction_id, claimant="benchmark")
+    request.ttl.FromSeconds(_HOT_TTL_S)
+    if retry:
+        request.claim_token = _TOKEN
+    return request

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.results import Load
@@ -56,6 +57,14 @@ def _log_rows(log: str) -> list[list[str]]:
     return [line.split("\t")[:3] for line in log.splitlines()]
 
 
+@dataclass(frozen=True)
+class ConstantAnswer:
+    """What every call of one h2load run sends, and how many bytes each answer to it should have."""
+
+    message: bytes
+    answer_bytes: int
+
+
 class H2load:
     """Sends one body over and over."""
 
@@ -68,12 +77,10 @@ class H2load:
         self._binary = binary
         self._folder = folder
 
-    def run(
-        self, target: str, method: str, message: bytes, *, answer_bytes: int, concurrency: int, seconds: float
-    ) -> Load:
-        """Call for a while, and return what was seen; every answer should have as many bytes as given."""
+    def run(self, target: str, method: str, constant: ConstantAnswer, *, concurrency: int, seconds: float) -> Load:
+        """Call for a while, and return what was seen."""
         body, log = self._folder / "body", self._folder / "h2load.log"
-        body.write_bytes(frame(message))
+        body.write_bytes(frame(constant.message))
         # h2load appends.
         log.unlink(missing_ok=True)
         connections = min(concurrency, MAX_CONNECTIONS)
@@ -82,7 +89,7 @@ class H2load:
         for header in _HEADERS:
             command += ["-H", header]
         output = _run([*command, f"http://{target}{method}"])
-        return parse_h2load(output, log.read_text(), answer_bytes=answer_bytes, concurrency=concurrency)
+        return parse_h2load(output, log.read_text(), answer_bytes=constant.answer_bytes, concurrency=concurrency)
 
 
 class Loadgen:

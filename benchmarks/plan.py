@@ -6,6 +6,8 @@ from benchmarks.servers import Redis, Subject
 
 # The name of redis-py without a service, among the servers of the report.
 DIRECT = "Redis directly"
+# What a claim is compared with where no service stands between.
+DIRECT_CLIENT = "redis-py asyncio"
 STORES = ("redis-tcp", "redis-unix", "sqlite")
 NAIVE = ("setnx", "get-then-set")
 # At more callers than these thousands of claims would be under way at once, which shows the queue and not the batch.

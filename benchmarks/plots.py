@@ -9,9 +9,17 @@ from matplotlib.figure import Figure
 from benchmarks.plan import DIRECT
 from benchmarks.results import Cell, Results
 
-# Chosen before pyplot is imported: no window. Text stays text, and ids do not come from chance.
+# Chosen before pyplot is imported: no window. Text stays text, and the ids in the files are no random ones.
 mpl.use("svg")
-mpl.rcParams.update({"svg.hashsalt": "dedup", "svg.fonttype": "none", "figure.figsize": (7.0, 4.0), "axes.grid": True})
+mpl.rcParams.update(
+    {
+        "svg.hashsalt": "dedup",
+        "svg.fonttype": "none",
+        "figure.figsize": (7.0, 4.0),
+        "axes.grid": True,
+        "axes.axisbelow": True,
+    }
+)
 
 from matplotlib import pyplot as plt  # noqa: E402 - as above
 

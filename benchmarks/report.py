@@ -10,11 +10,9 @@ from pathlib import Path
 
 from benchmarks import plan, plots
 from benchmarks.figures import Spread, spread
-from benchmarks.plan import DIRECT
+from benchmarks.plan import DIRECT, DIRECT_CLIENT
 from benchmarks.results import Cell, Results
 
-# What a claim is compared with where no service stands between.
-DIRECT_CLIENT = "redis-py asyncio"
 # What the tables of one concurrency show, where it was measured.
 TYPICAL_CALLERS = 64
 

@@ -23,7 +23,10 @@ class CannotMeasure(Exception):
 
 @dataclass(frozen=True)
 class Subject:
-    """One server to measure: how it is called in the report, and the commands that start its processes."""
+    """One server to measure: its name in the report, and how each of its processes is started.
+
+    What is in the folder `python_path` goes before what is installed.
+    """
 
     name: str
     engine: str
@@ -31,6 +34,7 @@ class Subject:
     workloads: tuple[str, ...]
     arguments: tuple[str, ...]
     processes: int = 1
+    python_path: str = ""
 
     @property
     def base(self) -> str:
@@ -54,12 +58,15 @@ class Server:
 
     def start(self) -> float:
         """Start it, and return the milliseconds until it accepted a connection; raise CannotMeasure with its log."""
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("DEDUP_")}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("DEDUP_")}
+        if self.subject.python_path:
+            paths = (self.subject.python_path, environment.get("PYTHONPATH", ""))
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         command = [sys.executable, *self.subject.arguments, "--listen", self.target]
         begun = time.perf_counter()
         with self._log.open("ab") as log:
             for _ in range(self.subject.processes):
-                self._processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=clean))
+                self._processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
         try:
             await_port(self.port, self._processes)
         except CannotMeasure as error:
