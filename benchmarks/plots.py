@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from benchmarks.figures import spread
 from benchmarks.plan import DIRECT
 from benchmarks.results import Cell, Results
 
@@ -40,15 +41,13 @@ def _lines(results: Results, path: Path, figure: str, label: str, *, scale: str)
         if workload == "noop" and loader != "h2load":
             continue
         cells = [c for c in results.cells if (c.server, c.workload, c.loader) == (server, workload, loader)]
-        middles = [cell.spread(figure) for cell in cells]
-        below = [middle.median - middle.low for middle in middles]
-        above = [middle.high - middle.median for middle in middles]
-        callers = [cell.concurrency for cell in cells]
+        points = [(cell.concurrency, found) for cell in cells if (found := cell.spread(figure)) is not None]
+        callers, middles = [callers for callers, _ in points], [found.median for _, found in points]
+        below = [found.median - found.low for _, found in points]
+        above = [found.high - found.median for _, found in points]
         name = loader if server == DIRECT else server
         dashes = "--" if workload == "noop" else "-"
-        axes.errorbar(
-            callers, [m.median for m in middles], [below, above], marker=".", ls=dashes, label=name, capsize=2
-        )
+        axes.errorbar(callers, middles, [below, above], marker=".", ls=dashes, label=name, capsize=2)
     measured = sorted({cell.concurrency for cell in results.cells})
     axes.set_xscale("log", base=2)
     axes.set_xticks(measured, [str(callers) for callers in measured])
@@ -67,7 +66,8 @@ def _cpu(results: Results, path: Path) -> Path:
     cells = [c for c in results.cells if c.concurrency == callers and c.workload in {*_SERIES, "fresh"}]
     cells = [c for c in cells if not (c.workload == "noop" and c.loader != "h2load")][::-1]
     picture, axes = plt.subplots(figsize=(7.0, 1 + len(cells) * 0.25))
-    axes.barh([_label(cell) for cell in cells], [cell.spread("cpu_us").median for cell in cells], height=0.6)
+    spreads = [spread([each.cpu_us for each in cell.rounds]) for cell in cells]
+    axes.barh([_label(cell) for cell in cells], [found.median for found in spreads], height=0.6)
     axes.tick_params(labelsize=7)
     axes.set_xlabel(f"CPU of the server in µs a call, at {callers} callers (of redis-py itself where no service is)")
     return _save(picture, path)

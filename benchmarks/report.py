@@ -30,9 +30,9 @@ def number(value: float) -> str:
     return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}"
 
 
-def with_range(found: Spread) -> str:
-    """Return the median with the least and the greatest."""
-    return f"{number(found.median)} [{number(found.low)}…{number(found.high)}]"
+def with_range(found: Spread | None) -> str:
+    """Return the median with the least and the greatest, or nothing where there is no figure."""
+    return "" if found is None else f"{number(found.median)} [{number(found.low)}…{number(found.high)}]"
 
 
 def callers_shown(results: Results) -> int:
@@ -58,7 +58,8 @@ def detail(results: Results, cells: Iterable[Cell]) -> str:
     header = ["server: workload", "load by", "callers", "a second", "of the no-op", "of redis-py"]
     rows = []
     for cell in cells:
-        middle = [number(cell.spread(figure).median) for figure in ("p50_us", "p99_us", "p999_us", "cpu_us")]
+        spreads = [cell.spread(figure) for figure in ("p50_us", "p99_us", "p999_us", "cpu_us")]
+        middle = ["" if found is None else number(found.median) for found in spreads]
         ratios = [_ratio(cell, results.base_of(cell)), _ratio(cell, _direct(results, cell.concurrency))]
         throughput = with_range(cell.spread("throughput"))
         rows.append([_name(cell), cell.loader, f"{cell.concurrency}", throughput, *ratios, *middle])

@@ -27,23 +27,33 @@ class Load:
 
 @dataclass(frozen=True)
 class Round:
-    """The figures of one cell in one round; CPU is that of the measured server alone, and None where it has none."""
+    """The figures of one cell in one round.
+
+    CPU is that of the measured server alone. p99.9 of fewer than 1,000 calls, and p99 of fewer than 100, are None:
+    they would be the slowest call under another name.
+    """
 
     throughput: float
     p50_us: int
-    p99_us: int
-    p999_us: int
-    cpu_us: float | None
+    p99_us: int | None
+    p999_us: int | None
+    cpu_us: float
     wrong: int = 0
     failed: int = 0
 
     @classmethod
-    def of(cls, load: Load, *, cpu_s: float | None, claims_a_call: int = 1) -> Self:
+    def of(cls, load: Load, *, cpu_s: float, claims_a_call: int = 1) -> Self:
         """Return the figures of one load: throughput and CPU are by the claim, latencies by the call."""
         claims = load.calls * claims_a_call
-        p50, p99, p999 = (percentile(load.latencies_us, percent) for percent in (50, 99, 99.9))
-        cpu_us = None if cpu_s is None else round(cpu_s * 1e6 / claims, 2)
-        return cls(round(claims / load.seconds, 1), p50, p99, p999, cpu_us, load.wrong, load.failed)
+        return cls(
+            throughput=round(claims / load.seconds, 1),
+            p50_us=percentile(load.latencies_us, 50),
+            p99_us=percentile(load.latencies_us, 99) if load.calls >= 100 else None,
+            p999_us=percentile(load.latencies_us, 99.9) if load.calls >= 1_000 else None,
+            cpu_us=round(cpu_s * 1e6 / claims, 2),
+            wrong=load.wrong,
+            failed=load.failed,
+        )
 
 
 @dataclass
@@ -57,9 +67,10 @@ class Cell:
     base: str
     rounds: list[Round] = field(default_factory=list)
 
-    def spread(self, figure: str) -> Spread:
-        """Return the spread of one figure over the rounds."""
-        return spread([getattr(each, figure) for each in self.rounds])
+    def spread(self, figure: str) -> Spread | None:
+        """Return the spread of one figure over the rounds, or None when a round lacks it."""
+        values = [getattr(each, figure) for each in self.rounds]
+        return None if None in values else spread(values)
 
     def ratio(self, other: "Cell", figure: str = "throughput") -> Spread:
         """Return this cell's figure as a multiple of the other's, round by round."""

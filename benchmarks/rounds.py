@@ -19,12 +19,16 @@ _REDIS_BENCHMARK_CALLS = 20_000
 
 @dataclass(frozen=True)
 class Extent:
-    """How much is measured: `seconds` for each workload, and `races` for ids that 16 callers claim at once."""
+    """How much is measured.
+
+    `seconds` for each workload, `races` for ids that 16 callers claim at once, and `starts` of each server.
+    """
 
     concurrency: tuple[int, ...]
     rounds: int
     seconds: float
     races: int
+    starts: int = 1
 
 
 class Rounds:
@@ -38,16 +42,16 @@ class Rounds:
         self._count = 0
 
     def start(self, subjects: Sequence[Subject], folder: Path, stack: ExitStack) -> list[Server]:
-        """Start every server as often as there are rounds, and leave the last start running, checked and warm."""
+        """Start every server as often as was asked for, and leave the last start running, checked and warm."""
         servers = []
         for subject in subjects:
             figures = ServerFigures(subject.name)
             self._results.servers.append(figures)
             server = Server(subject, folder)
             stack.callback(server.stop)
-            for number in range(self._extent.rounds):
+            for number in range(self._extent.starts):
                 server.stop()
-                say(f"starting {subject.name}, {number + 1} of {self._extent.rounds}")
+                say(f"starting {subject.name}, {number + 1} of {self._extent.starts}")
                 figures.start_ms.append(round(server.start(), 1))
             servers.append(server)
             if subject.store != "none":

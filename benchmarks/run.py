@@ -20,13 +20,13 @@ from benchmarks.rounds import Extent, Rounds, say
 from benchmarks.servers import CannotMeasure, running_redis
 
 ROOT = Path(__file__).resolve().parents[1]
-_QUICK = {"concurrency": (1, 16), "rounds": 1, "seconds": 0.2, "races": 20}
-_FULL = {"concurrency": (1, 16, 64, 256), "rounds": 3, "seconds": 1.0, "races": 200}
+_QUICK = {"concurrency": (1, 16), "rounds": 1, "seconds": 0.2, "races": 20, "starts": 1}
+_FULL = {"concurrency": (1, 16, 64, 256), "rounds": 5, "seconds": 0.7, "races": 200, "starts": 3}
 
 
 def measure(options: argparse.Namespace) -> Results:
     """Measure what the options ask for; raise CannotMeasure."""
-    extent = Extent(options.concurrency, options.rounds, options.seconds, options.races)
+    extent = Extent(options.concurrency, options.rounds, options.seconds, options.races, options.starts)
     results = Results(machine.describe(), asdict(extent) | {"workers": options.workers})
     engines = [engine for engine in options.engines if _available(engine, results)]
     with tempfile.TemporaryDirectory(prefix="dedup-benchmark-") as name, ExitStack() as stack:

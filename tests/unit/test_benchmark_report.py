@@ -82,7 +82,18 @@ def test_a_base_of_zero_is_refused() -> None:
 def test_a_batch_counts_by_its_claims() -> None:
     """Throughput and CPU of a batch are by the claim, its latency by the call."""
     found = Round.of(Load(2.0, [10, 20, 30, 40]), cpu_s=0.004, claims_a_call=100)
-    assert (found.throughput, found.cpu_us, found.p50_us, found.p999_us) == (200.0, 10.0, 20, 40)
+    assert (found.throughput, found.cpu_us, found.p50_us) == (200.0, 10.0, 20)
+
+
+@pytest.mark.parametrize(
+    ("calls", "p99", "p999"), [(99, None, None), (100, 99, None), (999, 990, None), (1_000, 990, 999)]
+)
+def test_few_calls_have_no_high_percentile(calls: int, p99: int | None, p999: int | None) -> None:
+    """The slowest call is not passed off as a percentile that so few calls do not have."""
+    found = Round.of(Load(1.0, list(range(1, calls + 1))), cpu_s=0.1)
+    assert (found.p99_us, found.p999_us) == (p99, p999)
+    cell = Cell(NOOP, "noop", "h2load", 1, NOOP, [found])
+    assert (cell.spread("p999_us") is None) == (p999 is None)
 
 
 def test_a_message_is_framed_as_grpc_does_it() -> None:
