@@ -13,11 +13,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks import load, machine
-from benchmarks.report import table, with_range
+from benchmarks.report import table, update_docs, with_range
 from benchmarks.results import Results
 from benchmarks.rounds import Extent, Rounds, say
 from benchmarks.servers import CannotMeasure, Redis, Subject, running_redis
 
+ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = "1.75.1,1.80.0,1.85.1"
 
 
@@ -56,15 +57,18 @@ def measure(versions: list[str], extent: Extent) -> Results:
 
 
 def compare(results: Results, versions: list[str]) -> str:
-    """Return the table: calls a second of each version, and as a multiple of the first version of the same round."""
+    """Return the table: calls and CPU of each version, and as a multiple of the first version in the same round."""
     rows = []
     for cell in results.cells:
         kind, _, version = cell.server.partition(", grpcio ")
         first = results.cell(f"{kind}, grpcio {versions[0]}", cell.workload, cell.concurrency)
         assert first is not None  # noqa: S101 - cells of one run
-        figures = [with_range(cell.spread(figure)) for figure in ("throughput", "cpu_us")]
-        rows.append([f"{kind}, grpcio {version}", f"{cell.concurrency}", *figures, with_range(cell.ratio(first))])
-    return table(["server", "callers", "calls a second", "CPU µs a call", f"of {versions[0]}"], rows)
+        row = [f"{kind}, grpcio {version}", f"{cell.concurrency}"]
+        for figure in ("throughput", "cpu_us"):
+            row += [with_range(cell.spread(figure)), with_range(cell.ratio(first, figure))]
+        rows.append(row)
+    beside = f"of {versions[0]}"
+    return table(["server", "callers", "calls a second", beside, "CPU µs a call", beside], rows)
 
 
 def main() -> None:
@@ -75,13 +79,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="(default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--from-json", type=Path, metavar="PATH", help="measure nothing, report these results anew")
+    parser.add_argument("--update-docs", action="store_true", help="write the table into docs/performance.md as well")
     options = parser.parse_args()
     versions = options.versions.split(",")
     callers = tuple(map(int, options.concurrency.split(",")))
     try:
-        results = measure(versions, Extent(callers, options.rounds, options.seconds, races=20))
+        if options.from_json:
+            results = Results.from_json(json.loads(options.from_json.read_text()))
+            versions = results.settings["versions"]
+        else:
+            results = measure(versions, Extent(callers, options.rounds, options.seconds, races=20))
     except CannotMeasure as error:
         sys.exit(f"bench: {error}")
+    if options.update_docs:
+        update_docs(ROOT / "docs" / "performance.md", {"grpcio-versions": compare(results, versions)})
     sys.stdout.write(json.dumps(results.to_json()) + "\n" if options.json else compare(results, versions))
     sys.exit(1 if list(results.bad_answers()) else 0)
 
