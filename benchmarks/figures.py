@@ -22,7 +22,7 @@ def percentile(ordered: Sequence[int], percent: float) -> int:
     """
     if not ordered:
         raise ValueError("no values: nothing was measured")
-    # 99.9 % of 1,000 is 999.0000000000001 in floating point, and the rank after it another value.
+    # 99.9 % of 41,000 is a little above 40,959 in floating point, and the next rank another value.
     rank = math.ceil(round(len(ordered) * percent / 100, 6))
     return ordered[max(rank, 1) - 1]
 

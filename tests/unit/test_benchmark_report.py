@@ -47,6 +47,11 @@ def test_percentile_is_the_nearest_rank(percent: float, expected: int) -> None:
     assert percentile(range(1, 1_001), percent) == expected
 
 
+def test_percentile_is_exact_where_floating_point_is_not() -> None:
+    """A product that floating point makes a little too large does not give the next rank."""
+    assert percentile(range(1, 41_001), 99.9) == 40_959
+
+
 @given(st.lists(st.integers(0, 10**9), min_size=1).map(sorted), st.floats(0.1, 100))
 def test_percentile_was_seen_and_covers_its_share(values: list[int], percent: float) -> None:
     """A percentile is one of the values, and at least its share of them does not exceed it."""
