@@ -60,7 +60,7 @@ chaos: .venv/dev.stamp redis ## Check histories under faults for 3 minutes (ARGS
 	@PYTHONPATH=tests .venv/bin/python -m chaos.run $(ARGS)
 
 # Where Go is missing claims of fresh ids and batches are not measured, and the report says so.
-bench: .venv/dev.stamp redis h2load ## Measure for 12 minutes, on Linux (ARGS="--quick" sees in one that all of it runs)
+bench: .venv/dev.stamp redis h2load ## Measure for ten minutes, on Linux (ARGS="--quick" sees in one that all of it runs)
 	@.venv/bin/python -m benchmarks.run $(ARGS)
 
 check: .venv/dev.stamp stubs-current ## Lint, format, types, layers, contract, generated stubs, lock

@@ -71,7 +71,8 @@ def _typical(results: Results) -> str:
     # Batches end at fewer callers.
     few = max((cell.concurrency for cell in results.cells if cell.workload == "batch"), default=0)
     shown = [c for c in results.cells if c.concurrency == (min(callers, few) if c.workload == "batch" else callers)]
-    return detail(results, shown)
+    order = [each.server for each in results.servers] + [DIRECT]
+    return detail(results, sorted(shown, key=lambda cell: order.index(cell.server)))
 
 
 def _by_callers(results: Results) -> str:
