@@ -20,7 +20,7 @@ from benchmarks.rounds import Extent, Rounds, say
 from benchmarks.servers import CannotMeasure, running_redis
 
 ROOT = Path(__file__).resolve().parents[1]
-_QUICK = {"concurrency": (1, 16), "rounds": 1, "seconds": 0.2, "races": 20, "starts": 1}
+_QUICK = {"concurrency": (1, 16), "rounds": 1, "seconds": 0.4, "races": 20, "starts": 1}
 _FULL = {"concurrency": (1, 16, 64, 256), "rounds": 5, "seconds": 0.7, "races": 200, "starts": 3}
 
 
