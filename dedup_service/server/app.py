@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import signal
 from collections.abc import Callable, Sequence
 
@@ -27,6 +28,9 @@ from dedup_service.telemetry.logs import logger
 # What one connection may have under way beyond what the server admits at all, such as health checks. So a caller with
 # too many is still told so, and a hostile one cannot pile up more.
 _SPARE_STREAMS = 100
+
+# How many new objects make Python look for garbage; its own default is 700.
+_COLLECTION_THRESHOLD = 10_000
 
 # How long calls are refused with a reason before the server stops to listen.
 _LAME_DUCK_S = 0.25
@@ -73,6 +77,7 @@ async def serve(settings: Settings, announce: Callable[[Sequence[str]], None]) -
         engine = make_engine(settings.engine, register, max_streams=settings.max_in_flight + _SPARE_STREAMS)
         addresses = [engine.listen(address) for address in settings.listen]
         await engine.start()
+        _spare_what_stays()
         policy_reload.log_loaded(claims)
         stop = _stop_signals()
         log.info("serving", addresses=addresses, store=store.description, engine=settings.engine, version=__version__)
@@ -99,6 +104,14 @@ async def serve(settings: Settings, announce: Callable[[Sequence[str]], None]) -
         startup_checks.raise_refusal()
     finally:
         await store.close()
+
+
+def _spare_what_stays() -> None:
+    # Modules and servers stay until the end, and a full collection that goes through them all stops every call for
+    # 30 ms. With more objects between two collections as well, they cost a claim 0.7 µs instead of 5.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_COLLECTION_THRESHOLD)
 
 
 def _make_store(settings: Settings) -> ClaimStore:
