@@ -14,6 +14,9 @@ from dedup_service.server.engines import make_engine
 
 SERVICE = "dedup.benchmark.Noop"
 
+# What the service allows one connection by default.
+MAX_STREAMS = 2_100
+
 
 async def noop(_: bytes, __: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
     """Answer an empty message."""
@@ -34,7 +37,7 @@ async def main() -> None:
     parser.add_argument("--listen", required=True, help="host:port")
     parser.add_argument("--reuse-port", action="store_true", help="share the port with other processes")
     options = parser.parse_args()
-    engine = make_engine(options.engine, register, reuse_port=options.reuse_port)
+    engine = make_engine(options.engine, register, max_streams=MAX_STREAMS, reuse_port=options.reuse_port)
     engine.listen(options.listen)
     await engine.start()
     await asyncio.Event().wait()
