@@ -55,6 +55,14 @@ class ClaimStore(Protocol):
         is None. Raises InvalidRequest when that moment is in the past by the clock of the store, and UnreadableValue.
         """
 
+    async def claim_all(
+        self, claims: Sequence[tuple[Transaction, int | None]]
+    ) -> Sequence[Transaction | Exception | None]:
+        """Carry out many claims in their order, each as `claim` would and each alone.
+
+        Returns for each what `claim` would have returned, or the exception that it would have raised.
+        """
+
     async def complete(self, completion: Completion) -> Transaction | None:
         """Carry out `completion.of` the live holder in one atomic step, and return what it returned; None without one.
 

@@ -1,14 +1,14 @@
 """The rpcs of the contract over the claim service."""
 
-import asyncio
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import grpc
+from google.rpc import status_pb2
 
 from dedup.v1 import dedup_pb2
-from dedup_service.claims import ClaimService, FieldViolation, InvalidRequest
+from dedup_service.claims import ClaimAnswer, ClaimRequest, ClaimService, FieldViolation, InvalidRequest
 from dedup_service.servicer.admission import Admission
 from dedup_service.servicer.endpoint import Endpoint, Handler
 from dedup_service.servicer.error_table import failure_of, new_incident
@@ -18,6 +18,7 @@ from dedup_service.servicer.messages import (
     claim_response,
     complete_request,
     extend_request,
+    fill_claim_response,
     release_request,
     transaction_message,
 )
@@ -92,19 +93,32 @@ class DedupServicer:
             raise InvalidRequest(
                 FieldViolation("requests", f"has {len(request.requests)} claims: send 1 to {MAX_BATCH} in one batch")
             )
-        entries = await asyncio.gather(*map(self._batch_entry, request.requests))
-        return dedup_pb2.BatchClaimTransactionsResponse(entries=entries)
+        read = [_read(entry) for entry in request.requests]
+        answers = iter(await self._claims.claim_all([one for one in read if isinstance(one, ClaimRequest)]))
+        reply = dedup_pb2.BatchClaimTransactionsResponse()
+        for one in read:
+            answer = next(answers) if isinstance(one, ClaimRequest) else one
+            entry = reply.entries.add()
+            if isinstance(answer, ClaimAnswer):
+                fill_claim_response(entry.response, answer)
+            else:
+                entry.error.CopyFrom(_status_of(answer))
+        return reply
 
-    async def _batch_entry(self, request: dedup_pb2.ClaimTransactionRequest) -> dedup_pb2.BatchClaimEntry:
-        try:
-            claim = batched_claim_request(request)
-            return dedup_pb2.BatchClaimEntry(response=claim_response(await self._claims.claim(claim)))
-        except Exception as error:  # noqa: BLE001 - whatever becomes of one entry, the others have their answers
-            incident = new_incident()
-            failure = failure_of(error, incident)
-            if failure.code is grpc.StatusCode.INTERNAL:
-                logger().error("incident", incident=incident, exc_info=error)
-            return dedup_pb2.BatchClaimEntry(error=failure.status())
+
+def _read(entry: dedup_pb2.ClaimTransactionRequest) -> ClaimRequest | Exception:
+    try:
+        return batched_claim_request(entry)
+    except Exception as error:  # noqa: BLE001 - whatever is wrong with one entry, the others have their answers
+        return error
+
+
+def _status_of(error: Exception) -> status_pb2.Status:
+    incident = new_incident()
+    failure = failure_of(error, incident)
+    if failure.code is grpc.StatusCode.INTERNAL:
+        logger().error("incident", incident=incident, exc_info=error)
+    return failure.status()
 
 
 def add_to_server(server: grpc.aio.Server, servicer: DedupServicer, call_log: CallLog, admission: Admission) -> None:
@@ -150,7 +164,11 @@ def _outcome_reader(response: Any) -> Callable[[Any], str]:  # noqa: ANN401 - a 
     return lambda reply: names[reply.outcome]
 
 
+_outcome_of_claim = _outcome_reader(dedup_pb2.ClaimTransactionResponse.DESCRIPTOR)
+
+
 def _outcomes_of_batch(reply: dedup_pb2.BatchClaimTransactionsResponse) -> str:
-    read = _outcome_reader(dedup_pb2.ClaimTransactionResponse.DESCRIPTOR)
-    outcomes = Counter(read(entry.response) if entry.HasField("response") else "ERROR" for entry in reply.entries)
+    outcomes = Counter(
+        _outcome_of_claim(entry.response) if entry.HasField("response") else "ERROR" for entry in reply.entries
+    )
     return " ".join(f"{outcome}={count}" for outcome, count in sorted(outcomes.items()))
