@@ -5,7 +5,6 @@ both kinds, each with a client process of its own. Every claim is of a fresh id 
 last id, claimed again, must be a DUPLICATE. Linux only. Progress goes to standard error.
 """
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -14,12 +13,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine
+from benchmarks import machine, publishing
 from benchmarks.figures import Spread, paired_ratios, spread
+from benchmarks.publishing import ROOT, say
 from benchmarks.report import number, table, with_range
 from benchmarks.servers import CannotMeasure, Server, Subject, running_redis
 
-ROOT = Path(__file__).resolve().parents[1]
 CALLERS = 64
 KINDS = ("unary", "coalesced")
 _TIMEOUT_S = 60
@@ -100,28 +99,14 @@ def markdown(results: dict[str, Any]) -> str:
     return table([*header, "CPU µs of the server alone", "coalesced"], rows)
 
 
-def say(line: str) -> None:
-    """Print a line of progress."""
-    sys.stderr.write(f"{line}\n")
-
-
 def main() -> None:
-    """Measure, and print the table or the JSON."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one short round: shows that it runs")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the JSON here, '-' for standard output")
-    options = parser.parse_args()
+    """Measure, and publish the figures."""
+    chosen = publishing.options(__doc__)
     try:
-        results = measure(*((1, 0.5) if options.quick else (7, 3.0)))
+        results = publishing.earlier(chosen) or measure(*((1, 0.5) if chosen.quick else (7, 3.0)))
     except CannotMeasure as error:
         sys.exit(f"coalescing: {error}")
-    text = json.dumps(results, indent=1) + "\n"
-    if options.json == Path("-"):
-        sys.stdout.write(text)
-        return
-    if options.json:
-        options.json.write_text(text)
-    sys.stdout.write(markdown(results))
+    publishing.publish("coalescing", results, markdown(results), chosen)
 
 
 if __name__ == "__main__":

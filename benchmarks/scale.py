@@ -6,9 +6,7 @@ expired rows of a SQLite file are reclaimed beside live claims (benchmarks/recla
 3 GB of memory. Progress goes to standard error.
 """
 
-import argparse
 import asyncio
-import json
 import statistics
 import sys
 import tempfile
@@ -20,9 +18,10 @@ from typing import Any
 import grpc
 import redis
 
-from benchmarks import machine, reclaim
+from benchmarks import machine, publishing, reclaim
 from benchmarks.figures import paired_ratios, spread
 from benchmarks.filling import fill_redis, fill_sqlite, transaction_id
+from benchmarks.publishing import say
 from benchmarks.report import number, table, with_range
 from benchmarks.servers import CannotMeasure, Server, Subject, running_redis
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
@@ -140,6 +139,18 @@ def measure_memory(count: int) -> dict[str, Any]:
     return found
 
 
+def measure_all(*, quick: bool) -> dict[str, Any]:
+    """Return the figures of every part."""
+    largest = {"redis": 4, "sqlite": 4} if quick else {"redis": 7, "sqlite": 6}
+    sizes = {store: [10**power for power in range(3, most + 1)] for store, most in largest.items()}
+    return {
+        "machine": machine.describe(),
+        "sizes": measure_sizes(sizes, *((2, 50) if quick else (20, 150))),
+        "memory": measure_memory(20_000 if quick else 1_000_000),
+        "reclaim": asyncio.run(reclaim.measure(*((20_000, 1.0) if quick else (1_000_000, 45.0)), say)),
+    }
+
+
 def markdown(results: dict[str, Any]) -> str:
     """Return the tables of the documentation."""
     rows = []
@@ -191,36 +202,14 @@ def _progress(what: str, count: int) -> Any:  # noqa: ANN401 - a callback
     return progress
 
 
-def say(line: str) -> None:
-    """Print a line of progress."""
-    sys.stderr.write(f"{line}\n")
-
-
 def main() -> None:
-    """Measure, and print the tables or the JSON."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small sizes, few rounds: shows that it runs")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the JSON here, '-' for standard output")
-    options = parser.parse_args()
-    quick = options.quick
-    largest = {"redis": 4, "sqlite": 4} if quick else {"redis": 7, "sqlite": 6}
-    sizes = {store: [10**power for power in range(3, most + 1)] for store, most in largest.items()}
+    """Measure, and publish the figures."""
+    chosen = publishing.options(__doc__)
     try:
-        results = {
-            "machine": machine.describe(),
-            "sizes": measure_sizes(sizes, *((2, 50) if quick else (20, 150))),
-            "memory": measure_memory(20_000 if quick else 1_000_000),
-            "reclaim": asyncio.run(reclaim.measure(*((20_000, 1.0) if quick else (1_000_000, 45.0)), say)),
-        }
+        results = publishing.earlier(chosen) or measure_all(quick=chosen.quick)
     except CannotMeasure as error:
         sys.exit(f"scale: {error}")
-    text = json.dumps(results, indent=1) + "\n"
-    if options.json == Path("-"):
-        sys.stdout.write(text)
-        return
-    if options.json:
-        options.json.write_text(text)
-    sys.stdout.write(markdown(results))
+    publishing.publish("scale", results, markdown(results), chosen)
 
 
 if __name__ == "__main__":
