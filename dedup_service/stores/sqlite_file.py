@@ -39,6 +39,8 @@ _RECLAIM = "DELETE FROM claims WHERE rowid IN (SELECT rowid FROM claims WHERE ex
 # depends on the disk and on how large the file is: the keys of claims that expire together lie on as many pages.
 _STEP_S = 0.001
 _FIRST_STEP_ROWS = 50
+# Fewer would hardly make a step shorter, since it ends with a sync, and a slow disk would never see the last of them.
+_MIN_STEP_ROWS = 32
 _MAX_STEP_ROWS = 1_000
 
 # How large the log may grow while claims come in: copying that takes 15 ms, and a page changes many times before.
@@ -140,7 +142,7 @@ class ClaimFile:
         if count == rows:
             fitting = int(rows * _STEP_S / (time.perf_counter() - begun))
             # Towards more by and by, since one fast step says little; towards less at once.
-            self._step_rows = max(1, min(fitting, rows + rows // 4 + 1, _MAX_STEP_ROWS))
+            self._step_rows = min(max(fitting, _MIN_STEP_ROWS), rows + rows // 4 + 1, _MAX_STEP_ROWS)
         return count == rows
 
     def _shorten_log(self, limit: int, patience_ms: int = 0) -> bool:
