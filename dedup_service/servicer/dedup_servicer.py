@@ -27,8 +27,8 @@ from dedup_service.telemetry.logs import logger
 
 MAX_BATCH = 1_000
 
-# What the claim at the end of a wait may take, of the time that the caller waits.
-_LAST_CLAIM_MS = 50
+# What of the caller's time the claim at the end of a wait may take.
+_LAST_CLAIM_SHARE = 0.1
 
 SERVICE_NAME = dedup_pb2.DESCRIPTOR.services_by_name["DedupService"].full_name
 
@@ -45,7 +45,7 @@ class DedupServicer:
         """Serve ClaimTransaction."""
         claim = claim_request(request)
         if claim.wait_ms > 0 and budget_s is not None:
-            claim = claim._replace(wait_ms=max(0, min(claim.wait_ms, int(budget_s * 1_000) - _LAST_CLAIM_MS)))
+            claim = claim._replace(wait_ms=min(claim.wait_ms, int(budget_s * 1_000 * (1 - _LAST_CLAIM_SHARE))))
         return claim_response(await self._claims.claim(claim))
 
     async def complete_transaction(
