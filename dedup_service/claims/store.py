@@ -22,6 +22,16 @@ class StoreNotice:
     restarted: bool = False
 
 
+class StoreObserver(Protocol):
+    """Is told what becomes of a store's connections. Its methods return at once and raise nothing."""
+
+    def connected(self, *, again: bool) -> None:
+        """Hear of a new connection, made `again` where an earlier one was lost."""
+
+    def disconnected(self) -> None:
+        """Hear that a connection has ended."""
+
+
 class ClaimStore(Protocol):
     """Keeps claims. Every method may raise StoreUnavailable, and none repeats a command by itself.
 
