@@ -2,13 +2,13 @@
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.rpc import status_pb2
 
 from dedup.v1 import dedup_pb2
-from dedup_service.claims import ClaimAnswer, ClaimRequest, ClaimService, FieldViolation, InvalidRequest
+from dedup_service.claims import Applied, ClaimAnswer, ClaimRequest, ClaimService, FieldViolation, InvalidRequest
 from dedup_service.servicer.admission import Admission
 from dedup_service.servicer.endpoint import Endpoint, Handler
 from dedup_service.servicer.error_table import failure_of, new_incident
@@ -25,19 +25,26 @@ from dedup_service.servicer.messages import (
 from dedup_service.telemetry.call_log import CallLog
 from dedup_service.telemetry.logs import logger
 
+if TYPE_CHECKING:
+    # Who does not ask for metrics does not load their library.
+    from dedup_service.telemetry.metrics import Metrics
+
 MAX_BATCH = 1_000
 
 # What of the caller's time the claim at the end of a wait may take.
 _LAST_CLAIM_SHARE = 0.1
 
-SERVICE_NAME = dedup_pb2.DESCRIPTOR.services_by_name["DedupService"].full_name
+_SERVICE = dedup_pb2.DESCRIPTOR.services_by_name["DedupService"]
+SERVICE_NAME = _SERVICE.full_name
+METHODS = tuple(method.name for method in _SERVICE.methods)
 
 
 class DedupServicer:
     """Answers the rpcs; whatever it raises is turned into a status by the endpoint around it."""
 
-    def __init__(self, claims: ClaimService) -> None:
+    def __init__(self, claims: ClaimService, metrics: "Metrics | None" = None) -> None:
         self._claims = claims
+        self._metrics = metrics
 
     async def claim_transaction(
         self, request: dedup_pb2.ClaimTransactionRequest, budget_s: float | None
@@ -102,8 +109,17 @@ class DedupServicer:
             if isinstance(answer, ClaimAnswer):
                 fill_claim_response(entry.response, answer)
             else:
-                entry.error.CopyFrom(_status_of(answer))
+                entry.error.CopyFrom(self._status_of(answer))
         return reply
+
+    def _status_of(self, error: Exception) -> status_pb2.Status:
+        incident = new_incident()
+        failure = failure_of(error, incident)
+        if self._metrics is not None and failure.applied is Applied.UNKNOWN:
+            self._metrics.doubted(failure.reason)
+        if failure.code is grpc.StatusCode.INTERNAL:
+            logger().error("incident", incident=incident, exc_info=error)
+        return failure.status()
 
 
 def _read(entry: dedup_pb2.ClaimTransactionRequest) -> ClaimRequest | Exception:
@@ -113,15 +129,13 @@ def _read(entry: dedup_pb2.ClaimTransactionRequest) -> ClaimRequest | Exception:
         return error
 
 
-def _status_of(error: Exception) -> status_pb2.Status:
-    incident = new_incident()
-    failure = failure_of(error, incident)
-    if failure.code is grpc.StatusCode.INTERNAL:
-        logger().error("incident", incident=incident, exc_info=error)
-    return failure.status()
-
-
-def add_to_server(server: grpc.aio.Server, servicer: DedupServicer, call_log: CallLog, admission: Admission) -> None:
+def add_to_server(
+    server: grpc.aio.Server,
+    servicer: DedupServicer,
+    call_log: CallLog,
+    admission: Admission,
+    metrics: "Metrics | None" = None,
+) -> None:
     """Register the whole service with a server, each rpc inside its endpoint.
 
     The endpoints take and give bytes, so that decoding happens inside the guard and not in gRPC, which would answer a
@@ -136,7 +150,7 @@ def add_to_server(server: grpc.aio.Server, servicer: DedupServicer, call_log: Ca
         "BatchClaimTransactions": servicer.batch_claim_transactions,
     }
     methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
-    for method in dedup_pb2.DESCRIPTOR.services_by_name["DedupService"].methods:
+    for method in _SERVICE.methods:
         endpoint = Endpoint(
             method=method.name,
             request_type=getattr(dedup_pb2, method.input_type.name),
@@ -144,6 +158,7 @@ def add_to_server(server: grpc.aio.Server, servicer: DedupServicer, call_log: Ca
             outcome_of=_outcome_reader(method.output_type),
             call_log=call_log,
             admission=admission,
+            metrics=metrics.call(method.name) if metrics else None,
             may_change=method.name != "GetTransaction",
         )
         methods[method.name] = grpc.unary_unary_rpc_method_handler(endpoint.serve)
