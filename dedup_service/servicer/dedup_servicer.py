@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
 MAX_BATCH = 1_000
 
-# What of the caller's time the claim at the end of a wait may take.
+# What of the caller's time the claim at the end of a wait may take: a tenth of it, at most a second.
 _LAST_CLAIM_SHARE = 0.1
+_LAST_CLAIM_MAX_S = 1.0
 
 _SERVICE = dedup_pb2.DESCRIPTOR.services_by_name["DedupService"]
 SERVICE_NAME = _SERVICE.full_name
@@ -52,7 +53,8 @@ class DedupServicer:
         """Serve ClaimTransaction."""
         claim = claim_request(request)
         if claim.wait_ms > 0 and budget_s is not None:
-            claim = claim._replace(wait_ms=min(claim.wait_ms, int(budget_s * 1_000 * (1 - _LAST_CLAIM_SHARE))))
+            last_claim_s = min(budget_s * _LAST_CLAIM_SHARE, _LAST_CLAIM_MAX_S)
+            claim = claim._replace(wait_ms=min(claim.wait_ms, int((budget_s - last_claim_s) * 1_000)))
         return claim_response(await self._claims.claim(claim))
 
     async def complete_transaction(
