@@ -175,6 +175,11 @@ class Settings(SecuritySettings, Listening):
     log_transaction_ids: Literal["hashed", "plain"] = Field(
         "hashed", description="How transaction ids stand in the log: as the start of their SHA-256, or as they are."
     )
+    log_id_key_file: Path | None = Field(
+        None,
+        description="A file with a secret of 16 bytes or more: ids stand in the log as the start of their HMAC-SHA-256 "
+        "with it, which nobody can guess without it.  [default: none, plain SHA-256]",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "Settings":

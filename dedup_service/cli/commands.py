@@ -8,6 +8,7 @@ from dedup_service.cli.access import with_access
 from dedup_service.cli.ask import claim, get
 from dedup_service.cli.batch import batch
 from dedup_service.cli.doctor import doctor
+from dedup_service.cli.hash_id import hash_id
 from dedup_service.cli.healthcheck import healthcheck
 from dedup_service.cli.hold import complete, extend, release
 from dedup_service.cli.serve import run_serve, version_text
@@ -49,3 +50,4 @@ def serve(arguments: Annotated[list[str] | None, typer.Argument()] = None) -> No
 for _command in (claim, get, complete, release, extend, watch, batch, healthcheck):
     app.command(_command.__name__)(with_access(_command))
 app.command("doctor")(doctor)
+app.command("hash-id")(hash_id)

@@ -17,6 +17,7 @@ from dedup_service.server.engines import Engine, make_engine
 from dedup_service.server.exposure import warn_of_exposure
 from dedup_service.server.health_listener import listen_for_probes
 from dedup_service.server.listeners import StartRefused
+from dedup_service.server.log_ids import logged_ids
 from dedup_service.server.measuring import CountedClaims, MeasuredStore, follow_calls, measuring
 from dedup_service.server.policy_file import load_policies
 from dedup_service.server.policy_reload import PolicyReload
@@ -76,6 +77,7 @@ async def _serve(
     policy_reload = PolicyReload(settings, log)
     policies = load_policies(settings)
     credentials = tls_credentials(settings, log)
+    ids = logged_ids(settings)
     store = _make_store(settings, metrics)
     try:
         await store.open()
@@ -95,7 +97,7 @@ async def _serve(
         claims = _make_claims(settings, store, policies, metrics)
         call_log = CallLog(
             log,
-            plain_ids=settings.log_transaction_ids == "plain",
+            ids,
             sample=settings.log_sample,
             slow_s=settings.log_slow / 1000,
         )

@@ -1,11 +1,11 @@
 """One log line for each call worth one: when, how long, how it ended, for whom, and on which transaction."""
 
-import hashlib
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
+
+from dedup_service.telemetry.logged_ids import LoggedIds
 
 # What people must look at, what is the caller's doing, and everything else.
 _ERRORS = frozenset({"INTERNAL", "UNKNOWN", "DATA_LOSS"})
@@ -32,11 +32,6 @@ class CallRecord:
     exception: BaseException | None = None
 
 
-def hashed_id(transaction_id: str) -> str:
-    """Return the first 16 hexadecimal digits of the SHA-256 of an id: tells ids apart without showing them."""
-    return hashlib.sha256(transaction_id.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
 class CallLog:
     """Writes call records to a log.
 
@@ -47,13 +42,13 @@ class CallLog:
     def __init__(
         self,
         log: Any,  # noqa: ANN401 - as in logs.logger
+        ids: LoggedIds,
         *,
-        plain_ids: bool,
         sample: float = 1.0,
         slow_s: float = 0.0,
     ) -> None:
         self._log = log
-        self._shown_id: Callable[[str], str] = str if plain_ids else hashed_id
+        self._shown_id = ids.shown
         self._sample = sample
         self._slow_s = slow_s
 

@@ -14,6 +14,7 @@ from dedup_service.servicer.admission import Admission
 from dedup_service.servicer.dedup_servicer import DedupServicer, add_to_server
 from dedup_service.settings import EngineName
 from dedup_service.telemetry.call_log import CallLog
+from dedup_service.telemetry.logged_ids import LoggedIds
 
 
 @asynccontextmanager
@@ -27,7 +28,7 @@ async def serving(
         wrapper_class=structlog.BoundLogger,
     )
     servicer = DedupServicer(ClaimService(store, Policies(Policy(60_000, 60_000, 60_000))))
-    call_log = CallLog(logger, plain_ids=False)
+    call_log = CallLog(logger, LoggedIds(plain=False))
     server = make_engine(
         engine, lambda server: add_to_server(server, servicer, call_log, Admission(1_000)), max_streams=1_000
     )

@@ -18,6 +18,7 @@ from dedup_service.servicer.dedup_servicer import SERVICE_NAME
 from dedup_service.servicer.endpoint import Endpoint
 from dedup_service.settings import EngineName
 from dedup_service.telemetry.call_log import CallLog
+from dedup_service.telemetry.logged_ids import LoggedIds
 from harness.polling import wait_until
 from harness.processes import ServiceProcess, run_command
 
@@ -103,7 +104,7 @@ async def test_only_a_call_with_a_deadline_has_one(engine: EngineName, timeout_s
         request_type=dedup_pb2.GetTransactionRequest,
         handler=look,
         outcome_of=lambda _: "",
-        call_log=CallLog(structlog.wrap_logger(structlog.ReturnLogger()), plain_ids=False),
+        call_log=CallLog(structlog.wrap_logger(structlog.ReturnLogger()), LoggedIds(plain=False)),
         admission=Admission(1),
     )
 
