@@ -180,6 +180,11 @@ class Settings(SecuritySettings, Listening):
         description="A file with a secret of 16 bytes or more: ids stand in the log as the start of their HMAC-SHA-256 "
         "with it, which nobody can guess without it.  [default: none, plain SHA-256]",
     )
+    traces: Literal["off", "otlp"] = Field(
+        "off",
+        description="otlp: send OpenTelemetry traces by OTLP over gRPC, as the standard OTEL_* variables say; needs "
+        "the extra `otel`.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "Settings":
@@ -243,7 +248,10 @@ def load_settings(flags: dict[str, Any] | None = None, config_file: Path | None 
     """
     _refuse_unknown_variables()
     _refuse_empty_store_url()
-    return _load(Settings, flags or {}, config_file)
+    settings = _load(Settings, flags or {}, config_file)
+    if settings.traces == "otlp":
+        _refuse_other_protocols()
+    return settings
 
 
 def settings_from_json(text: str) -> Settings:
@@ -325,6 +333,18 @@ def _refuse_empty_store_url() -> None:
     # An unfilled secret in a manifest must not mean the embedded store, which dedups against this host alone.
     if os.environ.get(STORE_URL_VARIABLE) == "":
         raise BadSettings(f"{STORE_URL_VARIABLE} is set but empty: give it a value, or unset it for the embedded store")
+
+
+def _refuse_other_protocols() -> None:
+    # Spans that are sent in another protocol than the collector's are lost, and only the log says so.
+    for name in ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
+        if protocol := os.environ.get(name):
+            if protocol != "grpc":
+                raise BadSettings(
+                    f"{ENV_PREFIX}TRACES is otlp and {name} is {protocol}: this service sends traces by gRPC alone. "
+                    f"Set {name}=grpc and an endpoint that takes it, which is port 4317 by custom"
+                )
+            return
 
 
 def _refuse_unknown_variables() -> None:

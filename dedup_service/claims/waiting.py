@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import defaultdict
+from contextvars import Context
 from itertools import islice
 
 from dedup_service.claims.errors import StoreUnavailable, UnreadableValue
@@ -37,7 +38,8 @@ class WaitingRoom:
         told: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters[identity].add(told)
         if self._poller is None:
-            self._poller = asyncio.create_task(self._poll())
+            # It serves all who wait, and is no part of the call that came first.
+            self._poller = asyncio.create_task(self._poll(), context=Context())
         try:
             await asyncio.wait((told,), timeout=timeout_s)
         finally:

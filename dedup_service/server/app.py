@@ -25,6 +25,7 @@ from dedup_service.server.readiness import Readiness
 from dedup_service.server.startup_checks import StartupChecks, store_place
 from dedup_service.server.tls import tls_credentials
 from dedup_service.server.token_file import load_tokens
+from dedup_service.server.tracing import TracedStore, call_traces, store_traces, tracing
 from dedup_service.servicer.admission import Admission
 from dedup_service.servicer.caller_gate import CallerGate
 from dedup_service.servicer.dedup_servicer import SERVICE_NAME, DedupServicer, add_to_server
@@ -35,8 +36,9 @@ from dedup_service.telemetry.logs import logger
 from dedup_service.workers.orders import WorkerOrders
 
 if TYPE_CHECKING:
-    # Who does not ask for metrics does not load their library.
+    # Who does not ask for metrics or traces does not load their library.
     from dedup_service.telemetry.metrics import Metrics
+    from dedup_service.telemetry.traces import Traces
 
 # What one connection may have under way beyond what the server admits at all, such as health checks. So a caller with
 # too many is still told so, and a hostile one cannot pile up more.
@@ -63,8 +65,8 @@ async def serve(
     read anew. Raises StartRefused with one sentence when the server cannot start, and BadSettings for the store URL and
     for a file that is named in the settings.
     """
-    with measuring(settings, worker) as metrics:
-        await _serve(settings, announce, worker, metrics)
+    with measuring(settings, worker) as metrics, tracing(settings) as traces:
+        await _serve(settings, announce, worker, metrics, traces)
 
 
 async def _serve(
@@ -72,13 +74,14 @@ async def _serve(
     announce: Callable[[Sequence[str]], None],
     worker: WorkerOrders | None,
     metrics: "Metrics | None",
+    traces: "Traces | None",
 ) -> None:
     log = logger()
     policy_reload = PolicyReload(settings, log)
     policies = load_policies(settings)
     credentials = tls_credentials(settings, log)
     ids = logged_ids(settings)
-    store = _make_store(settings, metrics)
+    store = _make_store(settings, metrics, traces)
     try:
         await store.open()
     except StoreRefused as refusal:
@@ -103,9 +106,11 @@ async def _serve(
         )
         admission = Admission(settings.max_in_flight)
         gate = policy_reload.gate = _make_gate(settings, claims)
+        spans = call_traces(traces, claims)
 
         def register(server: grpc.aio.Server) -> None:
-            add_to_server(server, DedupServicer(claims, metrics), call_log, admission, metrics, gate=gate)
+            servicer = DedupServicer(claims, metrics)
+            add_to_server(server, servicer, call_log, admission, metrics, gate=gate, traces=spans)
             health_pb2_grpc.add_HealthServicer_to_server(readiness.servicer, server)
             if settings.reflects:
                 services = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -162,12 +167,13 @@ def _spare_what_stays() -> None:
     gc.set_threshold(_COLLECTION_THRESHOLD)
 
 
-def _make_store(settings: Settings, metrics: "Metrics | None") -> ClaimStore:
+def _make_store(settings: Settings, metrics: "Metrics | None", traces: "Traces | None") -> ClaimStore:
     place = store_place(settings)
     try:
-        if metrics is None:
-            return make_store(place)
-        return MeasuredStore(make_store(place, metrics.store), metrics.store)
+        store = make_store(place, metrics.store if metrics else None)
+        if traces is not None:
+            store = TracedStore(store, store_traces(traces, place.url))
+        return MeasuredStore(store, metrics.store) if metrics else store
     except ValueError as error:
         raise BadSettings(f"DEDUP_STORE_URL (--store-url): {error}") from None
 

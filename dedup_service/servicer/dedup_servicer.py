@@ -27,8 +27,9 @@ from dedup_service.telemetry.call_log import CallLog
 from dedup_service.telemetry.logs import logger
 
 if TYPE_CHECKING:
-    # Who does not ask for metrics does not load their library.
+    # Who does not ask for metrics or traces does not load their library.
     from dedup_service.telemetry.metrics import Metrics
+    from dedup_service.telemetry.traces import CallTraces
 
 MAX_BATCH = 1_000
 
@@ -140,8 +141,11 @@ def add_to_server(
     metrics: "Metrics | None" = None,
     *,
     gate: CallerGate | None = None,
+    traces: "Callable[[str], CallTraces] | None" = None,
 ) -> None:
     """Register the whole service with a server, each rpc inside its endpoint and behind the gate where there is one.
+
+    `traces` makes the spans of an rpc by its name.
 
     The endpoints take and give bytes, so that decoding happens inside the guard and not in gRPC, which would answer a
     message that it cannot decode with the text of the exception.
@@ -165,6 +169,7 @@ def add_to_server(
             admission=admission,
             metrics=metrics.call(method.name) if metrics else None,
             gate=gate,
+            traces=traces(method.name) if traces else None,
             may_change=method.name != "GetTransaction",
         )
         methods[method.name] = grpc.unary_unary_rpc_method_handler(endpoint.serve)

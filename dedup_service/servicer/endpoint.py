@@ -18,8 +18,9 @@ from dedup_service.telemetry.call_log import CallLog, CallRecord
 from dedup_service.telemetry.correlation import CORRELATION_HEADER, correlation_id
 
 if TYPE_CHECKING:
-    # Who does not ask for metrics does not load their library.
+    # Who does not ask for metrics or traces does not load their library.
     from dedup_service.telemetry.metrics import CallMetrics
+    from dedup_service.telemetry.traces import CallSpan, CallTraces
 
 # https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md: binary metadata that carries google.rpc.Status.
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
@@ -60,6 +61,7 @@ class Endpoint(Generic[RequestT]):
         admission: Admission,
         metrics: "CallMetrics | None" = None,
         gate: CallerGate | None = None,
+        traces: "CallTraces | None" = None,
         may_change: bool = True,
     ) -> None:
         self._method = method
@@ -70,15 +72,18 @@ class Endpoint(Generic[RequestT]):
         self._admission = admission
         self._metrics = metrics
         self._gate = gate
+        self._traces = traces
         self._may_change = may_change
 
     async def serve(self, raw: bytes, context: Context) -> bytes:
         """Serve one call; a bound coroutine method is what gRPC recognises as asynchronous."""
         begun = time.perf_counter()
-        request = None
+        request = span = None
         if self._metrics is not None:
             self._metrics.started()
         try:
+            if self._traces is not None:
+                span = self._traces.begin(context.invocation_metadata() or ())
             self._admission.enter()
             try:
                 if self._gate is not None:
@@ -93,30 +98,35 @@ class Endpoint(Generic[RequestT]):
                 self._admission.leave()
             answer = reply.SerializeToString()
         except asyncio.CancelledError:
-            record = self._record(begun, request, context)
+            record = self._record(begun, request, context, span)
             remaining = _time_remaining(context)
             late = remaining is not None and remaining < _CLOCK_TOLERANCE_S
             record.code = "DEADLINE_EXCEEDED" if late else "CANCELLED"
             self._end(record)
             raise
         except Exception as error:  # noqa: BLE001 - the outermost guard: gRPC would send the exception's text
-            await self._refuse(error, self._record(begun, request, context), context)
+            await self._refuse(error, self._record(begun, request, context, span), context)
         duration = time.perf_counter() - begun
         if self._metrics is not None:
             self._metrics.handled("OK", duration)
+        if span is not None:
+            span.end("OK", namespace=_namespace(request), outcome=self._outcome_of(reply))
         if self._call_log.takes_success(duration):
-            record = self._record(begun, request, context)
+            record = self._record(begun, request, context, span)
             record.outcome = self._outcome_of(reply)
             context.set_trailing_metadata(((CORRELATION_HEADER, record.correlation_id),))
             self._call_log.write(record)
         return answer
 
     def _end(self, record: CallRecord) -> None:
+        if record.span is not None:
+            what = {"reason": record.reason, "applied": record.applied, "incident": record.incident}
+            record.span.end(record.code, namespace=record.namespace, **what)
         self._call_log.write(record)
         if self._metrics is not None:
             self._metrics.handled(record.code, record.duration)
 
-    def _record(self, begun: float, request: RequestT | None, context: Context) -> CallRecord:
+    def _record(self, begun: float, request: RequestT | None, context: Context, span: "CallSpan | None") -> CallRecord:
         # Made at the end and for a line alone: reading the metadata costs as much as deciding a claim.
         duration = time.perf_counter() - begun
         caller = present_caller.get()
@@ -127,6 +137,8 @@ class Endpoint(Generic[RequestT]):
             duration,
             transaction_id=getattr(request, "transaction_id", ""),
             caller="" if caller is None else caller.name,
+            namespace=_namespace(request),
+            span=span,
         )
 
     async def _handle_in_time(self, request: RequestT, remaining: float) -> Message:
@@ -154,6 +166,11 @@ class Endpoint(Generic[RequestT]):
         self._end(record)
         details = (STATUS_DETAILS_KEY, failure.status().SerializeToString())
         await context.abort(failure.code, failure.message, ((CORRELATION_HEADER, record.correlation_id), details))
+
+
+def _namespace(request: Message | None) -> str | None:
+    # A batch has one for each of its claims.
+    return getattr(request, "namespace", None)
 
 
 def _time_remaining(context: Context) -> float | None:

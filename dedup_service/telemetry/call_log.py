@@ -3,9 +3,13 @@
 import random
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dedup_service.telemetry.logged_ids import LoggedIds
+
+if TYPE_CHECKING:
+    # Who does not ask for traces does not load their library.
+    from dedup_service.telemetry.traces import CallSpan
 
 # What people must look at, what is the caller's doing, and everything else.
 _ERRORS = frozenset({"INTERNAL", "UNKNOWN", "DATA_LOSS"})
@@ -29,6 +33,8 @@ class CallRecord:
     applied: str = ""
     caller: str = ""
     incident: str = ""
+    namespace: str | None = None
+    span: "CallSpan | None" = None
     exception: BaseException | None = None
 
 
@@ -76,6 +82,8 @@ class CallLog:
         for name in ("caller", "outcome", "reason", "applied", "incident"):
             if value := getattr(record, name):
                 fields[name] = value
+        if record.span is not None:
+            fields["trace_id"], fields["span_id"] = record.span.trace_id, record.span.span_id
         if record.exception is not None:
             fields["exc_info"] = record.exception
         write("call", **fields)
