@@ -79,7 +79,7 @@ type Violation struct {
 // Error is a question that the service did not answer, after all retries. Treat it as neither a go nor a duplicate.
 //
 // errors.Is matches it with ErrUnavailable, with ErrNotFound, and with context.Canceled or context.DeadlineExceeded as
-// its code says. errors.As and status.FromError find the gRPC status of the last attempt.
+// its code says, but for a call that the service and not the caller cancelled, which is ErrUnavailable. errors.As and status.FromError find the gRPC status of the last attempt.
 type Error struct {
 	// Code is the gRPC code of the last attempt.
 	Code codes.Code
@@ -98,6 +98,8 @@ type Error struct {
 	// retryDelay is how long the service asks to wait; mendable is whether it asks for a retry at all.
 	retryDelay time.Duration
 	mendable   bool
+	// cutOff is whether a server cancelled the call, as one does that ends, and not the caller.
+	cutOff bool
 }
 
 // Error describes the last attempt.
@@ -117,7 +119,7 @@ func (e *Error) Is(target error) bool {
 	case ErrNotFound:
 		return e.Code == codes.NotFound && e.Reason == "TRANSACTION_NOT_FOUND"
 	case context.Canceled:
-		return e.Code == codes.Canceled
+		return e.Code == codes.Canceled && !e.cutOff
 	case context.DeadlineExceeded:
 		return e.Code == codes.DeadlineExceeded
 	}
@@ -129,7 +131,7 @@ func (e *Error) GRPCStatus() *status.Status { return e.status }
 
 // unavailable reports whether the service could not answer, or not in time.
 func (e *Error) unavailable() bool {
-	return e.Code == codes.Unavailable || e.Code == codes.DeadlineExceeded || e.Code == codes.ResourceExhausted
+	return e.Code == codes.Unavailable || e.Code == codes.DeadlineExceeded || e.Code == codes.ResourceExhausted || e.cutOff
 }
 
 // retryable reports whether another attempt may get an answer. A time-out may always: the budget of the call ends

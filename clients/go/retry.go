@@ -6,6 +6,8 @@ import (
 	"math/rand/v2"
 	"time"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/status"
 )
 
@@ -22,6 +24,8 @@ func (c *Client) call(ctx context.Context, wait time.Duration, attempt func(cont
 		}
 		e := newError(err)
 		e.Attempts = n
+		// Whether it was the caller shows below: then there is no time for another attempt.
+		e.cutOff = e.Code == codes.Canceled && !c.closed()
 		if e.Applied == AppliedUnknown {
 			unheard++
 		}
@@ -37,10 +41,16 @@ func (c *Client) call(ctx context.Context, wait time.Duration, attempt func(cont
 		if errors.Is(ctx.Err(), context.Canceled) {
 			// The caller wants no answer any more, which is not the same as a service that has none.
 			e.status = status.FromContextError(ctx.Err())
-			e.Code, e.Message = e.status.Code(), e.status.Message()
+			e.Code, e.Message, e.cutOff = e.status.Code(), e.status.Message(), false
 		}
 		return unheard, e
 	}
+}
+
+// closed reports whether the client was closed, which cancels the calls under way. Of a stub of the caller's own it
+// cannot know: their calls then go on until their budget is spent.
+func (c *Client) closed() bool {
+	return c.conn != nil && c.conn.GetState() == connectivity.Shutdown
 }
 
 // fits reports whether the context lasts longer than the pause: otherwise waiting would only delay the error.

@@ -88,6 +88,7 @@ func TestRetriesRepeatTheTokenOfTheirCall(t *testing.T) {
 		status.Error(codes.Unavailable, "gRPC made this one"),
 		serviceError(codes.ResourceExhausted, "TOO_MANY_CALLS", "no", 0),
 		serviceError(codes.DeadlineExceeded, "DEADLINE_PASSED", "unknown"),
+		status.Error(codes.Canceled, "a server that ends cut this one off"),
 	}
 	s := &script{claim: func(_ context.Context, attempt int) (*dedupv1.ClaimTransactionResponse, error) {
 		if i := (attempt - 1) % (len(failures) + 1); i < len(failures) {
@@ -262,6 +263,59 @@ func TestACancelledCallIsNeitherRetriedNorGranted(t *testing.T) {
 		if claim != nil || !errors.Is(err, context.Canceled) || len(s.requests) != 1 {
 			t.Errorf("%s: %+v, %v after %d attempts", name, claim, err, len(s.requests))
 		}
+	}
+}
+
+func TestWhatAServerCancelsIsUnavailableAndNotCancelled(t *testing.T) {
+	s := &script{claim: func(context.Context, int) (*dedupv1.ClaimTransactionResponse, error) {
+		return nil, status.Error(codes.Canceled, "cut off")
+	}}
+	_, err := scripted(t, s, dedup.WithBudget(50*time.Millisecond)).Claim(ctx, "x")
+	if !errors.Is(err, dedup.ErrUnavailable) || errors.Is(err, context.Canceled) || len(s.requests) < 2 {
+		t.Errorf("%v after %d attempts", err, len(s.requests))
+	}
+}
+
+// hold is a service that answers no claim before it is told to.
+type hold struct {
+	dedupv1.UnimplementedDedupServiceServer
+	asked, release chan struct{}
+}
+
+func (h *hold) ClaimTransaction(context.Context, *dedupv1.ClaimTransactionRequest) (*dedupv1.ClaimTransactionResponse, error) {
+	h.asked <- struct{}{}
+	<-h.release
+	return granted()
+}
+
+func TestAClosedClientTriesNothingAgain(t *testing.T) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := &hold{asked: make(chan struct{}, 10), release: make(chan struct{})}
+	server := grpc.NewServer()
+	dedupv1.RegisterDedupServiceServer(server, h)
+	go server.Serve(listener)
+	defer server.Stop()
+	defer close(h.release)
+	client, err := dedup.New(listener.Addr().String(), dedup.WithBudget(20*time.Second), dedup.WithAttemptTimeout(20*time.Second))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() {
+		_, err := client.Claim(ctx, "x", dedup.OnUnavailable(dedup.Allow))
+		ended <- err
+	}()
+	<-h.asked
+	if err := client.Close(); err != nil {
+		t.Fatal(err)
+	}
+	err = <-ended
+	var e *dedup.Error
+	if !errors.As(err, &e) || !errors.Is(err, context.Canceled) || e.Attempts != 1 {
+		t.Errorf("%+v, %v", e, err)
 	}
 }
 

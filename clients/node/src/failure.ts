@@ -36,6 +36,8 @@ export function isOutage(error: UnavailableError): boolean {
     case status.RESOURCE_EXHAUSTED:
     case status.DEADLINE_EXCEEDED:
       return true;
+    case status.CANCELLED:
+    // A server that ends cancels the calls that it has not begun. A caller's own abort is not read here.
     case status.INTERNAL:
       // grpc-js says INTERNAL of some broken connections; the service never does without a reason.
       return error.reason === "";

@@ -69,6 +69,15 @@ test("a wish to wait beyond the budget ends the call at once", async () => {
   assert.equal(seen.length, 1);
 });
 
+for (const code of [status.UNAVAILABLE, status.RESOURCE_EXHAUSTED, status.DEADLINE_EXCEEDED, status.CANCELLED]) {
+  test(`what gRPC or a server that ends says is repeated: ${status[code]}`, async () => {
+    const clock = new FakeClock(0.5);
+    const { attempt, seen } = failing(clock, 0, { code });
+    await assert.rejects(withRetries(100, undefined, attempt, clock), { code });
+    assert.ok(seen.length > 1);
+  });
+}
+
 for (const failure of [
   { code: status.FAILED_PRECONDITION, reason: "VALUE_DAMAGED" },
   { code: status.INTERNAL, reason: "INTERNAL" },

@@ -12,7 +12,8 @@ from dedup.batches import may_travel_with_others
 from dedup.calls import Calls, Grant, OnUnavailable
 from dedup.channels import ChannelOption, channel_options
 from dedup.coalescing import Coalescer
-from dedup.error_details import failure_of_call
+from dedup.error_details import failure_of_call, failure_of_closed_client
+from dedup.errors import CallFailed
 from dedup.handles import Handle, OnError
 from dedup.metadata import current_metadata
 from dedup.requests import Span, claim_request
@@ -51,11 +52,20 @@ class GrpcTransport:
             if credentials is None
             else grpc.secure_channel(target, credentials, every)
         )
+        self._closed = False
         self._stub = dedup_pb2_grpc.DedupServiceStub(self._channel)
         self._coalescer = None if coalesce_delay_s is None else Coalescer(self._stub, coalesce_delay_s)
 
     def send(self, step: Send) -> Message:
         """Make one attempt, in a batch with others where that is possible."""
+        try:
+            return self._send(step)
+        except CallFailed as failure:
+            if self._closed and failure.code is grpc.StatusCode.CANCELLED:
+                raise failure_of_closed_client() from failure
+            raise
+
+    def _send(self, step: Send) -> Message:
         if self._coalescer is not None and may_travel_with_others(step.request):
             return self._coalescer.claim(step.request, step.timeout_s)
         try:
@@ -72,6 +82,7 @@ class GrpcTransport:
 
     def close(self) -> None:
         """Close the channel."""
+        self._closed = True
         self._channel.close()
 
 

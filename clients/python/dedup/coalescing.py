@@ -9,7 +9,7 @@ from typing import cast
 import grpc
 
 from dedup.batches import ClaimAnswer, Crowd, answers_of, too_late
-from dedup.error_details import failure_of_call
+from dedup.error_details import failure_of_call, failure_of_closed_client
 from dedup.errors import CallFailed
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
 
@@ -98,4 +98,4 @@ def _answers(call: object, claims: int) -> list[ClaimAnswer]:
     except grpc.RpcError as error:
         return [failure_of_call(error) for _ in range(claims)]
     except grpc.FutureCancelledError:
-        return [CallFailed("CANCELLED: the client was closed", code=grpc.StatusCode.CANCELLED) for _ in range(claims)]
+        return [failure_of_closed_client() for _ in range(claims)]

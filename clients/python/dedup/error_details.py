@@ -12,6 +12,8 @@ _DOMAIN = "dedup.v1"
 _STATUS_KEY = "grpc-status-details-bin"
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _UNAVAILABLE = {
+    # A server that ends cancels the calls that it has not begun. No caller's own cancel is read here.
+    grpc.StatusCode.CANCELLED,
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.RESOURCE_EXHAUSTED,
     grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -25,6 +27,11 @@ def failure_of_call(error: grpc.RpcError) -> CallFailed:
         if key == _STATUS_KEY and isinstance(value, bytes):
             return failure_of_status(status_pb2.Status.FromString(value))
     return _failure(error.code(), error.details() or "")
+
+
+def failure_of_closed_client() -> CallFailed:
+    """Return what a call of a client means that was closed meanwhile: nobody is away, and no retry can help."""
+    return CallFailed("CANCELLED: the client was closed", code=grpc.StatusCode.CANCELLED)
 
 
 def failure_of_status(status: status_pb2.Status) -> CallFailed:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import grpc
 from google.protobuf.message import Message
 
-from dedup.errors import CallFailed
+from dedup.errors import CallFailed, Unavailable
 from dedup.steps import Pause, Send, Steps
 from dedup.v1 import dedup_pb2
 
@@ -44,7 +44,7 @@ def worth_repeating(failure: CallFailed) -> bool:
     """
     if failure.code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return True
-    if failure.code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED):
+    if not isinstance(failure, Unavailable):
         return False
     return not failure.reason or failure.retry_after_s is not None
 

@@ -8,7 +8,7 @@ import pytest
 from google.protobuf.message import Message
 
 from dedup.calls import Calls
-from dedup.error_details import failure_of_status
+from dedup.error_details import failure_of_closed_client, failure_of_status
 from dedup.errors import CallFailed, Unavailable
 from dedup.requests import claim_request
 from dedup.retries import Retrier, RetryPolicy
@@ -23,7 +23,8 @@ def failure(
 ) -> CallFailed:
     """Return the failure of an attempt."""
     status = grpc.StatusCode[code]
-    kind = Unavailable if code in {"UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"} else CallFailed
+    unavailable = {"UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "CANCELLED"}
+    kind = Unavailable if code in unavailable else CallFailed
     return kind("a failure", code=status, reason=reason, applied=applied, retry_after_s=after)
 
 
@@ -87,7 +88,8 @@ def test_every_attempt_has_the_same_token() -> None:
         (lambda: failure("UNAVAILABLE", "STORE_REFUSED", "no"), 1),
         (lambda: failure("INTERNAL", "INTERNAL"), 1),
         (lambda: failure("FAILED_PRECONDITION", "VALUE_DAMAGED", "no"), 1),
-        (lambda: failure("CANCELLED"), 1),
+        (lambda: failure("CANCELLED"), 2),
+        (failure_of_closed_client, 1),
         (lambda: failure("UNIMPLEMENTED"), 1),
     ],
 )
