@@ -27,29 +27,34 @@ Attributes = Mapping[str, str | int]
 
 
 class CallSpan:
-    """The span of one call, current from its making to `end`."""
+    """The span of one call, current from its making to `end` where it is sampled."""
 
-    __slots__ = ("_label", "_span", "_token", "span_id", "trace_id")
+    __slots__ = ("_label", "_span", "_token")
 
     def __init__(self, span: trace.Span, label: Callable[[str], str]) -> None:
         self._span = span
         self._label = label
-        self._token = context.attach(trace.set_span_in_context(span))
-        of = span.get_span_context()
-        self.trace_id = trace.format_trace_id(of.trace_id)
+        self._token = context.attach(trace.set_span_in_context(span)) if span.is_recording() else None
+
+    @property
+    def trace_id(self) -> str:
         """32 hexadecimal digits; those of the caller's trace where there is one."""
-        self.span_id = trace.format_span_id(of.span_id)
+        return trace.format_trace_id(self._span.get_span_context().trace_id)
+
+    @property
+    def span_id(self) -> str:
         """16 hexadecimal digits."""
+        return trace.format_span_id(self._span.get_span_context().span_id)
 
     def end(self, code: str, *, namespace: str | None, **what: str) -> None:
         """End the span of a call that ended with this code, as gRPC names it; of `what`, empty values are left out.
 
         Must be called in the task that the span was made in.
         """
+        if self._token is None:
+            return
         context.detach(self._token)
         span = self._span
-        if not span.is_recording():
-            return
         span.set_attribute("rpc.response.status_code", code)
         if namespace is not None:
             span.set_attribute("dedup.namespace", self._label(namespace))
