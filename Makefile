@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test test-clients demo chaos soak bench check audit smoke format protos stubs-current lock redis h2load clean no-environment
+.PHONY: help run test test-clients demo chaos fuzz soak bench check audit smoke format protos stubs-current lock redis h2load clean no-environment
 
 # The lock has wheels for these versions; a newer Python would compile grpcio for half an hour. Each is asked to run,
 # since version managers put names on PATH that do not.
@@ -34,7 +34,7 @@ generate = .venv/bin/python -m grpc_tools.protoc -I protos --python_out=$(1) --p
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
-	@echo 'Options: ARGS="..." is handed on by run, test, test-clients, demo, chaos, soak, bench and lock; PYTHON=... chooses the Python of a new .venv.'
+	@echo 'Options: ARGS="..." is handed on by run, test, test-clients, demo, chaos, fuzz, soak, bench and lock; PYTHON=... chooses the Python of a new .venv.'
 
 run: .venv/run.stamp ## Start the service (ARGS="--store-url redis://127.0.0.1:6379")
 	@exec .venv/bin/dedup-service serve --banner $(ARGS)
@@ -58,6 +58,9 @@ demo: .venv/dev.stamp redis ## Three clicks within a millisecond, without and wi
 
 chaos: .venv/dev.stamp redis ## Check histories under faults for 3 minutes (ARGS="--seed 1")
 	@PYTHONPATH=tests .venv/bin/python -m chaos.run $(ARGS)
+
+fuzz: .venv/dev.stamp ## Fuzz each reader of bytes for a minute, on Linux (ARGS="--seconds 10 --seed 1")
+	@PYTHONPATH=tests .venv/bin/python -m fuzz.run $(ARGS)
 
 soak: .venv/dev.stamp redis ## Ten minutes of mixed load, on Linux: memory stays flat (ARGS="--engine native")
 	@PYTHONPATH=tests .venv/bin/python -m soak.run $(ARGS)
