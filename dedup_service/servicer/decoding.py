@@ -41,8 +41,8 @@ def decode_request(request_type: type[RequestT], raw: bytes) -> RequestT:
         if not violations:
             violations = [FieldViolation("request", f"is no message of the type {request_type.DESCRIPTOR.full_name}")]
         raise InvalidRequest(*violations) from None
-    # Only a message from which the parser dropped something comes out at another size.
-    if message.ByteSize() != len(raw) and (violations := list(_faults(request_type.DESCRIPTOR, raw))):
+    # What comes out as it went in has lost nothing. Sizes would not do: a negative number sent short comes out longer.
+    if message.SerializeToString() != raw and (violations := list(_faults(request_type.DESCRIPTOR, raw))):
         raise InvalidRequest(*violations)
     return message
 
@@ -51,14 +51,13 @@ def _faults(descriptor: Descriptor, raw: bytes, path: str = "") -> Iterator[Fiel
     seen: Counter[int] = Counter()
     for unknown in _fields(raw):
         field = descriptor.fields_by_number.get(unknown.field_number)
-        if field is None:
+        # A known number with another wire type is an unknown field to the parser as well.
+        if field is None or unknown.wire_type != _LENGTH_DELIMITED:
             continue
         name = f"{path}{field.name}"
         if field.is_repeated:
             name += f"[{seen[field.number]}]"
         seen[field.number] += 1
-        if unknown.wire_type != _LENGTH_DELIMITED:
-            continue
         if field.type == FieldDescriptor.TYPE_STRING and not _is_utf8(unknown.data):
             yield FieldViolation(name, "is not valid UTF-8: send text encoded as UTF-8")
         if field.message_type is not None:
