@@ -27,6 +27,8 @@ class HostilePeer:
         self.socket = socket.create_connection((host.strip("[]"), int(port)), _WRITE_TIMEOUT_S)
         self._encoder = Encoder()
         self._received = b""
+        self.messages: list[str] = []
+        """The text that came with each status."""
 
     def __enter__(self) -> Self:
         return self
@@ -56,9 +58,9 @@ class HostilePeer:
         encoded: bytes = self._encoder.encode([*headers, *extra])
         return encoded
 
-    def headers(self, stream: int, path: str = CLAIM_PATH) -> bytes:
+    def headers(self, stream: int, *extra: Header, path: str = CLAIM_PATH) -> bytes:
         """Return the frame that begins a call."""
-        return HeadersFrame(stream, self.block(path=path), flags=["END_HEADERS"]).serialize()
+        return HeadersFrame(stream, self.block(*extra, path=path), flags=["END_HEADERS"]).serialize()
 
     def call(self, stream: int, payload: bytes) -> bytes:
         """Return the frames of a whole claim."""
@@ -86,6 +88,7 @@ class HostilePeer:
                     said[f"http {status}"] += 1
                 if "grpc-status" in fields:
                     said[f"status {fields['grpc-status']}"] += 1
+                    self.messages.append(fields.get("grpc-message", ""))
             elif isinstance(frame, RstStreamFrame):
                 said[f"reset {frame.error_code}"] += 1
             elif isinstance(frame, GoAwayFrame):

@@ -1,0 +1,231 @@
+"""Malformed messages in every rpc of a live service over Redis: refused in its own words, with nothing changed."""
+
+import gzip
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import grpc
+import pytest
+import redis
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+
+from dedup.v1 import dedup_pb2, dedup_pb2_grpc
+from dedup_service.settings import EngineName
+from harness import malformed
+from harness.errors import RefusedCall, refused
+from harness.hostile_peer import HostilePeer, data, grpc_message
+from harness.polling import wait_until
+from harness.processes import RedisProcess, ServiceProcess
+
+TOKEN = "token-of-sixteen"
+TTL = Duration(seconds=50)
+SEED = 20261123
+DAMAGED = 150
+# What is answered at all is answered with one of these: by the service, or by gRPC for what it reads itself.
+REFUSALS = {"status 3", "status 8", "status 12", "status 13"}
+# What would betray the inside of the service.
+INSIDE = ("Traceback", "Exception", "<class", "DecodeError", "google.", "dedup_service", ".py", "0x")
+
+Claim = dedup_pb2.ClaimTransactionRequest
+GOOD: dict[str, Callable[[str], Message]] = {
+    "ClaimTransaction": lambda u: Claim(transaction_id=u, claim_token=TOKEN, ttl=TTL, claimant="é"),
+    "CompleteTransaction": lambda u: dedup_pb2.CompleteTransactionRequest(
+        transaction_id=u, claim_token=TOKEN, result=b"done", ttl=TTL
+    ),
+    "ReleaseTransaction": lambda u: dedup_pb2.ReleaseTransactionRequest(transaction_id=u, claim_token=TOKEN),
+    "ExtendTransaction": lambda u: dedup_pb2.ExtendTransactionRequest(transaction_id=u, claim_token=TOKEN, ttl=TTL),
+    "GetTransaction": lambda u: dedup_pb2.GetTransactionRequest(transaction_id=u, namespace="default"),
+    "BatchClaimTransactions": lambda u: dedup_pb2.BatchClaimTransactionsRequest(
+        requests=[Claim(transaction_id=u, claim_token=TOKEN), Claim(transaction_id=f"{u}-2", claim_token=TOKEN)]
+    ),
+}
+"""A good request of each rpc about one transaction."""
+
+CLAIMS = ("ClaimTransaction", "BatchClaimTransactions")
+BROKEN = [(rpc, case) for rpc in GOOD for case in malformed.broken(GOOD[rpc]("x"))]
+ODD = [(rpc, case) for rpc in GOOD for case in malformed.odd(GOOD[rpc]("x"))]
+
+
+@pytest.fixture(scope="module")
+def broken_into(engine: EngineName, redis_server: RedisProcess) -> Iterator[ServiceProcess]:
+    """A service of this module's own, which logs no error in all of it and then ends as every other."""
+    process = ServiceProcess("--engine", engine, "--store-url", redis_server.url).start()
+    yield process
+    assert process.stop() == 0
+    assert not [line for line in process.logs if line["level"] == "error"]
+
+
+@pytest.fixture
+def channel(broken_into: ServiceProcess) -> Iterator[grpc.Channel]:
+    """A channel to that service."""
+    with broken_into.channel() as opened:
+        yield opened
+
+
+def path_of(rpc: str) -> str:
+    """Return the path of an rpc."""
+    return f"/dedup.v1.DedupService/{rpc}"
+
+
+def send(channel: grpc.Channel, rpc: str, raw: bytes) -> bytes:
+    """Call an rpc with any bytes, and return those of the reply."""
+    call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(path_of(rpc))
+    return call(raw, timeout=20)
+
+
+def prepared(channel: grpc.Channel, rpc: str, unique: str) -> None:
+    """Claim the transaction that an rpc is about, unless it is the rpc that claims."""
+    if rpc not in CLAIMS:
+        send(channel, "ClaimTransaction", GOOD["ClaimTransaction"](unique).SerializeToString())
+
+
+def stored(client: redis.Redis, unique: str) -> dict[bytes, Any]:
+    """Return everything that Redis holds about the transactions of a test."""
+    return {key: client.get(key) for key in client.scan_iter(f"dedup:*{unique}*", count=1_000)}
+
+
+def assert_tells_nothing(answer: RefusedCall) -> None:
+    """Fail when the words of a refusal are no sentence for the caller."""
+    words = [answer.message, *answer.violations, *answer.violations.values()]
+    assert all(text.isprintable() for text in words), words
+    assert not [inside for inside in INSIDE for text in words if inside in text], words
+
+
+@pytest.mark.parametrize(("rpc", "case"), BROKEN)
+def test_a_broken_message_is_refused_and_changes_nothing(
+    channel: grpc.Channel, redis_client: redis.Redis, unique: str, rpc: str, case: str
+) -> None:
+    """What is no message is INVALID_ARGUMENT, certainly not applied, also when it begins with a good one."""
+    prepared(channel, rpc, unique)
+    before = stored(redis_client, unique)
+    raw = malformed.broken(GOOD[rpc](unique))[case]
+    answer = refused(lambda: send(channel, rpc, raw))
+    assert answer.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert (answer.reason, answer.domain, answer.applied) == ("INVALID_REQUEST", "dedup.v1", "no")
+    assert answer.violations
+    assert_tells_nothing(answer)
+    assert stored(redis_client, unique) == before
+    # The good one is served afterwards.
+    assert send(channel, rpc, GOOD[rpc](unique).SerializeToString())
+
+
+@pytest.mark.parametrize(("rpc", "case"), ODD)
+def test_an_odd_message_is_served_as_the_good_one(channel: grpc.Channel, unique: str, rpc: str, case: str) -> None:
+    """Unknown fields of every kind, anywhere, and what protobuf merges are answered as if they were not there."""
+    prepared(channel, rpc, unique)
+    raw = malformed.odd(GOOD[rpc](unique))[case]
+    reply = getattr(dedup_pb2, f"{rpc}Response").FromString(send(channel, rpc, raw))
+    if rpc == "BatchClaimTransactions":
+        assert [entry.response.outcome for entry in reply.entries] == [dedup_pb2.CLAIM_OUTCOME_CLAIMED] * 2
+    elif rpc == "GetTransaction":
+        assert reply.transaction.transaction_id == unique
+    else:
+        # CLAIMED, COMPLETED, RELEASED, EXTENDED: the good outcome of each is its first.
+        assert reply.outcome == 1
+
+
+def refused_or_none(channel: grpc.Channel, rpc: str, raw: bytes) -> RefusedCall | None:
+    """Return what an rpc is refused with, or None when it is answered."""
+
+    def raise_again(error: grpc.RpcError) -> None:
+        raise error
+
+    try:
+        send(channel, rpc, raw)
+    except grpc.RpcError as error:
+        return refused(partial(raise_again, error))
+    return None
+
+
+@pytest.mark.parametrize("rpc", GOOD)
+def test_damaged_messages_are_answered_or_refused(
+    broken_into: ServiceProcess, channel: grpc.Channel, redis_client: redis.Redis, unique: str, rpc: str
+) -> None:
+    """Of messages with chance damage each is answered, or refused as certainly not applied; then others are served."""
+    for number, raw in enumerate(malformed.damaged(GOOD[rpc](unique), DAMAGED, SEED)):
+        if answer := refused_or_none(channel, rpc, raw):
+            assert answer.code in {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND}, (number, raw)
+            assert answer.applied == "no"
+            assert_tells_nothing(answer)
+    assert all(redis_client.pttl(key) > 0 for key in stored(redis_client, unique))
+    with broken_into.channel() as other:
+        reply = dedup_pb2_grpc.DedupServiceStub(other).ClaimTransaction(Claim(transaction_id=uuid.uuid4().hex))
+    assert reply.outcome == dedup_pb2.CLAIM_OUTCOME_CLAIMED
+
+
+LIES: dict[str, tuple[Callable[[bytes], bytes], tuple[tuple[str, str], ...]]] = {
+    "a length too long": (lambda m: grpc_message(m, length=len(m) + 1), ()),
+    "a length too short": (lambda m: grpc_message(m, length=len(m) - 1), ()),
+    "a length of 4 GiB": (lambda m: grpc_message(m, length=2**32 - 1), ()),
+    "a length of 0": (lambda m: grpc_message(m, length=0), ()),
+    "half a prefix": (lambda m: grpc_message(m)[:4], ()),
+    "no message": (lambda _: b"", ()),
+    "compressed, and is not": (lambda m: grpc_message(m, flag=1), (("grpc-encoding", "gzip"),)),
+    "compressed, and cut short": (
+        lambda m: grpc_message(gzip.compress(m)[:-9], flag=1),
+        (("grpc-encoding", "gzip"),),
+    ),
+    "compressed in an unknown way": (lambda m: grpc_message(m, flag=1), (("grpc-encoding", "zstd"),)),
+    "compressed from 8 MiB": (
+        lambda m: grpc_message(gzip.compress(m + malformed.nested(15, bytes(8 << 20))), flag=1),
+        (("grpc-encoding", "gzip"),),
+    ),
+    "flag 2": (lambda m: grpc_message(m, flag=2), ()),
+    "flag 255": (lambda m: grpc_message(m, flag=255), ()),
+}
+"""What a prefix of five bytes says that is not so, with the headers around it."""
+
+
+def a_call(peer: HostilePeer, rpc: str, body: bytes, *headers: tuple[str, str]) -> bytes:
+    """Return the frames of a call with any body."""
+    return peer.headers(1, *headers, path=path_of(rpc)) + data(1, body, end_stream=True)
+
+
+@pytest.mark.parametrize("case", LIES)
+def test_a_prefix_that_lies_changes_nothing(
+    broken_into: ServiceProcess, channel: grpc.Channel, redis_client: redis.Redis, unique: str, case: str
+) -> None:
+    """What is not the one message that its prefix announces is never answered OK, in no rpc, and changes nothing."""
+    make, headers = LIES[case]
+    for rpc, good in GOOD.items():
+        name = f"{unique}-{rpc}"
+        message = good(name).SerializeToString()
+        prepared(channel, rpc, name)
+        before = stored(redis_client, name)
+        with HostilePeer(broken_into.target).shake_hands() as peer:
+            peer.send(a_call(peer, rpc, make(message), *headers))
+            said = peer.answers(0.1)
+        assert {one for one in said if one.startswith("status")} <= REFUSALS, (rpc, said)
+        assert not [inside for inside in INSIDE for text in peer.messages if inside in text], peer.messages
+        assert stored(redis_client, name) == before, rpc
+        assert send(channel, rpc, message)
+
+
+AFTERWARDS: dict[str, Callable[[bytes], bytes]] = {
+    "another message": lambda m: grpc_message(m) + grpc_message(m.replace(b"first-", b"other-")),
+    "half a message": lambda m: grpc_message(m) + grpc_message(m)[:-1],
+    "half a prefix": lambda m: grpc_message(m) + bytes(2),
+    "the flag of compression alone": lambda m: grpc_message(m, flag=1),
+}
+
+
+@pytest.mark.parametrize("case", AFTERWARDS)
+def test_what_follows_a_message_is_never_claimed(
+    broken_into: ServiceProcess, redis_client: redis.Redis, unique: str, case: str
+) -> None:
+    """A whole claim with more behind it is answered OK and claimed, or neither; what is behind it is not claimed.
+
+    The engines differ here: gRPC's own reads one message of a unary call and passes over the rest.
+    """
+    message = GOOD["ClaimTransaction"](f"first-{unique}").SerializeToString()
+    said: Counter[str] = Counter()
+    with HostilePeer(broken_into.target).shake_hands() as peer:
+        peer.send(a_call(peer, "ClaimTransaction", AFTERWARDS[case](message)))
+        wait_until(lambda: said.update(peer.answers(0.1)) or said, what="an answer")
+    held = stored(redis_client, unique)
+    assert ("status 0" in said) == bool(held)
+    assert not [key for key in held if b"other-" in key]
