@@ -24,6 +24,8 @@ class Report:
     verdict: Verdict
     log_errors: Sequence[str]
     """What the service logged as an error."""
+    unsent: int
+    """How many answers found, as they were sent, that their caller had gone; grpcio logs each as an error."""
 
     @property
     def not_shown(self) -> list[str]:
@@ -49,6 +51,7 @@ class Report:
             "redis_restarts": self.restarts,
             "verdict": asdict(self.verdict) | {"allowed_bytes_a_call": MAX_BYTES_A_CALL},
             "log_errors": list(self.log_errors),
+            "unsent": self.unsent,
             "showed_nothing_of": self.not_shown,
             "samples": [asdict(sample) for sample in self.samples],
         }
@@ -66,6 +69,8 @@ class Report:
             )
         lines += ["", self._memory(), *self.verdict.findings]
         lines += [f"wrong: {sentence}" for sentence in self.tally.wrong]
+        if self.unsent:
+            lines.append(f"{self.unsent} answers found their caller gone as they were sent")
         lines += [f"the service logged: {error}" for error in self.log_errors]
         if self.not_shown:
             lines.append(f"showed nothing, since there was no: {', '.join(self.not_shown)}")
