@@ -28,7 +28,7 @@ from soak.calls import Caller, Doubt, Tally
 from soak.report import Report
 from soak.samples import Sample, look
 from soak.scenarios import SCENARIOS
-from soak.verdict import judge
+from soak.verdict import judge, kept
 
 CALLERS = 8
 MOST_SAMPLES = 300
@@ -125,7 +125,7 @@ class Soak:
             last, now = taken[-2:]
             if before is None:
                 return (last.file_descriptors, last.threads) == (now.file_descriptors, now.threads)
-            return judge(before, self.samples, now).findings == judge(before, self.samples, before).findings
+            return not kept(before, self.samples, now)
 
         with suppress(AssertionError):
             await eventually(given_back)

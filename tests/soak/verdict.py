@@ -34,22 +34,26 @@ def judge(before: Sample, samples: Sequence[Sample], after: Sample) -> Verdict:
     Memory may grow by `MAX_BYTES_A_CALL`, with `JUDGED_CALLS` to judge it by. File descriptors and connections to Redis
     have to be those of before once the load has gone, and threads no more than in the first half.
     """
-    middle = after.calls / 2
-    first_half = [sample for sample in samples if sample.calls <= middle]
-    second_half = [sample for sample in samples if sample.calls > middle]
+    second_half = [sample for sample in samples if sample.calls > after.calls / 2]
     judged = len(second_half) > 1 and second_half[-1].calls - second_half[0].calls >= JUDGED_CALLS
     slope = theil_sen([(sample.calls, sample.rss_bytes) for sample in second_half])
-    findings = []
+    findings = kept(before, samples, after)
     if judged and slope is not None and slope > MAX_BYTES_A_CALL:
         findings.append(f"memory grows by {slope:.1f} bytes a call, of {MAX_BYTES_A_CALL:.0f} allowed")
+    return Verdict(slope, judged, findings)
+
+
+def kept(before: Sample, samples: Sequence[Sample], after: Sample) -> list[str]:
+    """Return what, besides memory, a service has after the load and should have given back."""
+    findings = []
     if after.file_descriptors > before.file_descriptors + _SPARE:
         findings.append(f"{before.file_descriptors} file descriptors before, and {after.file_descriptors} after")
     if after.redis_connections != before.redis_connections:
         findings.append(f"{before.redis_connections} connections to Redis before, and {after.redis_connections} after")
-    most = max((sample.threads for sample in first_half), default=after.threads)
-    if after.threads > most:
-        findings.append(f"at most {most} threads in the first half, and {after.threads} after")
-    return Verdict(slope, judged, findings)
+    first_half = [sample.threads for sample in samples if sample.calls <= after.calls / 2]
+    if after.threads > max(first_half, default=after.threads):
+        findings.append(f"at most {max(first_half)} threads in the first half, and {after.threads} after")
+    return findings
 
 
 def theil_sen(points: Sequence[tuple[float, float]]) -> float | None:
