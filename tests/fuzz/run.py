@@ -105,7 +105,7 @@ async def search(plan: Plan, target: str) -> Search:
                 await process.wait()
     result.seconds = round(time.monotonic() - begun, 1)
     if code:
-        result.error = "\n".join(last)
+        result.error = "\n".join(last) or f"the process ended with {code} and said nothing"
     return result
 
 
