@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test test-clients demo chaos fuzz soak bench check audit smoke format protos stubs-current lock redis h2load clean no-environment
+.PHONY: help run test test-clients demo chaos fuzz soak bench check audit deploy-tools deploy-check smoke format protos stubs-current lock redis h2load clean no-environment
 
 # The lock has wheels for these versions; a newer Python would compile grpcio for half an hour. Each is asked to run,
 # since version managers put names on PATH that do not.
@@ -25,6 +25,7 @@ install = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 comma := ,
 GO := $(shell command -v go)
 NODE := $(shell command -v npm)
+APT := $(shell command -v apt-get)
 # What the tests of the clients start the service with.
 CLIENT_ENV = DEDUP_TEST_PYTHON="$(CURDIR)/.venv/bin/python"
 
@@ -34,7 +35,7 @@ generate = .venv/bin/python -m grpc_tools.protoc -I protos --python_out=$(1) --p
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
-	@echo 'Options: ARGS="..." is handed on by run, test, test-clients, demo, chaos, fuzz, soak, bench and lock; PYTHON=... chooses the Python of a new .venv.'
+	@echo 'Options: ARGS="..." is handed on by run, test, test-clients, demo, chaos, fuzz, soak, bench, deploy-check and lock; PYTHON=... chooses the Python of a new .venv.'
 
 run: .venv/run.stamp ## Start the service (ARGS="--store-url redis://127.0.0.1:6379")
 	@exec .venv/bin/dedup-service serve --banner $(ARGS)
@@ -81,6 +82,18 @@ check: .venv/dev.stamp stubs-current ## Lint, format, types, layers, contract, g
 
 audit: .venv/pyvenv.cfg ## Ask for known vulnerabilities of the locked packages
 	@.venv/bin/python scripts/audit.py
+
+# Go builds from source, a minute or two once and seconds after that. Debian's package has promtool in it, and is taken
+# apart rather than installed, which would start a Prometheus.
+deploy-tools: ## Get kustomize, helm and promtool into build/bin, where Go and apt-get are there
+	@mkdir -p build/bin
+	$(if $(GO),GOBIN="$(CURDIR)/build/bin" go install sigs.k8s.io/kustomize/kustomize/v5@v5.8.0)
+	$(if $(GO),GOBIN="$(CURDIR)/build/bin" go install helm.sh/helm/v3/cmd/helm@v3.22.0)
+	$(if $(APT),[ -x build/bin/promtool ] || (apt-get -qq update; cd build && apt-get -qq download prometheus && \
+		dpkg-deb -x prometheus_*.deb prometheus && cp prometheus/usr/bin/promtool bin/))
+
+deploy-check: .venv/dev.stamp ## Check the Dockerfile, manifests, charts and alerts (ARGS="--require helm")
+	@PATH="$(CURDIR)/build/bin:$(PATH)" .venv/bin/python scripts/deploy_check.py $(ARGS)
 
 smoke: .venv/pyvenv.cfg ## Install a clean copy with plain pip, and claim twice
 	.venv/bin/python scripts/smoke.py
