@@ -15,7 +15,9 @@ RUN pip --python /opt/dedup install --no-cache-dir --no-build-isolation --no-dep
     && pip --python /opt/dedup check
 
 FROM python:3.11-slim-bookworm
+ARG VERSION=unknown
 LABEL org.opencontainers.image.title="dedup-service" \
+      org.opencontainers.image.version="$VERSION" \
       org.opencontainers.image.description="A gRPC sidecar that admits each transaction at most once"
 # Nothing is ever installed into a running container, except by an intruder.
 RUN python -m pip uninstall --yes pip setuptools wheel && rm -r /usr/local/lib/python3.11/ensurepip

@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import math
 import re
 import time
 import urllib.parse
@@ -22,7 +23,6 @@ _POINTS = 240
 # What Grafana fills in; the rate has to span several scrapes.
 _VARIABLES = {"$job": ".*", "$namespace": ".*", "$__rate_interval": "20s"}
 _COLOURS = {"red": "#e24d42", "green": "#4f9d4f", "orange": "#ef843c", "blue": "#3f7fbf"}
-_PERCENT = 100
 
 Series = tuple[str, list[datetime], list[float]]
 
@@ -32,11 +32,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prometheus", default="http://127.0.0.1:9090", help="its address")
     parser.add_argument("--minutes", type=float, default=60, help="how far to look back")
+    parser.add_argument("--until", type=int, default=int(time.time()), help="the end, in Unix seconds; else now")
     parser.add_argument("--out", type=Path, default=Path("build/dashboard.png"))
     arguments = parser.parse_args()
     dashboard = json.loads(DASHBOARD.read_text())
-    end = time.time()
-    span = (end - 60 * arguments.minutes, end)
+    # A step is a whole number of seconds, so that the moments of all answers are the same.
+    step = max(1, round(60 * arguments.minutes / _POINTS))
+    span = range(arguments.until - step * _POINTS, arguments.until + 1, step)
     height = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in dashboard["panels"])
     plt.rcParams.update({"font.size": 7, "axes.titlesize": 8, "axes.grid": True, "grid.alpha": 0.3})
     figure = plt.figure(figsize=(24 * _CELL[0], (height + 1) * _CELL[1]))
@@ -48,7 +50,7 @@ def main() -> None:
         elif panel["type"] == "stat":
             _draw_number(axes, panel, _asked(arguments.prometheus, panel, span))
         else:
-            _draw_lines(axes, panel, _asked(arguments.prometheus, panel, span))
+            _draw_lines(axes, panel, _asked(arguments.prometheus, panel, span), span)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.out, dpi=80)
 
@@ -63,13 +65,13 @@ def _place(grid: dict[str, int], height: int) -> tuple[float, float, float, floa
     return x / 24, 1 - (y + tall + 0.5) / height, width / 24, tall / height
 
 
-def _asked(prometheus: str, panel: dict[str, Any], span: tuple[float, float]) -> list[Series]:
+def _asked(prometheus: str, panel: dict[str, Any], span: range) -> list[Series]:
     found: list[Series] = []
     for target in panel["targets"]:
         query = target["expr"]
         for variable, value in _VARIABLES.items():
             query = query.replace(variable, value)
-        parameters = {"query": query, "start": span[0], "end": span[1], "step": (span[1] - span[0]) / _POINTS}
+        parameters = {"query": query, "start": span[0], "end": span[-1], "step": span.step}
         address = f"{prometheus}/api/v1/query_range?{urllib.parse.urlencode(parameters)}"
         with urllib.request.urlopen(address, timeout=30) as reply:  # noqa: S310 - the operator's own Prometheus.
             result = json.load(reply)["data"]["result"]
@@ -88,18 +90,20 @@ def _legend(pattern: str, labels: dict[str, str]) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda name: labels.get(name[1], ""), pattern)
 
 
-def _draw_lines(axes: Axes, panel: dict[str, Any], found: list[Series]) -> None:
+def _draw_lines(axes: Axes, panel: dict[str, Any], found: list[Series], span: range) -> None:
     axes.set_title(panel["title"], loc="left")
     defaults = panel["fieldConfig"]["defaults"]
-    moments = sorted({at for _, times, _ in found for at in times})
+    axes.set_xlim(datetime.fromtimestamp(span[0], UTC), datetime.fromtimestamp(span[-1], UTC))
     if defaults["custom"]["stacking"]["mode"] == "normal" and found:
+        # A series that is left out while it is 0 is 0 then.
+        moments = [datetime.fromtimestamp(at, UTC) for at in span]
         heights = [[dict(zip(times, values, strict=True)).get(at, 0.0) for at in moments] for _, times, values in found]
         axes.stackplot(moments, heights, labels=[name for name, _, _ in found], alpha=0.8)
     else:
         for name, times, values in found:
             axes.plot(times, values, label=name, linewidth=1)
     axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(AutoDateLocator(minticks=2, maxticks=5))
+    axes.xaxis.set_major_locator(AutoDateLocator(minticks=3, maxticks=6, interval_multiples=False))
     axes.xaxis.set_major_formatter(DateFormatter("%H:%M", tz=UTC))
     axes.yaxis.set_major_formatter(lambda value, _: _worded(value, defaults["unit"]))
     if found:
@@ -119,13 +123,15 @@ def _draw_number(axes: Axes, panel: dict[str, Any], found: list[Series]) -> None
     defaults = panel["fieldConfig"]["defaults"]
     reached = [step for step in defaults["thresholds"]["steps"] if step["value"] is None or value >= step["value"]]
     axes.set_facecolor(_COLOURS[reached[-1]["color"]])
-    text = _worded(value, defaults["unit"])
+    text = _worded(round(value, defaults.get("decimals", 2)), defaults["unit"])
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=16, color="white")
 
 
 def _worded(value: float, unit: str) -> str:
+    if math.isnan(value):
+        return "-"
     if unit == "percentunit":
-        return f"{_PERCENT * value:.0f} %"
+        return f"{value:.0%}"
     if unit == "s":
         return f"{1000 * value:g} ms" if value < 1 else f"{value:g} s"
     return f"{value:.3g}{'/s' if unit == 'reqps' else ''}"
