@@ -89,7 +89,7 @@ deploy-tools: ## Get kustomize, helm and promtool into build/bin, where Go and a
 	@mkdir -p build/bin
 	$(if $(GO),GOBIN="$(CURDIR)/build/bin" go install sigs.k8s.io/kustomize/kustomize/v5@v5.8.0)
 	$(if $(GO),GOBIN="$(CURDIR)/build/bin" go install helm.sh/helm/v3/cmd/helm@v3.22.0)
-	$(if $(APT),[ -x build/bin/promtool ] || (apt-get -qq update; cd build && apt-get -qq download prometheus && \
+	$(if $(APT),[ -x build/bin/promtool ] || (apt-get -qq update; cd build && apt-get -qq -o APT::Sandbox::User=root download prometheus && \
 		dpkg-deb -x prometheus_*.deb prometheus && cp prometheus/usr/bin/promtool bin/))
 
 deploy-check: .venv/dev.stamp ## Check the Dockerfile, manifests, charts and alerts (ARGS="--require helm")
