@@ -38,7 +38,9 @@ USER 65532:65532
 EXPOSE 50051
 # The signal that starts the drain.
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=10s --timeout=5s --start-period=10s --retries=3 CMD ["dedup-service", "healthcheck"]
+# Not readiness: some engines replace a container that fails this, and a new one would find Redis away as well.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=10s --retries=3 \
+    CMD ["dedup-service", "healthcheck", "--service", "liveness"]
 # The exec form makes the service process 1, which alone hears that signal.
 ENTRYPOINT ["dedup-service"]
 CMD ["serve"]
