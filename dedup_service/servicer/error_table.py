@@ -76,7 +76,7 @@ class _Row:
     retry_after_ms: int | None = None
 
 
-_TABLE = {
+TABLE = {
     InvalidRequest: _Row(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
     TransactionNotFound: _Row(grpc.StatusCode.NOT_FOUND, "TRANSACTION_NOT_FOUND"),
     StoreUnavailable: _Row(grpc.StatusCode.UNAVAILABLE, retry_after_ms=RETRY_AFTER_MS),
@@ -96,7 +96,7 @@ def new_incident() -> str:
 
 def failure_of(error: Exception, incident: str) -> Failure:
     """Return what the caller is told of `error`; for a bug that is only `incident`, an opaque id to quote."""
-    row = _TABLE.get(type(error))
+    row = TABLE.get(type(error))
     if row is None:
         return Failure(
             grpc.StatusCode.INTERNAL,
