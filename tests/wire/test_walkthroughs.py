@@ -1,6 +1,5 @@
 """Every command of the documentation does what its page says, against a real Redis in the state that it is about."""
 
-import json
 import subprocess
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
 from harness.polling import wait_until
@@ -56,14 +56,17 @@ class Stage:
         assert self.service is not None
         return run_command(*arguments, "--target", self.service.target)
 
-    def health(self) -> dict[str, object]:
-        """Return what the health check prints."""
-        shown: dict[str, object] = json.loads(self.ask("healthcheck", "--json").stdout or "{}")
-        return shown
-
     def wait_for(self, status: str) -> None:
         """Return when health says so."""
-        wait_until(lambda: self.health().get("status") == status, what=status)
+        assert self.service is not None
+        with self.service.channel() as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+
+            def says_so() -> bool:
+                reply = stub.Check(health_pb2.HealthCheckRequest(), timeout=10, wait_for_ready=True)
+                return health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status) == status
+
+            wait_until(says_so, what=status)
 
     def redis_cli(self, *arguments: str) -> str:
         """Run a command of Redis, and return what it answers."""
@@ -117,10 +120,10 @@ def that_goes_and_returns(stage: Stage) -> Generator[None, None, None]:
 
 def that_was_flushed(stage: Stage) -> Generator[None, None, None]:
     """A Redis that has lost everything once the service knew what it had."""
-    stage.start()
+    service = stage.start()
     wait_until(lambda: stage.redis_cli("dbsize") != "0", what="the service to count on something")
     stage.redis_cli("flushall")
-    wait_until(lambda: stage.health()["store_forgotten"], what="the service to notice")
+    wait_until(lambda: service.events("claims_forgotten"), what="the service to notice")
     yield
 
 
@@ -153,14 +156,18 @@ def that_hangs(stage: Stage) -> Generator[None, None, None]:
 def that_is_full(stage: Stage) -> Generator[None, None, None]:
     """A service whose one place is taken by a call that waits."""
     service = stage.start("--max-in-flight", "1")
-    assert stage.ask("claim", "order-1234").returncode == 0
+    assert stage.ask("claim", "order-1234", "--ttl", "1h").returncode == 0
     with service.channel() as channel:
         stub = dedup_pb2_grpc.DedupServiceStub(channel)
         request = dedup_pb2.ClaimTransactionRequest(transaction_id="order-1234")
-        request.wait.FromSeconds(50)
-        waiting = stub.ClaimTransaction.future(request, timeout=55)
+        request.wait.FromSeconds(100)
+        waiting = stub.ClaimTransaction.future(request, timeout=110)
 
         def refused() -> bool:
+            nonlocal waiting
+            if waiting.done():
+                # It met a look-up of this function, and was refused itself.
+                waiting = stub.ClaimTransaction.future(request, timeout=110)
             try:
                 stub.GetTransaction(dedup_pb2.GetTransactionRequest(transaction_id="order-1234"), timeout=10)
             except grpc.RpcError as error:
