@@ -64,7 +64,7 @@ class Stage:
 
             def says_so() -> bool:
                 reply = stub.Check(health_pb2.HealthCheckRequest(), timeout=10, wait_for_ready=True)
-                return health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status) == status
+                return bool(reply.status == health_pb2.HealthCheckResponse.ServingStatus.Value(status))
 
             wait_until(says_so, what=status)
 
