@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic_core import to_json
 
 from dedup_service.durations import format_duration, parse_duration
 
@@ -26,6 +27,7 @@ _DEFAULT_RETENTION_MS = 24 * 3_600_000
 _MAX_DURATION_MS = 36_500 * 86_400_000
 # sun_path of a Unix socket address holds 108 bytes with its closing zero on Linux, 104 elsewhere.
 _MAX_SOCKET_PATH = 103
+_MAX_WORKERS = 64
 
 
 class BadSettings(Exception):
@@ -69,6 +71,26 @@ def _check_address(address: str) -> None:
         raise ValueError(f"{address!r} is no address: write host:port (such as 127.0.0.1:50051) or unix:///path")
 
 
+def _metrics_address(value: object) -> object:
+    match = _TCP_ADDRESS.fullmatch(value) if isinstance(value, str) else None
+    if value is not None and (match is None or int(match[2]) > _MAX_PORT):
+        raise ValueError(f"{value!r} is no address: write host:port, such as 127.0.0.1:9090")
+    return value
+
+
+def _worker_count(value: object) -> object:
+    if value == "auto":
+        return min(_usable_cpus(), _MAX_WORKERS)
+    if isinstance(value, bool) or not str(value).isdecimal() or not 1 <= int(str(value)) <= _MAX_WORKERS:
+        raise ValueError(f"{value!r} is no number of processes: write 1 to {_MAX_WORKERS}, or auto for one a CPU")
+    return value
+
+
+def _usable_cpus() -> int:
+    # The CPUs that this process may run on, where the system says: a host may have more.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def default_store_url() -> str:
     """Return the URL of the embedded store that is used when none is set: one file for each user of this host."""
     state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
@@ -79,6 +101,8 @@ DurationMs = Annotated[int, BeforeValidator(_duration), Field(gt=0)]
 # The outer validator is what the command line knows a duration by.
 OptionalDurationMs = Annotated[DurationMs | None, BeforeValidator(_duration)]
 EngineName = Literal["grpcio", "native"]
+WorkerCount = Annotated[int, BeforeValidator(_worker_count)]
+MetricsAddress = Annotated[str | None, BeforeValidator(_metrics_address)]
 Addresses = Annotated[tuple[str, ...], BeforeValidator(_addresses)]
 
 
@@ -145,6 +169,14 @@ class Settings(Listening):
         "grpcio",
         description="What speaks gRPC: grpcio, or native, which is faster and younger; see docs/engines.md.",
     )
+    workers: WorkerCount = Field(
+        1, description="How many processes share the TCP port: 1 to 64, or auto for one a CPU. For more than one core."
+    )
+    metrics_listen: MetricsAddress = Field(
+        None,
+        description="Where to show Prometheus metrics over HTTP, to everybody who can reach it: host:port.  "
+        "[default: nowhere]",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="The least severe log lines to write; successful calls are info."
     )
@@ -173,7 +205,21 @@ class Settings(Listening):
                 f"{ENV_PREFIX}STORE_URL is not set and {ENV_PREFIX}REQUIRE_STORE_URL is: a container that dedups "
                 f"against itself alone pays twice. Set {ENV_PREFIX}STORE_URL=redis://host:6379/0"
             )
+        if self.workers > 1 and (sockets := [address for address in self.listen if address.startswith("unix:")]):
+            raise ValueError(
+                f"{ENV_PREFIX}WORKERS is {self.workers} and {ENV_PREFIX}LISTEN names {sockets[0]}: several processes "
+                f"cannot share a Unix socket. Set {ENV_PREFIX}WORKERS=1, or listen on a loopback address such as "
+                "127.0.0.1:50051"
+            )
         return self
+
+    def to_json(self) -> str:
+        """Return all settings for another process of this service: with the password of the store URL."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        plain = {
+            name: value.get_secret_value() if isinstance(value, SecretStr) else value for name, value in values.items()
+        }
+        return to_json(plain).decode()
 
     @property
     def effective_store_url(self) -> str:
@@ -193,6 +239,11 @@ def load_settings(flags: dict[str, Any] | None = None, config_file: Path | None 
     _refuse_unknown_variables()
     _refuse_empty_store_url()
     return _load(Settings, flags or {}, config_file)
+
+
+def settings_from_json(text: str) -> Settings:
+    """Return the settings that `Settings.to_json` wrote; this process's own environment does not count."""
+    return Settings.model_validate_json(text)
 
 
 def listening_address() -> str:

@@ -27,8 +27,8 @@ SECTIONS: dict[str, Sequence[str]] = {
         *("docs/other-languages.md", "examples/lucky_box/README.md"),
     ),
     "Operate": (
-        *("docs/running.md", "docs/stores.md", "deploy/README.md", "docs/observability.md", "docs/runbook.md"),
-        *("docs/performance.md", "docs/engines.md", "docs/threat-model.md"),
+        *("docs/running.md", "docs/stores.md", "deploy/README.md", "docs/metrics.md", "docs/observability.md"),
+        *("docs/runbook.md", "docs/performance.md", "docs/engines.md", "docs/threat-model.md"),
     ),
     "Reference": ("docs/configuration.md", "docs/errors.md", "docs/command-line.md"),
     "Guarantees": ("docs/guarantees.md", "docs/decisions"),

@@ -61,7 +61,7 @@ func NewFromStub(stub dedupv1.DedupServiceClient, opts ...Option) (*Client, erro
 func newClient(stub dedupv1.DedupServiceClient, s settings) *Client {
 	c := &Client{settings: s, stub: stub}
 	if s.maxBatch > 0 {
-		c.coalescer = &coalescer{stub: stub, maxBatch: s.maxBatch, maxDelay: s.maxDelay}
+		c.coalescer = &coalescer{stub: stub, maxBatch: s.maxBatch, maxDelay: s.maxDelay, expected: s.maxBatch}
 	}
 	return c
 }

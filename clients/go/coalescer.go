@@ -20,6 +20,10 @@ type coalescer struct {
 	mu      sync.Mutex
 	pending []*entry
 	timer   *time.Timer // sends what is pending; nil when nothing is
+
+	batches  int // under way
+	claims   int // in those batches
+	expected int // how many claims were pending or under way when a batch was last answered; maxBatch at first
 }
 
 // entry is one claim of a batch. Its caller may leave before the answer.
@@ -50,7 +54,9 @@ func (c *coalescer) add(e *entry) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.pending = append(c.pending, e)
-	if len(c.pending) >= c.maxBatch {
+	// Who was answered together mostly claims again together. Once all of them are back, nobody else may come soon.
+	everybodyIsBack := c.batches == 0 && len(c.pending) >= c.expected
+	if len(c.pending) >= c.maxBatch || everybodyIsBack {
 		go c.send(c.take())
 	} else if c.timer == nil {
 		c.timer = time.AfterFunc(c.maxDelay, c.flush)
@@ -68,6 +74,10 @@ func (c *coalescer) flush() {
 func (c *coalescer) take() []*entry {
 	batch := c.pending
 	c.pending = nil
+	if len(batch) > 0 {
+		c.batches++
+		c.claims += len(batch)
+	}
 	if c.timer != nil {
 		c.timer.Stop()
 		c.timer = nil
@@ -77,6 +87,9 @@ func (c *coalescer) take() []*entry {
 
 // send asks for a batch and hands out its answers.
 func (c *coalescer) send(batch []*entry) {
+	if len(batch) == 0 {
+		return
+	}
 	// Who left before it was sent has not claimed, and must not: nobody would hold that claim.
 	present := make([]*entry, 0, len(batch))
 	for _, e := range batch {
@@ -85,6 +98,7 @@ func (c *coalescer) send(batch []*entry) {
 		}
 	}
 	if len(present) == 0 {
+		c.answered(len(batch))
 		return
 	}
 	ctx, cancel := untilAllLeft(present)
@@ -94,6 +108,7 @@ func (c *coalescer) send(batch []*entry) {
 		request.Requests[i] = e.request
 	}
 	reply, err := c.stub.BatchClaimTransactions(ctx, request)
+	c.answered(len(batch))
 	if err == nil && len(reply.GetEntries()) != len(present) {
 		err = status.Error(codes.Internal, "the service answered a batch with another number of entries")
 	}
@@ -111,6 +126,15 @@ func (c *coalescer) send(batch []*entry) {
 			e.answer <- answer{reply: &dedupv1.ClaimTransactionResponse{}}
 		}
 	}
+}
+
+// answered notes the end of a batch, before its callers come back.
+func (c *coalescer) answered(claims int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.expected = c.claims + len(c.pending)
+	c.batches--
+	c.claims -= claims
 }
 
 // untilAllLeft returns a context that lasts as long as anybody waits for the batch. It belongs to none of the callers,

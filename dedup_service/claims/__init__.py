@@ -12,7 +12,7 @@ from dedup_service.claims.errors import (
 from dedup_service.claims.limits import DEFAULT_NAMESPACE
 from dedup_service.claims.policy import Policies, Policy
 from dedup_service.claims.service import DEFAULT_MAX_RESULT_BYTES, ClaimService, system_clock_ms
-from dedup_service.claims.store import ClaimStore, StoreNotice
+from dedup_service.claims.store import ClaimStore, StoreNotice, StoreObserver
 from dedup_service.claims.transaction import (
     ClaimAnswer,
     ClaimOutcome,
@@ -41,6 +41,7 @@ __all__ = [
     "Policy",
     "Release",
     "StoreNotice",
+    "StoreObserver",
     "StoreRefused",
     "StoreUnavailable",
     "Transaction",

@@ -2,7 +2,8 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from dedup_service.claims.errors import Applied, InvalidRequest, StoreUnavailable, TransactionNotFound
 from dedup_service.claims.limits import DEFAULT_NAMESPACE, claim_violations, holder_violations, identity_violations
@@ -26,6 +27,15 @@ DEFAULT_MAX_RESULT_BYTES = 4_096
 def system_clock_ms() -> int:
     """Return the Unix time in milliseconds."""
     return time.time_ns() // 1_000_000
+
+
+class _Admitted(NamedTuple):
+    """A claim that the store may be asked for, and the rules that it began with."""
+
+    claim: Transaction
+    ttl_ms: int | None
+    token: str
+    policy: Policy
 
 
 class ClaimService:
@@ -62,18 +72,28 @@ class ClaimService:
         CLAIMED only when the store took this very claim, or holds one in progress with the caller's own token (then
         `replayed`), or when the namespace is in shadow mode (then `shadow_duplicate` says what it would have been).
         """
-        namespace = request.namespace or DEFAULT_NAMESPACE
-        policy = self.policies.of(namespace)
-        if violations := tuple(claim_violations(request, namespace, policy, self._clock_ms())):
-            raise InvalidRequest(*violations)
-        token = request.claim_token or next(self._tokens)
-        answer = await self._claim_once(request, namespace, token, policy)
-        if policy.shadow and answer.outcome is not ClaimOutcome.CLAIMED:
-            self.shadow_duplicates[namespace] += 1
-            return answer._replace(outcome=ClaimOutcome.CLAIMED, shadow_duplicate=True)
+        admitted = self._admit(request)
+        answer = self._answer(admitted, await self._store.claim(admitted.claim, admitted.ttl_ms))
         if request.wait_ms and _is_in_progress(answer):
-            return await self._wait_and_claim(request, namespace, policy, answer)
+            return await self._wait_and_claim(request, admitted, answer)
         return answer
+
+    async def claim_all(self, requests: Sequence[ClaimRequest]) -> list[ClaimAnswer | Exception]:
+        """Claim many transactions in their order, each as `claim` would and each alone, except that none waits.
+
+        Returns the answer to each, or the exception that `claim` would have raised.
+        """
+        admitted = [self._admit_one_of_many(request) for request in requests]
+        asked = [(one.claim, one.ttl_ms) for one in admitted if isinstance(one, _Admitted)]
+        holders = iter(await self._store.claim_all(asked))
+        answers: list[ClaimAnswer | Exception] = []
+        for one in admitted:
+            if isinstance(one, Exception):
+                answers.append(one)
+                continue
+            holder = next(holders)
+            answers.append(holder if isinstance(holder, Exception) else self._answer(one, holder))
+        return answers
 
     async def complete(self, request: HolderRequest) -> Transaction | None:
         """Complete a transaction and return it, or None when the token does not hold it.
@@ -135,7 +155,12 @@ class ClaimService:
             raise TransactionNotFound(f"no transaction with this id is claimed in the namespace {namespace!r}")
         return transaction
 
-    async def _claim_once(self, request: ClaimRequest, namespace: str, token: str, policy: Policy) -> ClaimAnswer:
+    def _admit(self, request: ClaimRequest) -> _Admitted:
+        namespace = request.namespace or DEFAULT_NAMESPACE
+        policy = self.policies.of(namespace)
+        if violations := tuple(claim_violations(request, namespace, policy, self._clock_ms())):
+            raise InvalidRequest(*violations)
+        token = request.claim_token or next(self._tokens)
         ttl_ms, expire_time_ms, now_ms = self._lifetime(request.ttl_ms, request.expire_time_ms, policy.default_ttl_ms)
         claim = Transaction(
             namespace=namespace,
@@ -146,16 +171,30 @@ class ClaimService:
             expire_time_ms=expire_time_ms,
             payload_fingerprint=request.payload_fingerprint,
         )
-        return decide(claim, token, await self._store.claim(claim, ttl_ms))
+        return _Admitted(claim, ttl_ms, token, policy)
 
-    async def _wait_and_claim(
-        self, request: ClaimRequest, namespace: str, policy: Policy, answer: ClaimAnswer
-    ) -> ClaimAnswer:
+    def _admit_one_of_many(self, request: ClaimRequest) -> _Admitted | Exception:
+        try:
+            return self._admit(request)
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with one claim, the others are made
+            return error
+
+    def _answer(self, admitted: _Admitted, holder: Transaction | None) -> ClaimAnswer:
+        answer = decide(admitted.claim, admitted.token, holder)
+        if admitted.policy.shadow and answer.outcome is not ClaimOutcome.CLAIMED:
+            self.shadow_duplicates[admitted.claim.namespace] += 1
+            return answer._replace(outcome=ClaimOutcome.CLAIMED, shadow_duplicate=True)
+        return answer
+
+    async def _wait_and_claim(self, request: ClaimRequest, admitted: _Admitted, answer: ClaimAnswer) -> ClaimAnswer:
+        claim, _, _, policy = admitted
         until = time.monotonic() + request.wait_ms / 1_000
         while _is_in_progress(answer) and (left_s := until - time.monotonic()) > 0:
-            await self._waiting.ended(namespace, request.transaction_id, left_s)
+            await self._waiting.ended(claim.namespace, claim.transaction_id, left_s)
             # Asked anew also at the end of the wait: what was known before may have changed since.
-            answer = await self._claim_once(request, namespace, answer.claim_token, policy)
+            ttl_ms, end_ms, now_ms = self._lifetime(request.ttl_ms, request.expire_time_ms, policy.default_ttl_ms)
+            claim = claim._replace(claim_time_ms=now_ms, expire_time_ms=end_ms)
+            answer = self._answer(admitted._replace(claim=claim), await self._store.claim(claim, ttl_ms))
             if self._waiting.closed:
                 break
         return answer

@@ -22,6 +22,16 @@ class StoreNotice:
     restarted: bool = False
 
 
+class StoreObserver(Protocol):
+    """Is told what becomes of a store's connections. Its methods return at once and raise nothing."""
+
+    def connected(self, *, again: bool) -> None:
+        """Hear of a new connection, made `again` where an earlier one was lost."""
+
+    def disconnected(self) -> None:
+        """Hear that a connection has ended."""
+
+
 class ClaimStore(Protocol):
     """Keeps claims. Every method may raise StoreUnavailable, and none repeats a command by itself.
 
@@ -53,6 +63,14 @@ class ClaimStore(Protocol):
 
         The stored claim expires `ttl_ms` from now by the clock of the store, or at `claim.expire_time_ms` when `ttl_ms`
         is None. Raises InvalidRequest when that moment is in the past by the clock of the store, and UnreadableValue.
+        """
+
+    async def claim_all(
+        self, claims: Sequence[tuple[Transaction, int | None]]
+    ) -> Sequence[Transaction | Exception | None]:
+        """Carry out many claims in their order, each as `claim` would and each alone.
+
+        Returns for each what `claim` would have returned, or the exception that it would have raised.
         """
 
     async def complete(self, completion: Completion) -> Transaction | None:

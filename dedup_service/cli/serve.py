@@ -10,16 +10,19 @@ import uvloop
 from pydantic.fields import FieldInfo
 
 from dedup_service import __version__
+from dedup_service.banner import banner
 from dedup_service.durations import format_duration
 from dedup_service.server import StartRefused, serve
 from dedup_service.settings import CONFIG_VARIABLE, ENV_PREFIX, DurationMs, Settings, load_settings
 from dedup_service.telemetry.logs import configure_logs
+from dedup_service.workers.orders import SupervisorOrders, become_supervisor
 
 _DESCRIPTION = """\
 Serve claims over gRPC until SIGTERM or SIGINT.
 
 Each setting is a flag, an environment variable and a key of the TOML settings file; the flag wins over the
-variable, and the variable over the file. Durations are written 250ms, 60s, 2h or 7d.
+variable, and the variable over the file. Durations are written 250ms, 60s, 2h or 7d. SIGHUP rereads the
+policy file; with several workers SIGUSR2 replaces them one by one.
 """
 
 _METAVARS = {str(int): "INTEGER", str(float): "NUMBER"}
@@ -31,11 +34,13 @@ def run_serve(arguments: Sequence[str]) -> None:
     Raises BadSettings; exits with 2 for a flag that does not exist, and with 1 when the server cannot start.
     """
     flags = vars(_parser().parse_args(arguments))
-    config, banner = flags.pop("config"), flags.pop("banner")
+    config, show_banner = flags.pop("config"), flags.pop("banner")
     settings = load_settings(flags, config)
+    if settings.workers > 1:
+        become_supervisor(SupervisorOrders(settings.to_json(), show_banner))
     configure_logs(settings.log_level)
     try:
-        uvloop.run(serve(settings, _print_banner if banner else _say_nothing))
+        uvloop.run(serve(settings, _print_banner if show_banner else _say_nothing))
     except StartRefused as refusal:
         print(f"dedup-service: {refusal}", file=sys.stderr)
         sys.exit(1)
@@ -117,17 +122,4 @@ def _say_nothing(_: Sequence[str]) -> None:
 
 
 def _print_banner(addresses: Sequence[str]) -> None:
-    first = addresses[0]
-    # grpcurl takes a Unix socket by its path and a flag.
-    where = f"-unix {first.removeprefix('unix://')}" if first.startswith("unix:") else first
-    print(
-        f"""
-{version_text()} is serving on {", ".join(addresses)}. Claim a transaction, then claim it again:
-
-  .venv/bin/dedup-service claim order-1234 --target {first}
-  grpcurl -plaintext -d '{{"transaction_id": "order-1234"}}' {where} dedup.v1.DedupService/ClaimTransaction
-
-Stop it with Ctrl-C. Its log follows.
-""",
-        flush=True,
-    )
+    print(banner(addresses), end="", flush=True)

@@ -52,7 +52,9 @@ def _probe(host: str, port: int, address: str, *, reuse_port: bool) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, int(reuse_port))
             probe.bind(where)
-            probe.listen()
+            if not reuse_port:
+                # Beside others it would take connections away from them.
+                probe.listen()
     except OSError as error:
         hint = ": does another server listen there?" if error.errno == errno.EADDRINUSE else ""
         raise StartRefused(f"cannot listen on {address}: {error.strerror}{hint}") from None

@@ -10,6 +10,10 @@ import pygrpc_native.aio
 from dedup_service.server.engines import Register, server_options
 from dedup_service.server.listeners import StartRefused, add_listener
 
+# The package closes its connections without writing out the answers that it was given last: of 200 at a time, 18 % were
+# lost. It cannot be asked whether they have gone, so they get the time.
+_WRITE_OUT_S = 0.25
+
 
 class _Server(pygrpc_native.aio.Server):
     """Hands a service that takes streams of requests, such as reflection, to grpcio by its generic handler alone.
@@ -57,4 +61,5 @@ class NativeEngine:
 
     async def stop(self, grace: float | None) -> None:
         """Stop, as the protocol says."""
+        await asyncio.sleep(_WRITE_OUT_S)
         await asyncio.gather(*(server.stop(grace) for server in self._servers))

@@ -16,7 +16,8 @@ class Admission:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._under_way = 0
+        self.under_way = 0
+        """How many calls are inside."""
         self._closed = False
         self._empty = asyncio.Event()
         self._empty.set()
@@ -25,15 +26,15 @@ class Admission:
         """Count one call in, which needs its `leave`; raise ServerStopping or TooManyCalls."""
         if self._closed:
             raise ServerStopping("the server is shutting down: call another one, or try again")
-        if self._under_way >= self._limit:
+        if self.under_way >= self._limit:
             raise TooManyCalls(f"{self._limit} calls are under way already: try again, or call another server")
-        self._under_way += 1
+        self.under_way += 1
         self._empty.clear()
 
     def leave(self) -> None:
         """Count one call out."""
-        self._under_way -= 1
-        if not self._under_way:
+        self.under_way -= 1
+        if not self.under_way:
             self._empty.set()
 
     def close(self) -> None:

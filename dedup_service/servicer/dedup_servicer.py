@@ -1,14 +1,14 @@
 """The rpcs of the contract over the claim service."""
 
-import asyncio
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
+from google.rpc import status_pb2
 
 from dedup.v1 import dedup_pb2
-from dedup_service.claims import ClaimService, FieldViolation, InvalidRequest
+from dedup_service.claims import Applied, ClaimAnswer, ClaimRequest, ClaimService, FieldViolation, InvalidRequest
 from dedup_service.servicer.admission import Admission
 from dedup_service.servicer.endpoint import Endpoint, Handler
 from dedup_service.servicer.error_table import failure_of, new_incident
@@ -18,25 +18,34 @@ from dedup_service.servicer.messages import (
     claim_response,
     complete_request,
     extend_request,
+    fill_claim_response,
     release_request,
     transaction_message,
 )
 from dedup_service.telemetry.call_log import CallLog
 from dedup_service.telemetry.logs import logger
 
+if TYPE_CHECKING:
+    # Who does not ask for metrics does not load their library.
+    from dedup_service.telemetry.metrics import Metrics
+
 MAX_BATCH = 1_000
 
-# What the claim at the end of a wait may take, of the time that the caller waits.
-_LAST_CLAIM_MS = 50
+# What of the caller's time the claim at the end of a wait may take: a tenth of it, at most a second.
+_LAST_CLAIM_SHARE = 0.1
+_LAST_CLAIM_MAX_S = 1.0
 
-SERVICE_NAME = dedup_pb2.DESCRIPTOR.services_by_name["DedupService"].full_name
+_SERVICE = dedup_pb2.DESCRIPTOR.services_by_name["DedupService"]
+SERVICE_NAME = _SERVICE.full_name
+METHODS = tuple(method.name for method in _SERVICE.methods)
 
 
 class DedupServicer:
     """Answers the rpcs; whatever it raises is turned into a status by the endpoint around it."""
 
-    def __init__(self, claims: ClaimService) -> None:
+    def __init__(self, claims: ClaimService, metrics: "Metrics | None" = None) -> None:
         self._claims = claims
+        self._metrics = metrics
 
     async def claim_transaction(
         self, request: dedup_pb2.ClaimTransactionRequest, budget_s: float | None
@@ -44,7 +53,8 @@ class DedupServicer:
         """Serve ClaimTransaction."""
         claim = claim_request(request)
         if claim.wait_ms > 0 and budget_s is not None:
-            claim = claim._replace(wait_ms=max(0, min(claim.wait_ms, int(budget_s * 1_000) - _LAST_CLAIM_MS)))
+            last_claim_s = min(budget_s * _LAST_CLAIM_SHARE, _LAST_CLAIM_MAX_S)
+            claim = claim._replace(wait_ms=min(claim.wait_ms, int((budget_s - last_claim_s) * 1_000)))
         return claim_response(await self._claims.claim(claim))
 
     async def complete_transaction(
@@ -92,22 +102,42 @@ class DedupServicer:
             raise InvalidRequest(
                 FieldViolation("requests", f"has {len(request.requests)} claims: send 1 to {MAX_BATCH} in one batch")
             )
-        entries = await asyncio.gather(*map(self._batch_entry, request.requests))
-        return dedup_pb2.BatchClaimTransactionsResponse(entries=entries)
+        read = [_read(entry) for entry in request.requests]
+        answers = iter(await self._claims.claim_all([one for one in read if isinstance(one, ClaimRequest)]))
+        reply = dedup_pb2.BatchClaimTransactionsResponse()
+        for one in read:
+            answer = next(answers) if isinstance(one, ClaimRequest) else one
+            entry = reply.entries.add()
+            if isinstance(answer, ClaimAnswer):
+                fill_claim_response(entry.response, answer)
+            else:
+                entry.error.CopyFrom(self._status_of(answer))
+        return reply
 
-    async def _batch_entry(self, request: dedup_pb2.ClaimTransactionRequest) -> dedup_pb2.BatchClaimEntry:
-        try:
-            claim = batched_claim_request(request)
-            return dedup_pb2.BatchClaimEntry(response=claim_response(await self._claims.claim(claim)))
-        except Exception as error:  # noqa: BLE001 - whatever becomes of one entry, the others have their answers
-            incident = new_incident()
-            failure = failure_of(error, incident)
-            if failure.code is grpc.StatusCode.INTERNAL:
-                logger().error("incident", incident=incident, exc_info=error)
-            return dedup_pb2.BatchClaimEntry(error=failure.status())
+    def _status_of(self, error: Exception) -> status_pb2.Status:
+        incident = new_incident()
+        failure = failure_of(error, incident)
+        if self._metrics is not None and failure.applied is Applied.UNKNOWN:
+            self._metrics.doubted(failure.reason)
+        if failure.code is grpc.StatusCode.INTERNAL:
+            logger().error("incident", incident=incident, exc_info=error)
+        return failure.status()
 
 
-def add_to_server(server: grpc.aio.Server, servicer: DedupServicer, call_log: CallLog, admission: Admission) -> None:
+def _read(entry: dedup_pb2.ClaimTransactionRequest) -> ClaimRequest | Exception:
+    try:
+        return batched_claim_request(entry)
+    except Exception as error:  # noqa: BLE001 - whatever is wrong with one entry, the others have their answers
+        return error
+
+
+def add_to_server(
+    server: grpc.aio.Server,
+    servicer: DedupServicer,
+    call_log: CallLog,
+    admission: Admission,
+    metrics: "Metrics | None" = None,
+) -> None:
     """Register the whole service with a server, each rpc inside its endpoint.
 
     The endpoints take and give bytes, so that decoding happens inside the guard and not in gRPC, which would answer a
@@ -122,7 +152,7 @@ def add_to_server(server: grpc.aio.Server, servicer: DedupServicer, call_log: Ca
         "BatchClaimTransactions": servicer.batch_claim_transactions,
     }
     methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
-    for method in dedup_pb2.DESCRIPTOR.services_by_name["DedupService"].methods:
+    for method in _SERVICE.methods:
         endpoint = Endpoint(
             method=method.name,
             request_type=getattr(dedup_pb2, method.input_type.name),
@@ -130,6 +160,7 @@ def add_to_server(server: grpc.aio.Server, servicer: DedupServicer, call_log: Ca
             outcome_of=_outcome_reader(method.output_type),
             call_log=call_log,
             admission=admission,
+            metrics=metrics.call(method.name) if metrics else None,
             may_change=method.name != "GetTransaction",
         )
         methods[method.name] = grpc.unary_unary_rpc_method_handler(endpoint.serve)
@@ -150,7 +181,11 @@ def _outcome_reader(response: Any) -> Callable[[Any], str]:  # noqa: ANN401 - a 
     return lambda reply: names[reply.outcome]
 
 
+_outcome_of_claim = _outcome_reader(dedup_pb2.ClaimTransactionResponse.DESCRIPTOR)
+
+
 def _outcomes_of_batch(reply: dedup_pb2.BatchClaimTransactionsResponse) -> str:
-    read = _outcome_reader(dedup_pb2.ClaimTransactionResponse.DESCRIPTOR)
-    outcomes = Counter(read(entry.response) if entry.HasField("response") else "ERROR" for entry in reply.entries)
+    outcomes = Counter(
+        _outcome_of_claim(entry.response) if entry.HasField("response") else "ERROR" for entry in reply.entries
+    )
     return " ".join(f"{outcome}={count}" for outcome, count in sorted(outcomes.items()))

@@ -4,7 +4,7 @@ import asyncio
 import sys
 import time
 from collections.abc import Awaitable, Callable
-from typing import Generic, NoReturn, cast
+from typing import TYPE_CHECKING, Generic, NoReturn, cast
 
 import grpc
 from google.protobuf.message import Message
@@ -15,6 +15,10 @@ from dedup_service.servicer.decoding import RequestT, decode_request
 from dedup_service.servicer.error_table import DeadlinePassed, DeadlineTooNear, failure_of, new_incident
 from dedup_service.telemetry.call_log import CallLog, CallRecord
 from dedup_service.telemetry.correlation import CORRELATION_HEADER, correlation_id
+
+if TYPE_CHECKING:
+    # Who does not ask for metrics does not load their library.
+    from dedup_service.telemetry.metrics import CallMetrics
 
 # https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md: binary metadata that carries google.rpc.Status.
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
@@ -53,6 +57,7 @@ class Endpoint(Generic[RequestT]):
         outcome_of: Callable[[Message], str],
         call_log: CallLog,
         admission: Admission,
+        metrics: "CallMetrics | None" = None,
         may_change: bool = True,
     ) -> None:
         self._method = method
@@ -61,12 +66,15 @@ class Endpoint(Generic[RequestT]):
         self._outcome_of = outcome_of
         self._call_log = call_log
         self._admission = admission
+        self._metrics = metrics
         self._may_change = may_change
 
     async def serve(self, raw: bytes, context: Context) -> bytes:
         """Serve one call; a bound coroutine method is what gRPC recognises as asynchronous."""
         begun = time.perf_counter()
         request = None
+        if self._metrics is not None:
+            self._metrics.started()
         try:
             self._admission.enter()
             try:
@@ -84,16 +92,24 @@ class Endpoint(Generic[RequestT]):
             remaining = _time_remaining(context)
             late = remaining is not None and remaining < _CLOCK_TOLERANCE_S
             record.code = "DEADLINE_EXCEEDED" if late else "CANCELLED"
-            self._call_log.write(record)
+            self._end(record)
             raise
         except Exception as error:  # noqa: BLE001 - the outermost guard: gRPC would send the exception's text
             await self._refuse(error, self._record(begun, request, context), context)
-        if self._call_log.takes_success(time.perf_counter() - begun):
+        duration = time.perf_counter() - begun
+        if self._metrics is not None:
+            self._metrics.handled("OK", duration)
+        if self._call_log.takes_success(duration):
             record = self._record(begun, request, context)
             record.outcome = self._outcome_of(reply)
             context.set_trailing_metadata(((CORRELATION_HEADER, record.correlation_id),))
             self._call_log.write(record)
         return answer
+
+    def _end(self, record: CallRecord) -> None:
+        self._call_log.write(record)
+        if self._metrics is not None:
+            self._metrics.handled(record.code, record.duration)
 
     def _record(self, begun: float, request: RequestT | None, context: Context) -> CallRecord:
         # Made at the end and for a line alone: reading the metadata costs as much as deciding a claim.
@@ -123,10 +139,12 @@ class Endpoint(Generic[RequestT]):
         record.code = failure.code.name
         record.reason = failure.reason
         record.applied = failure.applied.value
+        if self._metrics is not None and failure.applied is Applied.UNKNOWN:
+            self._metrics.doubted(failure.reason)
         if failure.code is grpc.StatusCode.INTERNAL:
             record.incident = incident
             record.exception = error
-        self._call_log.write(record)
+        self._end(record)
         details = (STATUS_DETAILS_KEY, failure.status().SerializeToString())
         await context.abort(failure.code, failure.message, ((CORRELATION_HEADER, record.correlation_id), details))
 

@@ -82,29 +82,41 @@ def extend_request(message: dedup_pb2.ExtendTransactionRequest) -> HolderRequest
 
 def claim_response(answer: ClaimAnswer) -> dedup_pb2.ClaimTransactionResponse:
     """Return the message of an answer; the token is in it only when the outcome is CLAIMED."""
-    claimed = answer.outcome is ClaimOutcome.CLAIMED
-    return dedup_pb2.ClaimTransactionResponse(
-        outcome=_OUTCOMES[answer.outcome],
-        claim_token=answer.claim_token if claimed else None,
-        replayed=answer.replayed,
-        shadow_duplicate=answer.shadow_duplicate,
-        transaction=transaction_message(answer.transaction),
-    )
+    message = dedup_pb2.ClaimTransactionResponse()
+    fill_claim_response(message, answer)
+    return message
+
+
+def fill_claim_response(message: dedup_pb2.ClaimTransactionResponse, answer: ClaimAnswer) -> None:
+    """Put an answer into an empty message; one that is a part of a larger message need not be copied into it then."""
+    message.outcome = _OUTCOMES[answer.outcome]
+    if answer.outcome is ClaimOutcome.CLAIMED:
+        message.claim_token = answer.claim_token
+    message.replayed = answer.replayed
+    message.shadow_duplicate = answer.shadow_duplicate
+    _fill_transaction(message.transaction, answer.transaction)
 
 
 def transaction_message(transaction: Transaction) -> dedup_pb2.Transaction:
     """Return the message that shows a transaction to anybody: without its token."""
-    return dedup_pb2.Transaction(
-        transaction_id=transaction.transaction_id,
-        namespace=transaction.namespace,
-        # The numbers of the domain are those of the contract.
-        state=transaction.state.value,  # type: ignore[arg-type]
-        claimant=transaction.claimant,
-        claim_time=_timestamp(transaction.claim_time_ms),
-        expire_time=_timestamp(transaction.expire_time_ms),
-        completion_time=_timestamp(transaction.completion_time_ms),
-        result=transaction.result,
-    )
+    message = dedup_pb2.Transaction()
+    _fill_transaction(message, transaction)
+    return message
+
+
+def _fill_transaction(message: dedup_pb2.Transaction, transaction: Transaction) -> None:
+    message.transaction_id = transaction.transaction_id
+    message.namespace = transaction.namespace
+    # The numbers of the domain are those of the contract.
+    message.state = transaction.state.value  # type: ignore[assignment]
+    message.claimant = transaction.claimant
+    message.result = transaction.result
+    if transaction.claim_time_ms is not None:
+        _fill_time(message.claim_time, transaction.claim_time_ms)
+    if transaction.expire_time_ms is not None:
+        _fill_time(message.expire_time, transaction.expire_time_ms)
+    if transaction.completion_time_ms is not None:
+        _fill_time(message.completion_time, transaction.completion_time_ms)
 
 
 class WithLifetime(Protocol):
@@ -134,8 +146,6 @@ def milliseconds(field: str, value: Duration | Timestamp) -> int:
     return value.seconds * 1_000 + value.nanos // _NANOS_PER_MS
 
 
-def _timestamp(unix_ms: int | None) -> Timestamp | None:
-    if unix_ms is None:
-        return None
-    seconds, ms = divmod(unix_ms, 1_000)
-    return Timestamp(seconds=seconds, nanos=ms * _NANOS_PER_MS)
+def _fill_time(message: Timestamp, unix_ms: int) -> None:
+    message.seconds, ms = divmod(unix_ms, 1_000)
+    message.nanos = ms * _NANOS_PER_MS

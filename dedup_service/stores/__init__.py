@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dedup_service.claims import ClaimStore
+from dedup_service.claims import ClaimStore, StoreObserver
 from dedup_service.claims.findings import Finding, Severity
 from dedup_service.stores.keys import KeyLayout, canary_prefix, prefixed_layout, raw_layout
 
@@ -37,15 +37,15 @@ class StorePlace:
         return self.url.partition(":")[0]
 
 
-def make_store(place: StorePlace) -> ClaimStore:
-    """Return the store of this place, not yet opened.
+def make_store(place: StorePlace, observer: StoreObserver | None = None) -> ClaimStore:
+    """Return the store of this place, not yet opened; `observer` hears of the connections that it makes over a network.
 
     Raises ValueError, with a sentence that never repeats the URL, when the URL names no store that there is.
     """
     make = _MAKERS.get(place.scheme)
     if make is None:
         raise ValueError(f"the store URL must begin with one of {', '.join(f'{name}:' for name in _MAKERS)}")
-    return make(place)
+    return make(place, observer)
 
 
 async def examine_store(place: StorePlace) -> list[Finding]:
@@ -62,18 +62,18 @@ async def examine_store(place: StorePlace) -> list[Finding]:
 
 
 # Each driver is imported only by who uses it: redis-py alone costs more than the rest of the start.
-def _redis(place: StorePlace) -> ClaimStore:
+def _redis(place: StorePlace, observer: StoreObserver | None) -> ClaimStore:
     from dedup_service.stores.redis_url import parse_redis_url  # noqa: PLC0415
 
     target = parse_redis_url(place.url)
     from dedup_service.stores.redis_link import FixedServer, RedisLink  # noqa: PLC0415
     from dedup_service.stores.redis_nodes import OneServer  # noqa: PLC0415
 
-    nodes = OneServer(RedisLink(FixedServer(target), place.timeout_ms, place.min_replicas))
+    nodes = OneServer(RedisLink(FixedServer(target), place.timeout_ms, place.min_replicas, observer))
     return _store_of(nodes, place, f"Redis at {target}")
 
 
-def _redis_by_sentinel(place: StorePlace) -> ClaimStore:
+def _redis_by_sentinel(place: StorePlace, observer: StoreObserver | None) -> ClaimStore:
     from dedup_service.stores.redis_url import parse_sentinel_url  # noqa: PLC0415
 
     target = parse_sentinel_url(place.url)
@@ -81,17 +81,17 @@ def _redis_by_sentinel(place: StorePlace) -> ClaimStore:
     from dedup_service.stores.redis_nodes import OneServer  # noqa: PLC0415
     from dedup_service.stores.redis_sentinel import SentinelLocator  # noqa: PLC0415
 
-    link = RedisLink(SentinelLocator(target, place.timeout_ms), place.timeout_ms, place.min_replicas)
+    link = RedisLink(SentinelLocator(target, place.timeout_ms), place.timeout_ms, place.min_replicas, observer)
     return _store_of(OneServer(link), place, f"Redis master {target}")
 
 
-def _redis_cluster(place: StorePlace) -> ClaimStore:
+def _redis_cluster(place: StorePlace, observer: StoreObserver | None) -> ClaimStore:
     from dedup_service.stores.redis_url import parse_cluster_url  # noqa: PLC0415
 
     target = parse_cluster_url(place.url)
     from dedup_service.stores.redis_cluster import ClusterNodes  # noqa: PLC0415
 
-    nodes = ClusterNodes(target, place.timeout_ms, place.min_replicas)
+    nodes = ClusterNodes(target, place.timeout_ms, place.min_replicas, observer)
     return _store_of(nodes, place, f"Redis cluster {target}")
 
 
@@ -103,7 +103,7 @@ def _store_of(nodes: "RedisNodes", place: StorePlace, description: str) -> Claim
     return RedisStore(nodes, place.layout, description, canary=canary, min_replicas=place.min_replicas)
 
 
-def _sqlite(place: StorePlace) -> ClaimStore:
+def _sqlite(place: StorePlace, _: StoreObserver | None) -> ClaimStore:
     from dedup_service.stores.sqlite_store import SqliteStore  # noqa: PLC0415
 
     path = sqlite_path(place.url)
@@ -159,7 +159,7 @@ def sqlite_path(url: str) -> Path:
     return Path(rest).expanduser()
 
 
-_MAKERS: dict[str, Callable[[StorePlace], ClaimStore]] = {
+_MAKERS: dict[str, Callable[[StorePlace, StoreObserver | None], ClaimStore]] = {
     "redis": _redis,
     "rediss": _redis,
     "unix": _redis,

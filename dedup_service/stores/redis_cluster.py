@@ -16,7 +16,7 @@ from typing import Any
 from redis import exceptions
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
-from dedup_service.claims import Applied, StoreRefused, StoreUnavailable
+from dedup_service.claims import Applied, StoreObserver, StoreRefused, StoreUnavailable
 from dedup_service.stores.redis_connection import new_connection, parse_info
 from dedup_service.stores.redis_link import FixedServer, RedisLink
 from dedup_service.stores.redis_url import ClusterTarget, RedisTarget
@@ -33,10 +33,13 @@ SlotRange = tuple[int, int, RedisTarget]
 class ClusterNodes:
     """The masters of a cluster; the first node that says the cluster is in order is believed."""
 
-    def __init__(self, target: ClusterTarget, timeout_ms: int, min_replicas: int = 0) -> None:
+    def __init__(
+        self, target: ClusterTarget, timeout_ms: int, min_replicas: int = 0, observer: StoreObserver | None = None
+    ) -> None:
         self._target = target
         self._timeout_ms = timeout_ms
         self._min_replicas = min_replicas
+        self._observer = observer
         self._links: dict[RedisTarget, RedisLink] = {}
         self._slots: list[RedisLink | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
         # For each master the lowest slot that it holds.
@@ -174,7 +177,8 @@ class ClusterNodes:
     def _link_to(self, server: RedisTarget) -> RedisLink:
         link = self._links.get(server)
         if link is None:
-            link = self._links[server] = RedisLink(FixedServer(server), self._timeout_ms, self._min_replicas)
+            link = RedisLink(FixedServer(server), self._timeout_ms, self._min_replicas, self._observer)
+            self._links[server] = link
             link.start()
         return link
 

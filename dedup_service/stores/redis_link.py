@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 
 from redis.asyncio.connection import AbstractConnection
 
-from dedup_service.claims import Applied, StoreRefused, StoreUnavailable
+from dedup_service.claims import Applied, StoreObserver, StoreRefused, StoreUnavailable
 from dedup_service.stores.redis_channel import RedisChannel
 from dedup_service.stores.redis_connection import new_connection, shake_hands
 from dedup_service.stores.redis_quorum import ReplicaQuorum
@@ -53,10 +53,13 @@ class FixedServer:
 class RedisLink:
     """The way to the Redis server that takes the claims, across any number of connections, one at a time."""
 
-    def __init__(self, locator: RedisLocator, timeout_ms: int, min_replicas: int = 0) -> None:
+    def __init__(
+        self, locator: RedisLocator, timeout_ms: int, min_replicas: int = 0, observer: StoreObserver | None = None
+    ) -> None:
         self._locator = locator
         self._timeout_ms = timeout_ms
         self._min_replicas = min_replicas
+        self._observer = observer
         self._keeper: asyncio.Task[None] | None = None
         self._disposals: set[asyncio.Task[None]] = set()
         self._failure: StoreUnavailable | StoreRefused | None = None
@@ -176,6 +179,8 @@ class RedisLink:
         transport: asyncio.Transport = cast("Any", connection)._writer.transport  # noqa: SLF001
         channel = RedisChannel(transport, self._timeout_ms, asyncio.get_running_loop())
         transport.set_protocol(channel)
+        if self._observer is not None:
+            self._observer.connected(again=self.server is not None)
         self.server = target
         if self._min_replicas:
             # Half of the time, since a write may have to let one round go before its own.
@@ -187,3 +192,5 @@ class RedisLink:
         disposal = asyncio.get_running_loop().create_task(connection.disconnect(nowait=True))
         self._disposals.add(disposal)
         disposal.add_done_callback(self._disposals.discard)
+        if self._observer is not None:
+            self._observer.disconnected()

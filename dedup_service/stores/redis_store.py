@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import hiredis
 import msgpack
@@ -29,31 +29,12 @@ from dedup_service.stores.redis_channel import RedisChannel
 from dedup_service.stores.redis_link import RedisLink
 from dedup_service.stores.redis_nodes import RedisNodes
 from dedup_service.stores.redis_quorum import Command
+from dedup_service.stores.redis_replies import ScriptForgotten, checked, error_of_reply, value_of
 from dedup_service.stores.redis_scripts import COMPLETE, CONFIRM, EXTEND, RELEASE, Script
-
-# What an error reply that begins with this word means; in each case Redis did not carry the command out.
-_REFUSALS = {
-    "OOM": ("STORE_OUT_OF_MEMORY", "Redis is out of memory: raise maxmemory or free some"),
-    "READONLY": ("STORE_READ_ONLY", "Redis is a read-only replica: name the primary, or wait for the failover to end"),
-    "LOADING": ("STORE_LOADING", "Redis is loading its data: wait"),
-    "MASTERDOWN": ("STORE_MASTER_DOWN", "Redis is a replica that lost its primary"),
-    "CLUSTERDOWN": ("STORE_CLUSTER_DOWN", "the Redis cluster does not serve this key now"),
-    "NOAUTH": ("STORE_NOT_AUTHENTICATED", "Redis wants a password: put it into the store URL"),
-    "NOPERM": ("STORE_NOT_PERMITTED", "the Redis user of the store URL lacks the right to this command or key"),
-    "BUSY": ("STORE_BUSY", "Redis is busy with a script"),
-    "MISCONF": ("STORE_MISCONFIGURED", "Redis refuses writes because it cannot save its data: see its log"),
-    "NOREPLICAS": ("STORE_TOO_FEW_REPLICAS", "Redis has fewer replicas in order than min-replicas-to-write asks for"),
-    "MOVED": ("STORE_MOVED", "Redis is a cluster, and this server does not hold the key: write redis+cluster://"),
-    "ASK": ("STORE_MOVED", "Redis is a cluster, and this server is handing the key over: write redis+cluster://"),
-    "TRYAGAIN": ("STORE_TRY_AGAIN", "Redis is a cluster, and the key is between two servers"),
-}
 
 # Followed rather than refused where the nodes know the way. Neither server has carried the command out.
 _REDIRECTIONS = ("MOVED", "ASK")
 _MAX_REDIRECTIONS = 5
-
-# After these a connection can stay wrong while a new one is right: the server behind the address has changed.
-_STALE_AFTER = ("READONLY", "NOAUTH", "MASTERDOWN")
 
 
 class RedisStore:
@@ -106,24 +87,65 @@ class RedisStore:
         time = channel.send("TIME")
         self._canary.look(mark, link, channel)
         try:
-            seconds, microseconds = (int(part) for part in _checked(await time, channel))
+            seconds, microseconds = (int(part) for part in checked(await time, channel))
         except UnreadableValue as error:
             raise StoreUnavailable(error.reason, str(error), Applied.NO) from error
         return seconds * 1000 + microseconds // 1000 - system_clock_ms()
 
     async def claim(self, claim: Transaction, ttl_ms: int | None) -> Transaction | None:
         """Store the claim unless its key is held; see ClaimStore.claim."""
-        key = self._key(claim.namespace, claim.transaction_id)
-        value = stored_value.encode(claim)
-        expiry = self._expiry(ttl_ms, claim.expire_time_ms)
-        reply, acknowledged = await self._write(key, "SET", key, value, "NX", "GET", *expiry)
+        key, command = self._claim_command(claim, ttl_ms)
+        reply, acknowledged = await self._write(key, *command)
         if reply is None:
             self._require_replicas(acknowledged)
             return None
-        holder = stored_value.decode(_value(reply), claim.namespace, claim.transaction_id)
+        holder = stored_value.decode(value_of(reply), claim.namespace, claim.transaction_id)
         if self._min_replicas and holder.claim_token == claim.claim_token:
             return await self._confirmed(key, claim, ttl_ms, holder)
         return holder
+
+    async def claim_all(
+        self, claims: Sequence[tuple[Transaction, int | None]]
+    ) -> Sequence[Transaction | Exception | None]:
+        """Make many claims, which leave in one write; see ClaimStore.claim_all."""
+        begun = [self._begin_claim(*one) for one in claims]
+        try:
+            # In turn: a task for each claim would cost as much as half of everything else about it.
+            return [await self._end_claim(claim, one) for (claim, _), one in zip(claims, begun, strict=True)]
+        except BaseException:
+            for one in begun:
+                if not isinstance(one, Exception):
+                    _abandon(one.reply if isinstance(one, _Sent) else one)
+            raise
+
+    def _begin_claim(self, claim: Transaction, ttl_ms: int | None) -> "_Begun":
+        """Send a claim at once where nothing has to be awaited before it or asked after it, or else make it a task."""
+        try:
+            key, command = self._claim_command(claim, ttl_ms)
+            link = self._nodes.link_of(key)
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with one claim, the others are made
+            return error
+        if link.channel is None or link.quorum is not None:
+            return asyncio.ensure_future(self.claim(claim, ttl_ms))
+        return _Sent(key, command, link, link.channel, link.channel.send(*command))
+
+    async def _end_claim(self, claim: Transaction, begun: "_Begun") -> Transaction | Exception | None:
+        if isinstance(begun, Exception):
+            return begun
+        try:
+            if not isinstance(begun, _Sent):
+                return await begun
+            reply = await begun.reply
+            if type(reply) is hiredis.ReplyError:
+                reply, _ = await self._follow(begun.key, begun.link, begun.channel, reply, begun.command)
+            return reply and stored_value.decode(value_of(reply), claim.namespace, claim.transaction_id)
+        except Exception as error:  # noqa: BLE001 - as above
+            return error
+
+    def _claim_command(self, claim: Transaction, ttl_ms: int | None) -> tuple[bytes, Command]:
+        key = self._key(claim.namespace, claim.transaction_id)
+        value = stored_value.encode(claim)
+        return key, ("SET", key, value, "NX", "GET", *self._expiry(ttl_ms, claim.expire_time_ms))
 
     async def complete(self, completion: Completion) -> Transaction | None:
         """Complete what the token holds; see ClaimStore.complete."""
@@ -161,7 +183,7 @@ class RedisStore:
         reply = await self._execute(key, "GET", key)
         if reply is None:
             return None
-        transaction = stored_value.decode(_value(reply), namespace, transaction_id)
+        transaction = stored_value.decode(value_of(reply), namespace, transaction_id)
         if transaction.claim_token is not None:
             return transaction
         expire_time_ms = await self._execute(key, "PEXPIRETIME", key)
@@ -187,7 +209,7 @@ class RedisStore:
         if reply is None:
             return None
         self._require_replicas(acknowledged)
-        return stored_value.decode(_value(reply), change.namespace, change.transaction_id)
+        return stored_value.decode(value_of(reply), change.namespace, change.transaction_id)
 
     async def _confirmed(
         self, key: bytes, claim: Transaction, ttl_ms: int | None, holder: Transaction
@@ -205,7 +227,7 @@ class RedisStore:
         if not self._min_replicas:
             return
         if type(acknowledged) is hiredis.ReplyError:
-            failure = _error_of_reply(str(acknowledged))
+            failure = error_of_reply(str(acknowledged))
             raise StoreUnavailable(failure.reason, f"Redis refused WAIT: {failure}", Applied.UNKNOWN)
         if acknowledged < self._min_replicas:
             raise StoreUnavailable(
@@ -218,7 +240,7 @@ class RedisStore:
     async def _run(self, script: Script, key: bytes, *arguments: bytes | str | int) -> tuple[Any, Any]:
         try:
             return await self._write(key, "EVALSHA", script.sha, 1, key, *arguments)
-        except _ScriptForgotten:
+        except ScriptForgotten:
             # Redis has certainly not run it, so this repeats nothing; EVAL makes Redis remember it again.
             return await self._write(key, "EVAL", script.text, 1, key, *arguments)
 
@@ -264,11 +286,26 @@ class RedisStore:
             if quorum is not None and type(reply) is not hiredis.ReplyError:
                 with _doubt_only():
                     _, acknowledged = await quorum.send("TIME")
-        return _checked(reply, channel), acknowledged
+        return checked(reply, channel), acknowledged
 
 
-class _ScriptForgotten(Exception):
-    """Redis does not know the script by its name: it restarted, or its scripts were flushed."""
+class _Sent(NamedTuple):
+    """A claim under way: its command, where that went, and the future of the reply."""
+
+    key: bytes
+    command: Command
+    link: RedisLink
+    channel: RedisChannel
+    reply: asyncio.Future[Any]
+
+
+_Begun = _Sent | asyncio.Task[Transaction | None] | Exception
+
+
+def _abandon(future: asyncio.Future[Any]) -> None:
+    """Let go of a future that nobody will await, without a complaint about what becomes of it."""
+    if not future.cancel() and not future.cancelled():
+        future.exception()
 
 
 @contextmanager
@@ -280,48 +317,11 @@ def _doubt_only() -> Iterator[None]:
         raise StoreUnavailable(error.reason, str(error), Applied.UNKNOWN) from error
 
 
-def _checked(reply: Any, channel: RedisChannel) -> Any:  # noqa: ANN401 - what Redis may answer
-    """Return the reply unless it is an error, which is raised as what it means here."""
-    if type(reply) is not hiredis.ReplyError:
-        return reply
-    if str(reply).startswith("NOSCRIPT"):
-        raise _ScriptForgotten
-    failure = _error_of_reply(str(reply))
-    if str(reply).startswith(_STALE_AFTER) and isinstance(failure, StoreUnavailable):
-        channel.retire(failure)
-    raise failure
-
-
 # PEXPIRETIME's answers for a key that is not there, and for one that never expires.
 _NO_SUCH_KEY = -2
 _NO_EXPIRY = -1
 
 
-def _value(reply: object) -> bytes:
-    if isinstance(reply, bytes):
-        return reply
-    raise StoreUnavailable(
-        "STORE_PROTOCOL_ERROR", "Redis answered with something else than a value: is a proxy between?", Applied.UNKNOWN
-    )
-
-
 def _packed(value: int | bytes) -> bytes:
     packed: bytes = msgpack.packb(value)
     return packed
-
-
-def _error_of_reply(text: str) -> StoreUnavailable | UnreadableValue:
-    word = text.partition(" ")[0]
-    if word == "WRONGTYPE":
-        return UnreadableValue(
-            "KEY_OF_ANOTHER_TYPE",
-            "the key of this transaction holds another type of Redis value: choose another key prefix or id",
-        )
-    if word in stored_value.UNREADABLE:
-        return UnreadableValue(word, stored_value.UNREADABLE[word])
-    if word in _REFUSALS:
-        reason, sentence = _REFUSALS[word]
-        return StoreUnavailable(reason, f"{sentence} ({word})", Applied.NO)
-    # Not a word of Redis itself that we know, so a proxy may have said it after passing the command on. The rest of the
-    # text may quote the command, and with it the token.
-    return StoreUnavailable("STORE_ERROR", f"Redis answered with the error {word}", Applied.UNKNOWN)

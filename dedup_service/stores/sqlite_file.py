@@ -1,14 +1,15 @@
 """The SQLite file of the embedded store: what is in it, how a batch is carried out, and what can be wrong with it."""
 
 import contextlib
-import errno
 import itertools
 import os
 import sqlite3
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dedup_service.claims import Applied, InvalidRequest, StoreRefused, StoreUnavailable, UnreadableValue
+from dedup_service.stores.sqlite_failures import BUSY, FAILURES, FINAL_CODES, FINAL_ERRNOS, FULL_ERRNOS, code_of
 from dedup_service.stores.sqlite_thread import FORGET, Operation, Row
 
 SCHEMA_VERSION = 1
@@ -34,37 +35,18 @@ _INSERT = "INSERT OR REPLACE INTO claims VALUES {}"
 _INSERTS = [_INSERT.format(",".join(["(?,?,?)"] * count)) for count in range(_ROWS + 1)]
 _RECLAIM = "DELETE FROM claims WHERE rowid IN (SELECT rowid FROM claims WHERE expire_time_ms <= ? LIMIT ?)"
 
-# Rows of one idle step: about a millisecond, which is what a claim may have to wait for it.
-_RECLAIM_STEP = 100
+# What a step of idle upkeep aims at, since a claim that comes meanwhile waits for its end. How many rows that is
+# depends on the disk and on how large the file is: the keys of claims that expire together lie on as many pages.
+_STEP_S = 0.001
+_FIRST_STEP_ROWS = 50
+# Fewer would hardly make a step shorter, since it ends with a sync, and a slow disk would never see the last of them.
+_MIN_STEP_ROWS = 32
+_MAX_STEP_ROWS = 1_000
 
+# How large the log may grow while claims come in: copying that takes 15 ms, and a page changes many times before.
 _WAL_BYTES = 4 * 1024 * 1024
-
-# Primary result codes of SQLite: the stable reason, and what it means.
-_FAILURES = {
-    sqlite3.SQLITE_BUSY: ("STORE_BUSY", "another process holds its lock"),
-    sqlite3.SQLITE_LOCKED: ("STORE_BUSY", "another process holds its lock"),
-    sqlite3.SQLITE_NOMEM: ("STORE_OUT_OF_MEMORY", "there is not enough memory"),
-    sqlite3.SQLITE_READONLY: ("STORE_READ_ONLY", "it cannot be written: check its owner, its mode and its file system"),
-    sqlite3.SQLITE_IOERR: ("STORE_IO_ERROR", "the disk failed: check the system log"),
-    sqlite3.SQLITE_CORRUPT: ("STORE_CORRUPT", "it is damaged: move it away, and check the disk"),
-    sqlite3.SQLITE_NOTADB: ("STORE_CORRUPT", "it is not a SQLite database: choose another path"),
-    sqlite3.SQLITE_FULL: ("STORE_FULL", "the disk is full: make room"),
-    sqlite3.SQLITE_CANTOPEN: ("STORE_CANNOT_OPEN", "it cannot be opened: check its folder"),
-}
-_BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
-
-# What waiting does not mend when it is met while connecting.
-_FINAL_CODES = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-_FINAL_ERRNOS = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.EEXIST,
-    errno.ENOTDIR,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-)
-_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+# While nobody waits it is copied as soon as that is worth a step of its own.
+_IDLE_WAL_BYTES = 128 * 1024
 
 
 class ClaimFile:
@@ -77,6 +59,7 @@ class ClaimFile:
         self._clock_ms = clock_ms
         self._connection: sqlite3.Connection | None = None
         self._identity: tuple[int, int] | None = None
+        self._step_rows = _FIRST_STEP_ROWS
 
     def begin(self) -> bool:
         """Take the write lock, connecting first where needed; see BatchFile."""
@@ -87,18 +70,18 @@ class ClaimFile:
             self._check_identity()
             self._connection.execute("BEGIN IMMEDIATE")
         except sqlite3.Error as error:
-            if _code(error) in _BUSY:
+            if code_of(error) in BUSY:
                 return False
             self.close()
             failure = self._failure(error)
-            if connecting and _code(error) in _FINAL_CODES:
+            if connecting and code_of(error) in FINAL_CODES:
                 raise StoreRefused(str(failure)) from error
             raise failure from error
         except OSError as error:
             self.close()
-            if error.errno in _FINAL_ERRNOS:
+            if error.errno in FINAL_ERRNOS:
                 raise StoreRefused(f"{self.name}: {error.strerror}: choose another path, or mend this one") from error
-            reason = "STORE_FULL" if error.errno in _FULL_ERRNOS else "STORE_IO_ERROR"
+            reason = "STORE_FULL" if error.errno in FULL_ERRNOS else "STORE_IO_ERROR"
             raise StoreUnavailable(reason, f"{self.name}: {error.strerror}", Applied.NO) from error
         except BaseException:
             self.close()
@@ -132,36 +115,51 @@ class ClaimFile:
                 applied = Applied.UNKNOWN if committing and one.changed else Applied.NO
                 one.answer = self._failure(error, applied) if isinstance(error, sqlite3.Error) else error
 
-    def reclaim(self) -> bool:
-        """Delete a few expired claims, and return whether there may be more."""
+    def upkeep(self) -> bool:
+        """Copy a log that has grown, or else delete a few expired claims; return whether there may be more to do."""
+        return self._shorten_log(_IDLE_WAL_BYTES) or self._reclaim()
+
+    def checkpoint(self) -> None:
+        """Copy the log once it is large; no caller waits for it, as one would inside a commit."""
+        self._shorten_log(_WAL_BYTES, patience_ms=100)
+
+    def _reclaim(self) -> bool:
         if self._connection is None:
             return False
+        rows, begun = self._step_rows, time.perf_counter()
         try:
             now_ms = self._clock_ms()
             # Looks first, so that an idle store takes no lock and writes nothing.
             if not self._execute("SELECT 1 FROM claims WHERE expire_time_ms <= ? LIMIT 1", (now_ms,)).fetchall():
                 return False
             self._execute("BEGIN IMMEDIATE")
-            count = self._execute(_RECLAIM, (now_ms, _RECLAIM_STEP)).rowcount
+            count = self._execute(_RECLAIM, (now_ms, rows)).rowcount
             self._execute("COMMIT")
         except Exception as error:  # noqa: BLE001 - upkeep must not end the thread; a lasting fault shows in the next call.
-            if _code(error) not in _BUSY:
+            if code_of(error) not in BUSY:
                 self.close()
             return False
-        return count == _RECLAIM_STEP
+        if count == rows:
+            fitting = int(rows * _STEP_S / (time.perf_counter() - begun))
+            # Towards more by and by, since one fast step says little; towards less at once.
+            self._step_rows = min(max(fitting, _MIN_STEP_ROWS), rows + rows // 4 + 1, _MAX_STEP_ROWS)
+        return count == rows
 
-    def checkpoint(self) -> None:
-        """Move the log into the database once it is large; no caller waits for it, as one would inside a commit."""
+    def _shorten_log(self, limit: int, patience_ms: int = 0) -> bool:
+        """Copy a log above the limit into the database and cut it, and return whether that was done."""
         with contextlib.suppress(OSError):
-            if self._connection is not None and self._wal_path.stat().st_size > _WAL_BYTES:
+            if self._connection is not None and self._wal_path.stat().st_size > limit:
                 try:
                     # Truncating waits for the write lock and keeps it. SQLite before 3.51.3 can, very rarely, damage a
                     # database when one process starts its log anew while another copies it; so they rarely meet.
-                    self._execute("PRAGMA busy_timeout = 100")
-                    self._execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                    self._execute(f"PRAGMA busy_timeout = {patience_ms}")
+                    ((busy, _, _),) = self._execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
                     self._execute("PRAGMA busy_timeout = 0")
                 except sqlite3.Error:
                     self.close()
+                    return False
+                return not busy
+        return False
 
     def close(self) -> None:
         """Roll back what is open, and close the connection; the next `begin` makes another."""
@@ -268,7 +266,7 @@ class ClaimFile:
         return self._connection.execute(statement, parameters)
 
     def _failure(self, error: sqlite3.Error, applied: Applied = Applied.NO) -> StoreUnavailable:
-        reason, meaning = _FAILURES.get(_code(error), ("STORE_ERROR", str(error)))
+        reason, meaning = FAILURES.get(code_of(error), ("STORE_ERROR", str(error)))
         return StoreUnavailable(reason, f"{self.name}: {meaning}", applied)
 
 
@@ -291,8 +289,3 @@ def _carry_out(operation: Operation, held: dict[bytes, bytes], changes: dict[byt
         held.pop(key, None)
     else:
         held[key] = row[0]
-
-
-def _code(error: Exception) -> int:
-    """Return SQLite's primary result code, 0 for any other error."""
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF

@@ -1,5 +1,6 @@
 """The embedded store: claims in one SQLite file, for trying it out, tests and use on a single host."""
 
+import asyncio
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -101,6 +102,19 @@ class SqliteStore:
 
         holder = await self._ask(claim.namespace, claim.transaction_id, step)
         return None if holder is None else decode(holder, claim.namespace, claim.transaction_id)
+
+    async def claim_all(
+        self, claims: Sequence[tuple[Transaction, int | None]]
+    ) -> Sequence[Transaction | Exception | None]:
+        """Make many claims; see ClaimStore.claim_all. They share transactions as all that is ready does."""
+
+        async def one(claim: Transaction, ttl_ms: int | None) -> Transaction | Exception | None:
+            try:
+                return await self.claim(claim, ttl_ms)
+            except Exception as error:  # noqa: BLE001 - whatever becomes of one claim, the others are made
+                return error
+
+        return await asyncio.gather(*(one(*asked) for asked in claims))
 
     async def complete(self, completion: Completion) -> Transaction | None:
         """Complete what the token holds, durably; see ClaimStore.complete."""

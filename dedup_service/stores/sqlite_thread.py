@@ -59,11 +59,14 @@ class BatchFile(Protocol):
     def carry_out(self, operations: Sequence[Operation]) -> None:
         """Carry out `operations`, commit, and set the answer of each; it never raises."""
 
-    def reclaim(self) -> bool:
-        """Delete a few expired claims outside any batch, and return whether there may be more; it never raises."""
+    def upkeep(self) -> bool:
+        """Take one short step of what has to be done outside any batch, and return whether to take another at once.
+
+        Called while nobody waits, and never raises.
+        """
 
     def checkpoint(self) -> None:
-        """Do the upkeep that no caller should wait for; it never raises."""
+        """Do what cannot be put off until nobody waits; called after each batch, and never raises."""
 
     def close(self) -> None:
         """Give the file back; it never raises."""
@@ -152,11 +155,11 @@ class BatchThread:
                     if (idle and self._closing) or self._loop.is_closed():
                         return
                 if idle:
-                    # At once again while a step found its fill: a burst is gone soon after it expires.
-                    idle_s = 0 if self._file.reclaim() else self._idle_s
+                    # At once again while there is more: a burst is gone soon after it expires.
+                    idle_s = 0 if self._file.upkeep() else self._idle_s
                 else:
                     self._serve()
-                self._file.checkpoint()
+                    self._file.checkpoint()
         except RuntimeError:
             # The loop was closed before the store: nobody is left to answer.
             if not self._loop.is_closed():

@@ -29,7 +29,8 @@ Attack = Callable[[str, int], AbstractContextManager[Answers]]
 # How long a server may think before its silence counts as its answer.
 _SILENCE_S = 0.5
 _NOT_ENOUGH_MEMORY = 0xFFFFFFFF
-_CHUNK = 500
+# Frames in one write: enough for the answers to fill the socket before a server has looked at the last.
+_CHUNK = 2_000
 _STREAMS_EACH = 500
 _CANCEL = 8
 

@@ -106,6 +106,40 @@ async def test_a_cancelled_claim_leaves_the_store_in_order(store: ClaimStore, un
     assert await store.get("default", probe.transaction_id) == probe
 
 
+async def test_many_claims_are_answered_in_order_and_each_alone(store: ClaimStore, unique: str) -> None:
+    """Of claims made together the first of an id holds it, and one that is refused disturbs none of the others."""
+    claims = [(a_claim(f"{unique}-{number // 2}", claimant=str(number)), 60_000) for number in range(100)]
+    past = (a_claim(f"{unique}-past", ttl_ms=-1), None)
+    answers = await store.claim_all([*claims[:50], past, *claims[50:]])
+    assert isinstance(answers[50], InvalidRequest)
+    holders = [claims[number - 1][0] if number % 2 else None for number in range(100)]
+    assert [*answers[:50], *answers[51:]] == holders
+    assert await store.get("default", f"{unique}-past") is None
+
+
+async def test_many_claims_that_are_cancelled_leave_the_store_in_order(store: ClaimStore, unique: str) -> None:
+    """Later answers still belong to their own questions, and nothing is said of the claims that nobody awaits."""
+    complaints: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    claims = [(a_claim(f"{unique}-{number}"), 60_000) for number in range(40)]
+    task = asyncio.create_task(store.claim_all(claims))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    probe = a_claim(f"{unique}-probe")
+    assert await store.claim_all([(probe, 60_000)]) == [None]
+    assert await store.get("default", probe.transaction_id) == probe
+    assert not complaints
+
+
+async def test_a_closed_store_refuses_each_of_many_claims(store: ClaimStore, unique: str) -> None:
+    """Every one of them hears it as its own error."""
+    await store.close()
+    answers = await store.claim_all([(a_claim(f"{unique}-{number}"), 60_000) for number in range(3)])
+    assert [type(answer) for answer in answers] == [StoreUnavailable] * 3
+
+
 async def test_a_healthy_store_checks_out_and_a_closed_one_does_not(store: ClaimStore, unique: str) -> None:
     """`check` returns while the store answers; after `close`, which may be called twice, every call is refused."""
     await store.check()

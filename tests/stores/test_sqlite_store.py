@@ -410,6 +410,45 @@ async def test_an_idle_store_empties_itself(store: SqliteStore, path: Path, cloc
     await eventually(lambda: _later(not rows(path)))
 
 
+async def test_claims_are_answered_between_the_steps_that_reclaim(
+    path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step deletes a few expired claims, one that is made meanwhile comes before the next, and all are deleted."""
+    monkeypatch.setattr(sqlite_file, "_MAX_STEP_ROWS", 20)
+    monkeypatch.setattr(sqlite_file, "_FIRST_STEP_ROWS", 20)
+    store = SqliteStore(path, LAYOUT, clock_ms=clock, idle_ms=10)
+    await store.open()
+    await asyncio.gather(*(store.claim(claim_for(number), 10) for number in range(500)))
+    take_step, loop = sqlite_file.ClaimFile.upkeep, asyncio.get_running_loop()
+    deleted: list[int] = []
+    calls: list[asyncio.Task[Transaction | None]] = []
+    kept_before_the_next_step: list[bool] = []
+    queued = threading.Event()
+
+    def claim() -> None:
+        calls.append(loop.create_task(store.claim(claim_for("meanwhile"), 60_000)))
+        loop.call_soon(queued.set)
+
+    def step(file: sqlite_file.ClaimFile) -> bool:
+        before = rows(path)
+        if calls:
+            kept_before_the_next_step.append("dedup:default:lucky_box:meanwhile" in before)
+        more = take_step(file)
+        deleted.append(len(before) - len(rows(path)))
+        if more and not calls:
+            loop.call_soon_threadsafe(claim)
+            queued.wait()
+        return more
+
+    monkeypatch.setattr(sqlite_file.ClaimFile, "upkeep", step)
+    clock.now_ms += 10
+    await eventually(lambda: _later(set(rows(path)) == {"dedup:default:lucky_box:meanwhile"}))
+    assert max(deleted) == 20
+    assert kept_before_the_next_step
+    assert all(kept_before_the_next_step)
+    await store.close()
+
+
 async def test_a_busy_store_gets_rid_of_expired_claims_too(path: Path, clock: Clock) -> None:
     """Claims delete expired ones, at least as many as they add."""
     store = SqliteStore(path, LAYOUT, clock_ms=clock, idle_ms=1_000_000)

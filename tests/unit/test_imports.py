@@ -4,7 +4,16 @@ import subprocess
 import sys
 
 # grpcio itself imports grpc_tools where that is installed.
-NOT_FOR_SERVING = ("typer", "rich", "opentelemetry", "redis", "sqlite3", "dedup.client", "dedup_service.cli.commands")
+NOT_FOR_SERVING = (
+    "typer",
+    "rich",
+    "opentelemetry",
+    "prometheus_client",
+    "redis",
+    "sqlite3",
+    "dedup.client",
+    "dedup_service.cli.commands",
+)
 
 
 def test_serving_imports_no_command_no_client_and_no_store_that_was_not_chosen() -> None:

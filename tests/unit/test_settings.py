@@ -1,11 +1,12 @@
 """Settings: where they come from, which one wins, and what a bad one says."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from dedup_service.durations import format_duration, parse_duration
-from dedup_service.settings import BadSettings, listening_address, load_settings
+from dedup_service.settings import BadSettings, listening_address, load_settings, settings_from_json
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +55,13 @@ def test_an_empty_variable_is_as_if_unset(monkeypatch: pytest.MonkeyPatch) -> No
         ("DEDUP_LISTEN", "unix://relative.sock", "is no Unix socket"),
         ("DEDUP_LISTEN", "unix:///" + "x" * 104, "at most 103 bytes"),
         ("DEDUP_LOG_LEVEL", "loud", "DEDUP_LOG_LEVEL (--log-level)"),
+        ("DEDUP_WORKERS", "0", "DEDUP_WORKERS (--workers): '0' is no number of processes: write 1 to 64, or auto"),
+        ("DEDUP_WORKERS", "65", "write 1 to 64, or auto"),
+        ("DEDUP_WORKERS", "1.5", "write 1 to 64, or auto"),
+        ("DEDUP_WORKERS", "many", "write 1 to 64, or auto"),
+        ("DEDUP_METRICS_LISTEN", "9090", "DEDUP_METRICS_LISTEN (--metrics-listen): '9090' is no address: write host:"),
+        ("DEDUP_METRICS_LISTEN", "127.0.0.1:70000", "is no address: write host:port"),
+        ("DEDUP_METRICS_LISTEN", "unix:///x", "is no address: write host:port"),
         ("DEDUP_REQUIRE_STORE_URL", "true", "DEDUP_STORE_URL is not set and DEDUP_REQUIRE_STORE_URL is"),
         ("DEDUP_STORE_URL", "", "DEDUP_STORE_URL is set but empty: give it a value"),
         ("DEDUP_STOR_URL", "redis://x", "there is no setting DEDUP_STOR_URL: did you mean DEDUP_STORE_URL?"),
@@ -152,3 +160,32 @@ def test_what_is_no_duration(text: str) -> None:
     """Anything but a whole number and a unit is refused."""
     with pytest.raises(ValueError, match="is not a duration"):
         parse_duration(text)
+
+
+def test_auto_is_one_worker_a_cpu() -> None:
+    """`auto` counts the CPUs that this process may run on."""
+    assert load_settings({"workers": "auto"}).workers == len(os.sched_getaffinity(0))
+
+
+def test_workers_cannot_share_a_unix_socket() -> None:
+    """Several workers and a Unix socket are refused with what to write instead; one worker may have it."""
+    flags = {"listen": "127.0.0.1:50051,unix:///run/dedup.sock", "workers": "2"}
+    with pytest.raises(BadSettings) as caught:
+        load_settings(flags)
+    assert str(caught.value) == (
+        "DEDUP_WORKERS is 2 and DEDUP_LISTEN names unix:///run/dedup.sock: several processes cannot share a Unix "
+        "socket. Set DEDUP_WORKERS=1, or listen on a loopback address such as 127.0.0.1:50051"
+    )
+    assert load_settings(flags | {"workers": "1"}).workers == 1
+
+
+def test_settings_reach_another_process_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a process hands on is what another one has, passwords included, whatever the environment says there."""
+    settings = load_settings(
+        {"store_url": "redis://user:s3cret@redis", "policy_file": "/p.toml", "retention": "2h", "workers": "3"}
+    )
+    monkeypatch.setenv("DEDUP_STORE_URL", "redis://elsewhere")
+    monkeypatch.setenv("DEDUP_METRICS_LISTEN", "127.0.0.1:1")
+    received = settings_from_json(settings.to_json())
+    assert received.model_dump() == settings.model_dump()
+    assert received.effective_store_url == "redis://user:s3cret@redis"

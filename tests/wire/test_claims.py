@@ -176,7 +176,7 @@ def test_a_batch_has_a_size(stub: Stub, unique: str, size: int) -> None:
 def test_waiting_ends_before_the_deadline_does(stub: Stub, unique: str) -> None:
     """A wait that is longer than the caller's deadline is cut, so that the answer still arrives."""
     hold(stub, unique)
-    reply = stub.ClaimTransaction(Claim(transaction_id=unique, wait=Duration(seconds=300)), timeout=1)
+    reply = stub.ClaimTransaction(Claim(transaction_id=unique, wait=Duration(seconds=300)), timeout=4)
     assert reply.outcome == dedup_pb2.CLAIM_OUTCOME_DUPLICATE
 
 

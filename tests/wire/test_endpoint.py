@@ -54,6 +54,10 @@ class FailingStore:
             raise self._answer
         return self._answer
 
+    async def claim_all(self, claims: Sequence[tuple[Transaction, int | None]]) -> list[Transaction | Exception | None]:
+        """Answer each."""
+        return [self._answer for _ in claims]
+
     async def complete(self, _: Completion) -> Transaction | None:
         """Raise or answer."""
         return await self.claim(a_claim("x"), None)

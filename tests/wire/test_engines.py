@@ -2,13 +2,22 @@
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
+import structlog
 
+from dedup.v1 import dedup_pb2, dedup_pb2_grpc
 from dedup_service.server.engines import make_engine
 from dedup_service.server.listeners import StartRefused
+from dedup_service.servicer.admission import Admission
+from dedup_service.servicer.dedup_servicer import SERVICE_NAME
+from dedup_service.servicer.endpoint import Endpoint
 from dedup_service.settings import EngineName
+from dedup_service.telemetry.call_log import CallLog
 from harness.polling import wait_until
 from harness.processes import ServiceProcess, run_command
 
@@ -53,12 +62,12 @@ def test_without_a_temporary_folder_the_native_engine_is_refused(tmp_path: Path)
 def test_the_native_engine_leaves_nothing_behind(tmp_path: Path) -> None:
     """The temporary socket has gone when the server has ended."""
     arguments = ("--engine", "native", "--store-url", f"sqlite://{tmp_path / 'claims.db'}")
-    folder = tmp_path / "t"
-    folder.mkdir()
-    service = ServiceProcess(*arguments, environment={"TMPDIR": str(folder)}).start()
-    wait_until(lambda: list(folder.iterdir()), what="the folder of the socket")
-    assert service.stop() == 0
-    assert list(folder.iterdir()) == []
+    # The path of a socket has to be shorter than that of tmp_path may be.
+    with tempfile.TemporaryDirectory() as folder:
+        service = ServiceProcess(*arguments, environment={"TMPDIR": folder}).start()
+        wait_until(lambda: list(Path(folder).iterdir()), what="the folder of the socket")
+        assert service.stop() == 0
+        assert list(Path(folder).iterdir()) == []
 
 
 async def test_several_processes_share_a_port_only_when_they_say_so(engine: EngineName) -> None:
@@ -75,3 +84,42 @@ async def test_several_processes_share_a_port_only_when_they_say_so(engine: Engi
     for server in sharing:
         await server.start()
         await server.stop(None)
+
+
+@pytest.mark.parametrize("timeout_s", [None, 60])
+async def test_only_a_call_with_a_deadline_has_one(engine: EngineName, timeout_s: float | None) -> None:
+    """A handler learns how long its caller waits, or that it waits for ever, in the same words from each engine.
+
+    Protection: what the native engine says of a call without a deadline is read as none.
+    """
+    budgets: list[float | None] = []
+
+    async def look(_: dedup_pb2.GetTransactionRequest, budget_s: float | None) -> dedup_pb2.GetTransactionResponse:
+        budgets.append(budget_s)
+        return dedup_pb2.GetTransactionResponse()
+
+    endpoint = Endpoint(
+        method="GetTransaction",
+        request_type=dedup_pb2.GetTransactionRequest,
+        handler=look,
+        outcome_of=lambda _: "",
+        call_log=CallLog(structlog.wrap_logger(structlog.ReturnLogger()), plain_ids=False),
+        admission=Admission(1),
+    )
+
+    def register(server: grpc.aio.Server) -> None:
+        methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            "GetTransaction": grpc.unary_unary_rpc_method_handler(endpoint.serve)
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, methods),))
+        server.add_registered_method_handlers(SERVICE_NAME, methods)
+
+    server = make_engine(engine, register, max_streams=1)
+    address = server.listen("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(address) as channel:
+        await dedup_pb2_grpc.DedupServiceStub(channel).GetTransaction(
+            dedup_pb2.GetTransactionRequest(), timeout=timeout_s
+        )
+    await server.stop(None)
+    assert [budget is None for budget in budgets] == [timeout_s is None]

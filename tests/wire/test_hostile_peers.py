@@ -16,7 +16,7 @@ from dedup.v1 import dedup_pb2, dedup_pb2_grpc
 from dedup_service.settings import EngineName
 from harness.attacks import ATTACKS, a_claim
 from harness.errors import refused
-from harness.hostile_peer import PREFACE, HostilePeer, data, grpc_message
+from harness.hostile_peer import CLAIM_PATH, PREFACE, HostilePeer, data, grpc_message
 from harness.polling import wait_until
 from harness.processes import ServiceProcess
 
@@ -89,6 +89,21 @@ def test_one_connection_has_no_more_calls_than_its_limit(attacked: ServiceProces
     """
     with ATTACKS["too_many_streams"](attacked.target, 10_000) as said:
         assert any(answer.startswith(("reset", "goaway")) for answer in said), said
+
+
+def test_messages_and_metadata_over_the_limits_are_refused(attacked: ServiceProcess, unique: str) -> None:
+    """8 MiB of message, or 20 KiB of metadata around a good one, end the call with an error; nothing is claimed."""
+    message = a_claim(unique)
+    padding = bytes.fromhex("fa7f") + b"\x80\x80\x80\x04" + bytes(8 * 1024 * 1024)
+    metadata = tuple((f"x-{number}", "v" * 1_000) for number in range(20))
+    with grpc.insecure_channel(attacked.target, options=[("grpc.max_send_message_length", -1)]) as channel:
+        claim: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(CLAIM_PATH)
+        assert refused(lambda: claim(message + padding)).code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        # The native engine answers in the words of HTTP.
+        codes = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNKNOWN)
+        assert refused(lambda: claim(message, metadata=metadata)).code in codes
+    assert not held(attacked, unique)
+    assert claims(attacked)
 
 
 def raw_headers(stream: int, block: bytes, *flags: str) -> bytes:

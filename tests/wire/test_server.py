@@ -179,9 +179,9 @@ async def test_a_signal_under_load_ends_every_call_with_an_answer(
         service.signal(number)
         await asyncio.gather(*callers)
     assert set(codes) == {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}
+    assert await asyncio.to_thread(service.wait) == 0
     refusals = [line for line in service.events("call") if line["code"] != "OK"]
     assert {(line["reason"], line["applied"]) for line in refusals} == {("SERVER_STOPPING", "no")}
-    assert await asyncio.to_thread(service.wait) == 0
     assert [event["event"] for event in service.logs if event["event"] in ("draining", "stopped")] == [
         *("draining", "stopped"),
     ]

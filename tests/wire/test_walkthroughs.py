@@ -99,6 +99,23 @@ def with_a_file_of_orders(stage: Stage) -> Generator[None, None, None]:
     yield
 
 
+def that_ended(stage: Stage) -> Generator[None, None, None]:
+    """No service where the pages say that there is one."""
+    service = stage.start()
+    service.kill()
+    yield
+
+
+def with_other_contents(stage: Stage) -> Generator[None, None, None]:
+    """An id that comes with two fingerprints, and the log of that."""
+    service = stage.start()
+    assert stage.ask("claim", "order-1234", "--fingerprint", "aaaa").returncode == 0
+    assert stage.ask("claim", "order-1234", "--fingerprint", "bbbb").returncode == 4
+    wait_until(lambda: len(service.events("call")) == 2, what="the log")
+    (stage.folder / "dedup.log").write_text("".join(service.stderr_lines))
+    yield
+
+
 def that_evicts(stage: Stage) -> Generator[None, None, None]:
     """A Redis that may forget."""
     stage.redis_cli("config", "set", "maxmemory", "52428800")
@@ -236,6 +253,8 @@ PLAYS: dict[str, Play] = {
     "docs/command-line.md#the-doctor": that_evicts,
     "docs/errors.md#what-an-error-looks-like": plain,
     "docs/runbook.md#runbook": plain,
+    "docs/runbook.md#service-down": that_ended,
+    "docs/runbook.md#payload-mismatch": with_other_contents,
     "docs/runbook.md#store-unreachable": that_goes_and_returns,
     "docs/runbook.md#claims-forgotten": that_was_flushed,
     "docs/runbook.md#failover": that_fails_over,

@@ -5,7 +5,7 @@ from typing import cast
 
 import grpc
 
-from dedup.batches import MAX_BATCH, ClaimAnswer, answers_of, too_late
+from dedup.batches import ClaimAnswer, Crowd, answers_of, too_late
 from dedup.error_details import failure_of_call
 from dedup.errors import CallFailed
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
@@ -24,6 +24,7 @@ class Coalescer:
         self._delay_s = delay_s
         self._waiting: list[_Waiting] = []
         self._timer: asyncio.TimerHandle | None = None
+        self._crowd = Crowd()
         self._under_way: set[asyncio.Task[None]] = set()
 
     async def claim(
@@ -33,7 +34,7 @@ class Coalescer:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[ClaimAnswer] = loop.create_future()
         self._waiting.append((request, timeout_s, future))
-        if len(self._waiting) >= MAX_BATCH:
+        if self._crowd.is_gathered(len(self._waiting)):
             self._send()
         elif self._timer is None:
             self._timer = loop.call_later(self._delay_s, self._send)
@@ -58,11 +59,8 @@ class Coalescer:
 
     async def _ask(self, batch: list[_Waiting]) -> None:
         answers: list[ClaimAnswer]
-        request = dedup_pb2.BatchClaimTransactionsRequest(requests=[request for request, _, _ in batch])
         try:
-            call = self._stub.BatchClaimTransactions(request, timeout=max(timeout_s for _, timeout_s, _ in batch))
-            reply = await cast("grpc.aio.UnaryUnaryCall[object, dedup_pb2.BatchClaimTransactionsResponse]", call)
-            answers = answers_of(reply, len(batch))
+            answers = answers_of(await self._reply(batch), len(batch))
         except grpc.RpcError as error:
             answers = [failure_of_call(error) for _ in batch]
         except asyncio.CancelledError:
@@ -79,3 +77,12 @@ class Coalescer:
             # Who was cancelled or whose time was up no longer listens.
             if not future.done():
                 future.set_result(answer)
+
+    async def _reply(self, batch: list[_Waiting]) -> dedup_pb2.BatchClaimTransactionsResponse:
+        request = dedup_pb2.BatchClaimTransactionsRequest(requests=[request for request, _, _ in batch])
+        self._crowd.left(len(batch))
+        try:
+            call = self._stub.BatchClaimTransactions(request, timeout=max(timeout_s for _, timeout_s, _ in batch))
+            return await cast("grpc.aio.UnaryUnaryCall[object, dedup_pb2.BatchClaimTransactionsResponse]", call)
+        finally:
+            self._crowd.answered(len(batch), len(self._waiting))

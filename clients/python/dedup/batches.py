@@ -15,6 +15,35 @@ MAX_BATCH = 1_000
 ClaimAnswer = dedup_pb2.ClaimTransactionResponse | CallFailed
 
 
+class Crowd:
+    """Says when a batch may leave before its time is up.
+
+    Who was answered together mostly claims again together. So once nothing is under way, and as many claims wait as
+    were about when the last answer came, nobody else is likely to come soon.
+    """
+
+    def __init__(self) -> None:
+        self._batches = 0
+        self._claims = 0
+        # At first nobody knows.
+        self._expected = MAX_BATCH
+
+    def is_gathered(self, waiting: int) -> bool:
+        """Whether so many waiting claims should leave now."""
+        return waiting >= MAX_BATCH or (not self._batches and waiting >= self._expected)
+
+    def left(self, claims: int) -> None:
+        """Note that a batch of so many claims has left."""
+        self._batches += 1
+        self._claims += claims
+
+    def answered(self, claims: int, waiting: int) -> None:
+        """Note the end of a batch of so many claims, while others wait."""
+        self._expected = self._claims + waiting
+        self._batches -= 1
+        self._claims -= claims
+
+
 def may_travel_with_others(request: Message) -> TypeGuard[dedup_pb2.ClaimTransactionRequest]:
     """Whether a request is a claim that a batch takes: one that waits would hold up the others."""
     return isinstance(request, dedup_pb2.ClaimTransactionRequest) and not request.HasField("wait")

@@ -8,7 +8,7 @@ from typing import cast
 
 import grpc
 
-from dedup.batches import MAX_BATCH, ClaimAnswer, answers_of, too_late
+from dedup.batches import ClaimAnswer, Crowd, answers_of, too_late
 from dedup.error_details import failure_of_call
 from dedup.errors import CallFailed
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
@@ -28,6 +28,7 @@ class Coalescer:
         self._delay_s = delay_s
         self._changed = threading.Condition()
         self._waiting: list[_Waiting] = []
+        self._crowd = Crowd()
 
     def claim(self, request: dedup_pb2.ClaimTransactionRequest, timeout_s: float) -> dedup_pb2.ClaimTransactionResponse:
         """Make one attempt of a claim in a batch; raises CallFailed."""
@@ -38,8 +39,8 @@ class Coalescer:
             batch = self._waiting
             batch.append((request, timeout_s, future))
             leads = len(batch) == 1
-            if len(batch) >= MAX_BATCH:
-                self._waiting = []
+            if self._crowd.is_gathered(len(batch)):
+                self._leave(batch)
                 self._changed.notify_all()
         if leads:
             try:
@@ -62,7 +63,11 @@ class Coalescer:
                 self._changed.wait_for(lambda: self._waiting is not batch, delay_s)
             finally:
                 if self._waiting is batch:
-                    self._waiting = []
+                    self._leave(batch)
+
+    def _leave(self, batch: list[_Waiting]) -> None:
+        self._waiting = []
+        self._crowd.left(len(batch))
 
     def _ask(self, batch: list[_Waiting]) -> None:
         request = dedup_pb2.BatchClaimTransactionsRequest(requests=[request for request, _, _ in batch])
@@ -70,20 +75,27 @@ class Coalescer:
         try:
             call = self._stub.BatchClaimTransactions.future(request, timeout=timeout_s)
         except Exception as error:  # noqa: BLE001 - Such as that of a closed channel: every caller hears it.
+            self._end(batch)
             for _, _, future in batch:
                 future.set_exception(error)
             return
-        call.add_done_callback(lambda done: _tell(batch, done))
+        call.add_done_callback(lambda done: self._tell(batch, done))
+
+    def _tell(self, batch: list[_Waiting], call: object) -> None:
+        self._end(batch)
+        for (_, _, future), answer in zip(batch, _answers(call, len(batch)), strict=True):
+            future.set_result(answer)
+
+    def _end(self, batch: list[_Waiting]) -> None:
+        with self._changed:
+            self._crowd.answered(len(batch), len(self._waiting))
 
 
-def _tell(batch: list[_Waiting], call: object) -> None:
-    answers: list[ClaimAnswer]
+def _answers(call: object, claims: int) -> list[ClaimAnswer]:
     try:
         reply = cast("grpc.Future[dedup_pb2.BatchClaimTransactionsResponse]", call).result()
-        answers = answers_of(reply, len(batch))
+        return answers_of(reply, claims)
     except grpc.RpcError as error:
-        answers = [failure_of_call(error) for _ in batch]
+        return [failure_of_call(error) for _ in range(claims)]
     except grpc.FutureCancelledError:
-        answers = [CallFailed("CANCELLED: the client was closed", code=grpc.StatusCode.CANCELLED) for _ in batch]
-    for (_, _, future), answer in zip(batch, answers, strict=True):
-        future.set_result(answer)
+        return [CallFailed("CANCELLED: the client was closed", code=grpc.StatusCode.CANCELLED) for _ in range(claims)]

@@ -11,7 +11,7 @@ import pytest
 
 from dedup import CallFailed, Client, DuplicateTransaction, InvalidRequest, Unavailable, aio
 from dedup.aio_coalescing import Coalescer as AioCoalescer
-from dedup.batches import answers_of
+from dedup.batches import MAX_BATCH, Crowd, answers_of
 from dedup.v1 import dedup_pb2
 
 
@@ -106,6 +106,37 @@ def test_an_interrupted_thread_does_not_strand_the_others(target: str, unique: s
         coalescer._changed.wait_for = gather
         client.claim(f"{unique}-2")
         assert not coalescer._waiting
+
+
+def test_a_batch_leaves_when_those_who_were_answered_are_back() -> None:
+    """Not before they are, not while another is under way, and a full one in any case."""
+    crowd = Crowd()
+    assert not crowd.is_gathered(MAX_BATCH - 1)
+    crowd.left(3)
+    assert not crowd.is_gathered(4)
+    assert crowd.is_gathered(MAX_BATCH)
+    crowd.answered(3, waiting=1)
+    assert [crowd.is_gathered(waiting) for waiting in (3, 4)] == [False, True]
+
+
+async def test_claims_do_not_wait_for_nobody(target: str, unique: str) -> None:
+    """Two that were answered together travel together again at once, however long the delay is."""
+    async with aio.Client(target, coalesce=True, coalesce_delay=0.05, timeout=20) as client:
+        batches = await watch(client)
+        for number in range(3):
+            await asyncio.gather(*(client.claim(f"{unique}-{number}-{caller}")._claiming for caller in "ab"))
+            transport: Any = client._transport
+            transport._coalescer._delay_s = 3600
+        assert batches.sizes == [2, 2, 2]
+
+
+def test_threads_do_not_wait_for_nobody(target: str, unique: str) -> None:
+    """Nor does the client that blocks."""
+    with Client(target, coalesce=True, timeout=20) as client:
+        client.claim(unique)
+        transport: Any = client._transport
+        transport._coalescer._delay_s = 3600
+        client.claim(f"{unique}-2")
 
 
 async def test_a_closed_client_says_so_at_once() -> None:

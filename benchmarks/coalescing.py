@@ -1,0 +1,113 @@
+"""Measures what coalescing gains: concurrent callers that claim alone, beside as many whose claims travel together.
+
+The Go client and both Python clients call the service on grpcio with a Redis of the run's own, in interleaved rounds of
+both kinds, each with a client process of its own. Every claim is of a fresh id and must be CLAIMED, and each caller's
+last id, claimed again, must be a DUPLICATE. Linux only. Progress goes to standard error.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine, publishing
+from benchmarks.figures import Spread, paired_ratios, spread
+from benchmarks.publishing import ROOT, say
+from benchmarks.report import number, table, with_range
+from benchmarks.servers import CannotMeasure, Server, Subject, running_redis
+
+CALLERS = 64
+KINDS = ("unary", "coalesced")
+_TIMEOUT_S = 60
+
+
+def loads(folder: Path) -> dict[str, list[str]]:
+    """Return the command of each client's load; the Go client's is left out, with a word, where Go is missing."""
+    found = {
+        f"Python {name}": [sys.executable, "-m", "benchmarks.claim_load", "--client", name] for name in ("aio", "sync")
+    }
+    go = shutil.which("go")
+    if go is None:
+        say("no Go on PATH: its client is not measured")
+        return found
+    binary = folder / "claimload"
+    build = [go, "build", "-o", str(binary), "./internal/claimload"]
+    if subprocess.run(build, cwd=ROOT / "clients" / "go", check=False).returncode:
+        raise CannotMeasure("the load of the Go client could not be built: see above")
+    return {"Go": [str(binary)], **found}
+
+
+def measure(rounds: int, seconds: float) -> dict[str, Any]:
+    """Return the figures of every client and kind, round by round; raise CannotMeasure for a wrong answer."""
+    found: dict[str, dict[str, list[dict[str, float]]]] = {}
+    with tempfile.TemporaryDirectory(prefix="dedup-benchmark-") as name, running_redis(Path(name)) as redis:
+        commands = loads(Path(name))
+        arguments = ("-m", "dedup_service", "serve", "--log-level", "warning", "--store-url", redis.tcp_url)
+        server = Server(Subject("service", "grpcio", "redis", (), arguments), Path(name))
+        server.start()
+        try:
+            for done in range(rounds):
+                for client, command in commands.items():
+                    for kind in KINDS:
+                        cpu_s = server.cpu_s
+                        figures = one_round(command, server.target, f"{done}:{client}:{kind}", kind, seconds)
+                        # Of the warm-up and the last duplicates as well, hence a little too much.
+                        figures["server_cpu_us"] = (server.cpu_s - cpu_s) * 1e6 / figures["claims"]
+                        found.setdefault(client, {}).setdefault(kind, []).append(figures)
+                        rate = figures["claims"] / figures["seconds"]
+                        say(f"round {done + 1} of {rounds}, {client}, {kind}: {rate:,.0f} claims/s")
+        finally:
+            server.stop()
+    return {"machine": machine.describe(), "callers": CALLERS, "seconds": seconds, "clients": found}
+
+
+def one_round(command: list[str], target: str, prefix: str, kind: str, seconds: float) -> dict[str, float]:
+    """Return what one client process saw."""
+    asked = ["--target", target, "--callers", str(CALLERS), "--seconds", str(seconds), "--prefix", prefix]
+    if kind == "coalesced":
+        asked.append("--coalesce")
+    done = subprocess.run([*command, *asked], cwd=ROOT, stdout=subprocess.PIPE, timeout=_TIMEOUT_S, check=False)
+    if done.returncode:
+        raise CannotMeasure(f"a client saw a wrong answer or failed: {' '.join(command)}")
+    figures: dict[str, float] = json.loads(done.stdout)
+    return figures
+
+
+def gain(client: dict[str, list[dict[str, float]]], figure: str) -> Spread:
+    """Return how much more of a figure coalesced calls have than those alone, paired by rounds."""
+    alone, together = ([_figure(each, figure) for each in client[kind]] for kind in KINDS)
+    return paired_ratios(together, alone)
+
+
+def _figure(of_round: dict[str, float], figure: str) -> float:
+    return of_round["claims"] / of_round["seconds"] if figure == "rate" else of_round[figure]
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """Return the table of the documentation."""
+    rows = []
+    for name, client in results["clients"].items():
+        rates = [spread([_figure(each, "rate") for each in client[kind]]) for kind in KINDS]
+        p99 = [number(spread([each["p99_ms"] for each in client[kind]]).median) for kind in KINDS]
+        cpu = [number(spread([each["server_cpu_us"] for each in client[kind]]).median) for kind in KINDS]
+        ratios = [with_range(gain(client, figure)) for figure in ("rate", "p99_ms")]
+        rows.append([name, *(number(each.median) for each in rates), ratios[0], *p99, ratios[1], *cpu])
+    header = ["client", "claims/s alone", "coalesced", "ratio", "p99 ms alone", "coalesced", "ratio"]
+    return table([*header, "CPU µs of the server alone", "coalesced"], rows)
+
+
+def main() -> None:
+    """Measure, and publish the figures."""
+    chosen = publishing.options(__doc__)
+    try:
+        results = publishing.earlier(chosen) or measure(*((1, 0.5) if chosen.quick else (7, 3.0)))
+    except CannotMeasure as error:
+        sys.exit(f"coalescing: {error}")
+    publishing.publish("coalescing", results, markdown(results), chosen)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""The service that anyone would write in an afternoon: grpc.server, ten threads, redis-py.
+
+It speaks the same contract and keeps only the first promise, if that: `setnx` is one atomic command, `get-then-set` is
+the original mistake of two. Neither knows tokens, so a retry is told DUPLICATE, and a duplicate is told nothing.
+"""
+
+import argparse
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import redis
+
+from dedup.v1 import dedup_pb2, dedup_pb2_grpc
+
+TTL_MS = 60_000
+
+Admit = Callable[[str], bool]
+
+
+class NaivePeer(dedup_pb2_grpc.DedupServiceServicer):
+    """Claims, and nothing else."""
+
+    def __init__(self, admit: Admit) -> None:
+        self._admit = admit
+
+    def ClaimTransaction(  # noqa: N802 - the contract's name
+        self, request: dedup_pb2.ClaimTransactionRequest, _: grpc.ServicerContext
+    ) -> dedup_pb2.ClaimTransactionResponse:
+        """Claim one transaction."""
+        admitted = self._admit(f"naive:{request.transaction_id}")
+        return dedup_pb2.ClaimTransactionResponse(
+            outcome=dedup_pb2.CLAIM_OUTCOME_CLAIMED if admitted else dedup_pb2.CLAIM_OUTCOME_DUPLICATE,
+            transaction=dedup_pb2.Transaction(transaction_id=request.transaction_id),
+        )
+
+
+def setnx(client: redis.Redis) -> Admit:
+    """Decide by one atomic command."""
+    return lambda key: bool(client.set(key, "1", nx=True, px=TTL_MS))
+
+
+def get_then_set(client: redis.Redis) -> Admit:
+    """Decide by two commands, between which others fit."""
+
+    def admit(key: str) -> bool:
+        if client.get(key) is not None:
+            return False
+        client.set(key, "1", px=TTL_MS)
+        return True
+
+    return admit
+
+
+VARIANTS = {"setnx": setnx, "get-then-set": get_then_set}
+
+
+def main() -> None:
+    """Serve until the process is ended."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--variant", choices=sorted(VARIANTS), required=True)
+    parser.add_argument("--listen", required=True, help="host:port")
+    parser.add_argument("--redis", required=True, help="URL")
+    options = parser.parse_args()
+    server = grpc.server(ThreadPoolExecutor(max_workers=10))
+    admit = VARIANTS[options.variant](redis.Redis.from_url(options.redis))
+    peer = NaivePeer(admit)  # type: ignore[abstract] # the rest answers UNIMPLEMENTED
+    dedup_pb2_grpc.add_DedupServiceServicer_to_server(peer, server)
+    server.add_insecure_port(options.listen)
+    server.start()
+    server.wait_for_termination()
+
+
+if __name__ == "__main__":
+    main()
