@@ -18,17 +18,17 @@ BUILD = ROOT / "build"
 PAGES = BUILD / "docs"
 SITE = BUILD / "site"
 
-# What newcomers read first comes first. A page that is not there is left out, and one that no section names is shown
-# under "More".
+# What newcomers read first comes first; a folder stands for the pages in it. A page that is not there is left out, and
+# one that no section names is shown under "More".
 SECTIONS: dict[str, Sequence[str]] = {
     "Start": ("README.md", "docs/index.md", "docs/concepts.md", "docs/faq.md", "docs/comparison.md"),
     "Clients": (
         *("clients/python/README.md", "clients/go/README.md", "clients/node/README.md"),
-        *("docs/other-languages.md", "examples/lucky_box/README.md"),
+        *("docs/other-languages.md", "examples"),
     ),
     "Operate": (
-        *("docs/running.md", "docs/stores.md", "deploy/README.md", "docs/metrics.md", "docs/observability.md"),
-        *("docs/runbook.md", "docs/performance.md", "docs/engines.md", "docs/threat-model.md"),
+        *("docs/running.md", "docs/stores.md", "deploy", "docs/metrics.md", "docs/observability.md"),
+        *("docs/runbook.md", "docs/performance.md", "benchmarks", "docs/engines.md", "docs/threat-model.md"),
     ),
     "Reference": ("docs/configuration.md", "docs/errors.md", "docs/command-line.md"),
     "Guarantees": ("docs/guarantees.md", "docs/decisions"),
