@@ -21,13 +21,16 @@ LABEL org.opencontainers.image.title="dedup-service" \
 RUN python -m pip uninstall --yes pip setuptools wheel && rm -r /usr/local/lib/python3.11/ensurepip
 COPY --from=build /opt/dedup /opt/dedup
 # The store must be named: a pod that forgot its Redis URL would otherwise deduplicate against itself alone.
-# All interfaces, since a port of a container's loopback cannot be published.
+# All interfaces, since a port of a container's loopback cannot be published; who may call there is for whoever runs it to
+# say, by DEDUP_TLS_CLIENT_CA, DEDUP_AUTH_TOKENS or DEDUP_ALLOW_UNAUTHENTICATED. Health has a listener of its own, which
+# the check below finds whatever they say.
 # The file system may be read-only, so no bytecode is written; pip wrote it at build time.
 ENV PATH="/opt/dedup/bin:$PATH" \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     DEDUP_REQUIRE_STORE_URL=true \
-    DEDUP_LISTEN=0.0.0.0:50051
+    DEDUP_LISTEN=0.0.0.0:50051 \
+    DEDUP_HEALTH_LISTEN=127.0.0.1:50052
 # Numeric, so that Kubernetes' runAsNonRoot can check it without reading /etc/passwd.
 USER 65532:65532
 EXPOSE 50051

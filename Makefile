@@ -2,8 +2,8 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test test-clients demo chaos bench check smoke docs docs-reference format protos stubs-current lock redis \
-	h2load clean no-environment
+.PHONY: help run test test-clients demo chaos bench check audit smoke docs docs-reference format protos stubs-current lock \
+	redis h2load clean no-environment
 
 # The lock has wheels for these versions; a newer Python would compile grpcio for half an hour. Each is asked to run,
 # since version managers put names on PATH that do not.
@@ -73,6 +73,9 @@ check: .venv/dev.stamp stubs-current ## Lint, format, types, layers, contract, g
 	cd protos && ../.venv/bin/buf lint
 	cd protos && ../.venv/bin/buf format -d --exit-code
 	.venv/bin/python -m pip check
+
+audit: .venv/pyvenv.cfg ## Ask for known vulnerabilities of the locked packages
+	@.venv/bin/python scripts/audit.py
 
 smoke: .venv/pyvenv.cfg ## Install a clean copy with plain pip, and claim twice
 	.venv/bin/python scripts/smoke.py

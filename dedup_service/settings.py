@@ -10,23 +10,30 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_core import to_json
 
+from dedup_service.addresses import Addresses, MetricsAddress, beyond_this_host
 from dedup_service.durations import format_duration, parse_duration
+from dedup_service.security_settings import SecuritySettings
 
 ENV_PREFIX = "DEDUP_"
 CONFIG_VARIABLE = f"{ENV_PREFIX}CONFIG"
 TARGET_VARIABLE = f"{ENV_PREFIX}TARGET"
+TARGET_TLS_CA_VARIABLE = f"{TARGET_VARIABLE}_TLS_CA"
+TARGET_TLS_CERT_VARIABLE = f"{TARGET_VARIABLE}_TLS_CERT"
+TARGET_TLS_KEY_VARIABLE = f"{TARGET_VARIABLE}_TLS_KEY"
+TARGET_TOKEN_FILE_VARIABLE = f"{TARGET_VARIABLE}_TOKEN_FILE"
 STORE_URL_VARIABLE = f"{ENV_PREFIX}STORE_URL"
+
+_OTHER_VARIABLES = {
+    *(CONFIG_VARIABLE, TARGET_VARIABLE, TARGET_TOKEN_FILE_VARIABLE),
+    *(TARGET_TLS_CA_VARIABLE, TARGET_TLS_CERT_VARIABLE, TARGET_TLS_KEY_VARIABLE),
+}
 
 # Kubernetes and Docker describe a service called "dedup" to its neighbours in variables like these.
 _LINK_VARIABLE = re.compile(r"DEDUP_(\w+_)?(SERVICE_HOST|SERVICE_PORT|PORT)(_\w+)?")
 
-_TCP_ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]+):(\d{1,5})")
-_MAX_PORT = 65_535
 # How long a completed transaction is remembered where neither its holder nor the operator says, and the maximum allows.
 _DEFAULT_RETENTION_MS = 24 * 3_600_000
 _MAX_DURATION_MS = 36_500 * 86_400_000
-# sun_path of a Unix socket address holds 108 bytes with its closing zero on Linux, 104 elsewhere.
-_MAX_SOCKET_PATH = 103
 _MAX_WORKERS = 64
 
 
@@ -45,37 +52,6 @@ def duration_setting(text: str) -> int:
 
 def _duration(value: object) -> object:
     return duration_setting(value) if isinstance(value, str) else value
-
-
-def _addresses(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    addresses = tuple(part.strip() for part in value.split(",") if part.strip())
-    if not addresses:
-        raise ValueError("names no address: write host:port or unix:///path, several with commas between")
-    for address in addresses:
-        _check_address(address)
-    return addresses
-
-
-def _check_address(address: str) -> None:
-    if address.startswith("unix:"):
-        path = address.removeprefix("unix://")
-        if not path.startswith("/") or len(path.encode()) > _MAX_SOCKET_PATH:
-            raise ValueError(
-                f"{address!r} is no Unix socket: write unix:///path, at most {_MAX_SOCKET_PATH} bytes of path"
-            )
-        return
-    match = _TCP_ADDRESS.fullmatch(address)
-    if match is None or int(match[2]) > _MAX_PORT:
-        raise ValueError(f"{address!r} is no address: write host:port (such as 127.0.0.1:50051) or unix:///path")
-
-
-def _metrics_address(value: object) -> object:
-    match = _TCP_ADDRESS.fullmatch(value) if isinstance(value, str) else None
-    if value is not None and (match is None or int(match[2]) > _MAX_PORT):
-        raise ValueError(f"{value!r} is no address: write host:port, such as 127.0.0.1:9090")
-    return value
 
 
 def _worker_count(value: object) -> object:
@@ -102,8 +78,6 @@ DurationMs = Annotated[int, BeforeValidator(_duration), Field(gt=0)]
 OptionalDurationMs = Annotated[DurationMs | None, BeforeValidator(_duration)]
 EngineName = Literal["grpcio", "native"]
 WorkerCount = Annotated[int, BeforeValidator(_worker_count)]
-MetricsAddress = Annotated[str | None, BeforeValidator(_metrics_address)]
-Addresses = Annotated[tuple[str, ...], BeforeValidator(_addresses)]
 
 
 class Listening(BaseModel):
@@ -114,9 +88,14 @@ class Listening(BaseModel):
     listen: Addresses = Field(
         ("127.0.0.1:50051",), description="Where to serve: host:port or unix:///path, several with commas between."
     )
+    health_listen: Addresses = Field(
+        (),
+        description="Where to serve the health service alone, for probes: plaintext, and open to everybody.  "
+        "[default: nowhere, --listen serves it too]",
+    )
 
 
-class Settings(Listening):
+class Settings(SecuritySettings, Listening):
     """Everything that an operator can set. Durations are milliseconds inside."""
 
     model_config = ConfigDict(extra="forbid")
@@ -126,6 +105,10 @@ class Settings(Listening):
         description="Where claims are kept: redis://, rediss:// (TLS), unix://, redis+sentinel:// or "
         "redis+cluster:// with [user:password@], or sqlite:///path for the embedded store of this host alone.  "
         "[default: sqlite, in the state folder of the user]",
+    )
+    store_url_file: Path | None = Field(
+        None,
+        description="A file with that URL instead, which no list of processes or variables shows.  [default: none]",
     )
     require_store_url: bool = Field(
         False, description="Refuse to start without a store URL instead of using the embedded store."
@@ -161,6 +144,11 @@ class Settings(Listening):
         2_000, gt=0, description="How many calls may be under way at a time; more are refused. Health is exempt."
     )
     store_timeout: DurationMs = Field(1_000, description="How long to wait for one answer of the store.")
+    readiness: Literal["store", "process"] = Field(
+        "store",
+        description="What the health service calls ready. store: while the store answers. process: while this process "
+        "takes calls, whatever the store does.",
+    )
     strict: bool = Field(False, description="Refuse to start when the doctor finds something critical about the store.")
     shutdown_grace: DurationMs = Field(
         10_000, description="How long calls under way may take to end after SIGTERM or SIGINT."
@@ -205,13 +193,18 @@ class Settings(Listening):
                 f"{ENV_PREFIX}STORE_URL is not set and {ENV_PREFIX}REQUIRE_STORE_URL is: a container that dedups "
                 f"against itself alone pays twice. Set {ENV_PREFIX}STORE_URL=redis://host:6379/0"
             )
-        if self.workers > 1 and (sockets := [address for address in self.listen if address.startswith("unix:")]):
-            raise ValueError(
-                f"{ENV_PREFIX}WORKERS is {self.workers} and {ENV_PREFIX}LISTEN names {sockets[0]}: several processes "
-                f"cannot share a Unix socket. Set {ENV_PREFIX}WORKERS=1, or listen on a loopback address such as "
-                "127.0.0.1:50051"
-            )
+        self._check_shared_sockets()
+        self.check_security(self.listen)
         return self
+
+    def _check_shared_sockets(self) -> None:
+        for name, addresses in (("LISTEN", self.listen), ("HEALTH_LISTEN", self.health_listen)):
+            if self.workers > 1 and (sockets := [address for address in addresses if address.startswith("unix:")]):
+                raise ValueError(
+                    f"{ENV_PREFIX}WORKERS is {self.workers} and {ENV_PREFIX}{name} names {sockets[0]}: several "
+                    f"processes cannot share a Unix socket. Set {ENV_PREFIX}WORKERS=1, or listen on a loopback address "
+                    "such as 127.0.0.1:50051"
+                )
 
     def to_json(self) -> str:
         """Return all settings for another process of this service: with the password of the store URL."""
@@ -220,6 +213,13 @@ class Settings(Listening):
             name: value.get_secret_value() if isinstance(value, SecretStr) else value for name, value in values.items()
         }
         return to_json(plain).decode()
+
+    @property
+    def reflects(self) -> bool:
+        """Whether tools are told which services there are."""
+        if self.reflection == "auto":
+            return not beyond_this_host(self.listen)
+        return self.reflection == "on"
 
     @property
     def effective_store_url(self) -> str:
@@ -251,6 +251,12 @@ def listening_address() -> str:
     return _load(Listening, {}, None).listen[0]
 
 
+def health_address() -> str:
+    """Return where a server with the settings of this process is asked for its health; raise BadSettings."""
+    listening = _load(Listening, {}, None)
+    return (listening.health_listen or listening.listen)[0]
+
+
 SettingsT = TypeVar("SettingsT", bound=Listening)
 
 
@@ -258,8 +264,11 @@ def _load(model: type[SettingsT], flags: dict[str, Any], config_file: Path | Non
     if config_file is None and (path := os.environ.get(CONFIG_VARIABLE)):
         config_file = Path(path)
     written = {} if config_file is None else _read(config_file)
+    values = written | _environment() | flags
+    if "store_url_file" in values and model is Settings:
+        values["store_url"] = _store_url_of_file(values)
     try:
-        return model(**(written | _environment() | flags))
+        return model(**values)
     except ValidationError as error:
         raise BadSettings("; ".join(_sentence(dict(detail)) for detail in error.errors())) from None
 
@@ -271,6 +280,23 @@ def _read(config_file: Path) -> dict[str, Any]:
         return tomllib.loads(config_file.read_text())
     except (OSError, ValueError) as error:
         raise BadSettings(f"the settings file {str(config_file)!r} cannot be read: {error}") from None
+
+
+def _store_url_of_file(values: dict[str, Any]) -> str:
+    path = Path(values["store_url_file"])
+    if "store_url" in values:
+        raise BadSettings(
+            f"{STORE_URL_VARIABLE} and {STORE_URL_VARIABLE}_FILE are both set: unset one of them, by whichever of "
+            "flag, variable and settings file it came"
+        )
+    try:
+        url = path.read_text().strip()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise BadSettings(f"{STORE_URL_VARIABLE}_FILE ({path}) cannot be read: {reason}") from None
+    if not url:
+        raise BadSettings(f"{STORE_URL_VARIABLE}_FILE ({path}) is empty: write the URL of the store into it")
+    return url
 
 
 def _environment() -> dict[str, str]:
@@ -285,6 +311,11 @@ def target_from_environment() -> str | None:
     return os.environ.get(TARGET_VARIABLE) or None
 
 
+def file_from_environment(variable: str) -> Path | None:
+    """Return the path that one of the variables of the client commands holds, if it holds one."""
+    return Path(path) if (path := os.environ.get(variable)) else None
+
+
 def _refuse_empty_store_url() -> None:
     # An unfilled secret in a manifest must not mean the embedded store, which dedups against this host alone.
     if os.environ.get(STORE_URL_VARIABLE) == "":
@@ -293,7 +324,7 @@ def _refuse_empty_store_url() -> None:
 
 def _refuse_unknown_variables() -> None:
     # A misspelt DEDUP_STORE_URL would start on the embedded store and dedup against this host alone.
-    known = {f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields} | {CONFIG_VARIABLE, TARGET_VARIABLE}
+    known = {f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields} | _OTHER_VARIABLES
     for name in sorted(os.environ):
         if name.upper().startswith(ENV_PREFIX) and name.upper() not in known and not _LINK_VARIABLE.fullmatch(name):
             close = get_close_matches(name.upper(), known, n=1)

@@ -28,7 +28,14 @@ SECTIONS: dict[str, Sequence[str]] = {
     ),
     "Operate": (
         *("docs/running.md", "docs/stores.md", "deploy", "docs/metrics.md", "docs/observability.md"),
-        *("docs/runbook.md", "docs/performance.md", "benchmarks", "docs/engines.md", "docs/threat-model.md"),
+        *(
+            "docs/runbook.md",
+            "docs/performance.md",
+            "benchmarks",
+            "docs/engines.md",
+            "docs/security.md",
+            "docs/threat-model.md",
+        ),
     ),
     "Reference": ("docs/configuration.md", "docs/errors.md", "docs/command-line.md"),
     "Guarantees": ("docs/guarantees.md", "docs/decisions"),

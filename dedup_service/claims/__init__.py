@@ -1,7 +1,10 @@
 """The domain: transactions, outcomes, errors and the store port. It imports nothing but the standard library."""
 
+from dedup_service.claims.callers import Caller, present_caller
 from dedup_service.claims.errors import (
     Applied,
+    CallerNotAllowed,
+    CallerUnknown,
     FieldViolation,
     InvalidRequest,
     StoreRefused,
@@ -27,6 +30,9 @@ __all__ = [
     "DEFAULT_MAX_RESULT_BYTES",
     "DEFAULT_NAMESPACE",
     "Applied",
+    "Caller",
+    "CallerNotAllowed",
+    "CallerUnknown",
     "ClaimAnswer",
     "ClaimOutcome",
     "ClaimRequest",
@@ -48,5 +54,6 @@ __all__ = [
     "TransactionNotFound",
     "TransactionState",
     "UnreadableValue",
+    "present_caller",
     "system_clock_ms",
 ]

@@ -27,6 +27,14 @@ class InvalidRequest(Exception):
         self.violations = violations
 
 
+class CallerUnknown(Exception):
+    """The caller did not say who it is in a way that can be believed; nothing was read or written."""
+
+
+class CallerNotAllowed(Exception):
+    """The caller is known, and may not ask for this; nothing was read or written."""
+
+
 class TransactionNotFound(Exception):
     """Nobody holds the transaction that was looked up."""
 

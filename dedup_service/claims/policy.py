@@ -1,8 +1,9 @@
-"""What applies to the claims of a namespace: how long they live, and whether the guard bites yet."""
+"""What applies to the claims of a namespace: how long they live, whether the guard bites yet, and who may use it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from dedup_service.claims.callers import Caller, present_caller
 from dedup_service.claims.errors import FieldViolation, InvalidRequest
 
 
@@ -22,14 +23,24 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Policies:
-    """The rules of every namespace: `default` for those without their own, where `allow_unknown` lets them in."""
+    """The rules of every namespace: `default` for those without their own, where `allow_unknown` lets them in.
+
+    `callers` has what each caller may ask for, by name; None where every known caller may ask for everything.
+    """
 
     default: Policy
     namespaces: Mapping[str, Policy] = field(default_factory=dict)
     allow_unknown: bool = True
+    callers: Mapping[str, Caller] | None = None
 
     def of(self, namespace: str) -> Policy:
-        """Return the policy of a namespace; raise InvalidRequest for an unknown one where they are refused."""
+        """Return the policy of a namespace, without which nothing can be asked of it.
+
+        Raises CallerNotAllowed when the present caller may not touch it, and InvalidRequest for an unknown one where
+        they are refused.
+        """
+        if self.callers is not None and (caller := present_caller.get()) is not None:
+            caller.check_namespace(namespace)
         policy = self.namespaces.get(namespace)
         if policy is not None:
             return policy

@@ -1,7 +1,7 @@
 """How the client commands reach a server, and how they say what it refused."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -12,6 +12,7 @@ from google.rpc import status_pb2
 from dedup.channels import channel_options
 from dedup.error_details import failure_of_call, failure_of_status
 from dedup_service.cli import exit_codes
+from dedup_service.cli.access import Access, present_access
 from dedup_service.settings import listening_address, target_from_environment
 
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104 - read, not bound
@@ -27,11 +28,12 @@ _CHANNEL_OPTIONS = channel_options(
 
 
 @contextmanager
-def open_channel(target: str | None) -> Iterator[grpc.Channel]:
-    """Yield a channel to `target`, or to where a server with the present settings listens."""
-    address = target or target_from_environment() or listening_address()
+def open_channel(target: str | None, default: Callable[[], str] = listening_address) -> Iterator[grpc.Channel]:
+    """Yield a channel to `target`, or to where a server with the present settings listens, as `default` finds."""
+    address = target or target_from_environment() or default()
     host, colon, port = address.rpartition(":")
-    with grpc.insecure_channel(f"{_WILDCARDS.get(host, host)}{colon}{port}", options=_CHANNEL_OPTIONS) as channel:
+    access = present_access.get() or Access()
+    with access.channel(f"{_WILDCARDS.get(host, host)}{colon}{port}", _CHANNEL_OPTIONS) as channel:
         yield channel
 
 

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from dedup_service.cli.access import with_access
 from dedup_service.cli.ask import claim, get
 from dedup_service.cli.batch import batch
 from dedup_service.cli.doctor import doctor
@@ -45,12 +46,6 @@ def serve(arguments: Annotated[list[str] | None, typer.Argument()] = None) -> No
     run_serve(arguments or [])
 
 
-app.command("claim")(claim)
-app.command("get")(get)
-app.command("complete")(complete)
-app.command("release")(release)
-app.command("extend")(extend)
-app.command("watch")(watch)
-app.command("batch")(batch)
-app.command("healthcheck")(healthcheck)
+for _command in (claim, get, complete, release, extend, watch, batch, healthcheck):
+    app.command(_command.__name__)(with_access(_command))
 app.command("doctor")(doctor)

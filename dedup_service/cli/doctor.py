@@ -31,6 +31,7 @@ def doctor(
         Path | None, typer.Option(help=f"A TOML file of settings.  [env: {CONFIG_VARIABLE}]", show_default=False)
     ] = None,
     store_url: Annotated[str | None, _as_serve("store_url")] = None,
+    store_url_file: Annotated[str | None, _as_serve("store_url_file", "FILE")] = None,
     key_prefix: Annotated[str | None, _as_serve("key_prefix")] = None,
     key_layout: Annotated[str | None, _as_serve("key_layout", "prefixed|raw")] = None,
     store_timeout: Annotated[str | None, _as_serve("store_timeout", "DURATION")] = None,
@@ -46,6 +47,7 @@ def doctor(
     """
     flags = {
         "store_url": store_url,
+        "store_url_file": store_url_file,
         "key_prefix": key_prefix,
         "key_layout": key_layout,
         "store_timeout": store_timeout,

@@ -10,6 +10,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from dedup_service.cli.channel import fail, open_channel
 from dedup_service.cli.options import AsJson, Target, Timeout, milliseconds_option
 from dedup_service.server.health_details import FORGOTTEN, LAST_FORGOTTEN
+from dedup_service.settings import health_address
 
 _DETAILS = "dedup-store-"
 
@@ -27,10 +28,13 @@ def healthcheck(
 ) -> None:
     """Ask a server whether it is serving: exit code 0 if so, 1 if not.
 
+    Without --target the first address of DEDUP_HEALTH_LISTEN is asked, if that is set. With --service liveness it says
+    whether the process lives, whatever its store does.
+
     It also says whether the store has forgotten claims since the server began, which changes no exit code.
     """
     timeout_ms = milliseconds_option("timeout", timeout)
-    with open_channel(target) as channel:
+    with open_channel(target, health_address) as channel:
         try:
             reply, call = health_pb2_grpc.HealthStub(channel).Check.with_call(
                 health_pb2.HealthCheckRequest(service=service), timeout=timeout_ms / 1000

@@ -14,7 +14,7 @@ from dedup_service.banner import banner
 from dedup_service.durations import format_duration
 from dedup_service.server import StartRefused, serve
 from dedup_service.settings import CONFIG_VARIABLE, ENV_PREFIX, DurationMs, Settings, load_settings
-from dedup_service.telemetry.logs import configure_logs
+from dedup_service.telemetry.logs import configure_logs, logger
 from dedup_service.workers.orders import SupervisorOrders, become_supervisor
 
 _DESCRIPTION = """\
@@ -22,10 +22,10 @@ Serve claims over gRPC until SIGTERM or SIGINT.
 
 Each setting is a flag, an environment variable and a key of the TOML settings file; the flag wins over the
 variable, and the variable over the file. Durations are written 250ms, 60s, 2h or 7d. SIGHUP rereads the
-policy file; with several workers SIGUSR2 replaces them one by one.
+policy file and the tokens; with several workers SIGUSR2 replaces them one by one.
 """
 
-_METAVARS = {str(int): "INTEGER", str(float): "NUMBER"}
+_METAVARS = {str(int): "INTEGER", str(int | None): "INTEGER", str(float): "NUMBER"}
 
 
 def run_serve(arguments: Sequence[str]) -> None:
@@ -36,14 +36,26 @@ def run_serve(arguments: Sequence[str]) -> None:
     flags = vars(_parser().parse_args(arguments))
     config, show_banner = flags.pop("config"), flags.pop("banner")
     settings = load_settings(flags, config)
+    configure_logs(settings.log_level)
+    _warn_of_secret(flags)
     if settings.workers > 1:
         become_supervisor(SupervisorOrders(settings.to_json(), show_banner))
-    configure_logs(settings.log_level)
     try:
         uvloop.run(serve(settings, _print_banner if show_banner else _say_nothing))
     except StartRefused as refusal:
         print(f"dedup-service: {refusal}", file=sys.stderr)
         sys.exit(1)
+
+
+def _warn_of_secret(flags: dict[str, Any]) -> None:
+    # A flag alone shows it: the other ways are for the eyes of this user.
+    url = flags.get("store_url", "")
+    if not url.startswith("sqlite:") and ("@" in url or "password=" in url):
+        logger().warning(
+            "password_on_command_line",
+            message="every user of this host can read the store URL of --store-url: put a URL with a password into "
+            "DEDUP_STORE_URL, or into a file that DEDUP_STORE_URL_FILE names",
+        )
 
 
 def version_text() -> str:

@@ -14,13 +14,18 @@ from grpc_reflection.v1alpha import reflection
 from dedup_service import __version__
 from dedup_service.claims import ClaimService, ClaimStore, Policies, StoreRefused
 from dedup_service.server.engines import Engine, make_engine
+from dedup_service.server.exposure import warn_of_exposure
+from dedup_service.server.health_listener import listen_for_probes
 from dedup_service.server.listeners import StartRefused
 from dedup_service.server.measuring import CountedClaims, MeasuredStore, follow_calls, measuring
 from dedup_service.server.policy_file import load_policies
 from dedup_service.server.policy_reload import PolicyReload
 from dedup_service.server.readiness import Readiness
 from dedup_service.server.startup_checks import StartupChecks, store_place
+from dedup_service.server.tls import tls_credentials
+from dedup_service.server.token_file import load_tokens
 from dedup_service.servicer.admission import Admission
+from dedup_service.servicer.caller_gate import CallerGate
 from dedup_service.servicer.dedup_servicer import SERVICE_NAME, DedupServicer, add_to_server
 from dedup_service.settings import BadSettings, Settings
 from dedup_service.stores import make_store
@@ -53,8 +58,9 @@ async def serve(
 
     `announce` is called once with the addresses, when calls are accepted. At the shutdown health says NOT_SERVING
     first, then new calls are refused, those that wait for the end of others' work are answered, and calls under way
-    get the grace of the settings to end; a second signal ends the grace. At SIGHUP the policy file is read anew. Raises
-    StartRefused with one sentence when the server cannot start, and BadSettings for the store URL and the policy file.
+    get the grace of the settings to end; a second signal ends the grace. At SIGHUP the policy file and the tokens are
+    read anew. Raises StartRefused with one sentence when the server cannot start, and BadSettings for the store URL and
+    for a file that is named in the settings.
     """
     with measuring(settings, worker) as metrics:
         await _serve(settings, announce, worker, metrics)
@@ -69,13 +75,20 @@ async def _serve(
     log = logger()
     policy_reload = PolicyReload(settings, log)
     policies = load_policies(settings)
+    credentials = tls_credentials(settings, log)
     store = _make_store(settings, metrics)
     try:
         await store.open()
     except StoreRefused as refusal:
         raise StartRefused(str(refusal)) from None
     try:
-        readiness = Readiness(store, (health.OVERALL_HEALTH, SERVICE_NAME), settings.store_timeout, log)
+        readiness = Readiness(
+            store,
+            (health.OVERALL_HEALTH, SERVICE_NAME),
+            settings.store_timeout,
+            log,
+            follows_store=settings.readiness == "store",
+        )
         await readiness.check()
         startup_checks = StartupChecks(settings, readiness, log)
         await startup_checks.run()
@@ -87,23 +100,32 @@ async def _serve(
             slow_s=settings.log_slow / 1000,
         )
         admission = Admission(settings.max_in_flight)
+        gate = policy_reload.gate = _make_gate(settings, claims)
 
         def register(server: grpc.aio.Server) -> None:
-            add_to_server(server, DedupServicer(claims, metrics), call_log, admission, metrics)
+            add_to_server(server, DedupServicer(claims, metrics), call_log, admission, metrics, gate=gate)
             health_pb2_grpc.add_HealthServicer_to_server(readiness.servicer, server)
-            reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+            if settings.reflects:
+                services = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+                reflection.enable_server_reflection(services, server)
 
-        streams = settings.max_in_flight + _SPARE_STREAMS
-        engine = make_engine(settings.engine, register, max_streams=streams, reuse_port=worker is not None)
+        engine = make_engine(
+            settings.engine,
+            register,
+            max_streams=settings.max_in_flight + _SPARE_STREAMS,
+            reuse_port=worker is not None,
+            max_connections=settings.max_connections,
+            credentials=credentials,
+        )
         addresses = [engine.listen(address) for address in settings.listen]
+        health_listener = await listen_for_probes(
+            settings.health_listen, readiness.servicer, log, reuse_port=worker is not None
+        )
         await engine.start()
         _spare_what_stays()
         policy_reload.log_loaded(claims)
         stop = _stop_signals()
-        event = "serving" if worker is None else "worker_serving"
-        log.info(event, addresses=addresses, store=store.description, engine=settings.engine, version=__version__)
-        if settings.store_url is None:
-            log.warning("embedded_store", message="no store URL is set: only this host sees these claims")
+        _log_serving(settings, addresses, store, worker)
         announce(addresses)
         background = [
             asyncio.create_task(readiness.watch()),
@@ -123,6 +145,7 @@ async def _serve(
         # Those who wait would otherwise wait out the grace, and then be cancelled.
         await claims.close()
         await _drain(engine, admission, store, settings.shutdown_grace / 1000, stop)
+        await health_listener.stop()
         log.info("stopped", shadow_duplicates=dict(claims.shadow_duplicates))
         startup_checks.raise_refusal()
     finally:
@@ -151,6 +174,22 @@ def _make_claims(settings: Settings, store: ClaimStore, policies: Policies, metr
     if metrics is None:
         return ClaimService(store, policies, max_result_bytes=settings.max_result_bytes)
     return CountedClaims(store, policies, metrics, max_result_bytes=settings.max_result_bytes)
+
+
+def _log_serving(settings: Settings, addresses: Sequence[str], store: ClaimStore, worker: WorkerOrders | None) -> None:
+    log = logger()
+    event = "serving" if worker is None else "worker_serving"
+    log.info(event, addresses=addresses, store=store.description, engine=settings.engine, version=__version__)
+    warn_of_exposure(settings, addresses, log)
+    if settings.store_url is None:
+        log.warning("embedded_store", message="no store URL is set: only this host sees these claims")
+
+
+def _make_gate(settings: Settings, claims: ClaimService) -> CallerGate | None:
+    if not settings.authenticates:
+        return None
+    tokens = None if settings.auth_tokens is None else load_tokens(settings.auth_tokens)
+    return CallerGate(lambda: claims.policies, tokens)
 
 
 def _stop_signals() -> asyncio.Queue[signal.Signals]:

@@ -1,4 +1,4 @@
-"""The policy file: what the operator wrote about each namespace, checked whole before any of it applies."""
+"""The policy file: what the operator wrote about namespaces and callers, checked whole before any of it applies."""
 
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, StrictBool, ValidationError
 
 from dedup_service.claims import Policies, Policy
-from dedup_service.claims.limits import identity_violations
 from dedup_service.durations import format_duration
+from dedup_service.server.policy_callers import CallerRules, callers_of, namespace_name, sentence_of_a_caller
 from dedup_service.settings import ENV_PREFIX, BadSettings, Settings, duration_setting
 
 
@@ -30,7 +30,15 @@ def load_policies(settings: Settings) -> Policies:
         text for name in policies for text in _contradictions(name, file.namespaces[name], policies[name])
     ]:
         raise _bad(settings.policy_file, "; ".join(sentences))
-    return Policies(default, policies, file.allow_unknown_namespaces)
+    if file.callers is None:
+        return Policies(default, policies, file.allow_unknown_namespaces)
+    if not settings.authenticates:
+        raise _bad(
+            settings.policy_file,
+            f"it has callers, and nobody is asked who they are: set {ENV_PREFIX}TLS_CLIENT_CA or "
+            f"{ENV_PREFIX}AUTH_TOKENS",
+        )
+    return Policies(default, policies, file.allow_unknown_namespaces, callers_of(file.callers))
 
 
 def _written_duration(value: object) -> int:
@@ -43,12 +51,6 @@ def _written_duration(value: object) -> int:
     if not milliseconds:
         raise ValueError(f"{value!r} is no time at all: write at least 1ms")
     return milliseconds
-
-
-def _namespace(name: str) -> str:
-    for violation in identity_violations("any", name):
-        raise ValueError(f"the name {violation.description}")
-    return name
 
 
 _DurationMs = Annotated[int, BeforeValidator(_written_duration)]
@@ -81,7 +83,8 @@ class _File(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     allow_unknown_namespaces: StrictBool = True
-    namespaces: Mapping[Annotated[str, AfterValidator(_namespace)], _Rules] = {}
+    namespaces: Mapping[Annotated[str, AfterValidator(namespace_name)], _Rules] = {}
+    callers: Mapping[str, CallerRules] | None = None
 
 
 def _read(path: Path) -> _File:
@@ -126,6 +129,8 @@ def _sentence(detail: dict[str, Any]) -> str:
     top, *inner = detail["loc"]
     if not inner:
         return _sentence_of_the_file(kind, str(top), value)
+    if top == "callers":
+        return sentence_of_a_caller(detail)
     where = f"namespace {inner[0]!r}: "
     key = str(inner[-1]) if len(inner) > 1 else ""
     if kind == "extra_forbidden":
@@ -142,7 +147,9 @@ def _sentence(detail: dict[str, Any]) -> str:
 
 def _sentence_of_the_file(kind: str, key: str, value: object) -> str:
     if kind == "extra_forbidden":
-        return f"there is no key {key!r}: write allow_unknown_namespaces, or a table [namespaces.NAME]"
+        return (
+            f"there is no key {key!r}: write allow_unknown_namespaces, or a table [namespaces.NAME] or [callers.NAME]"
+        )
     if kind == "bool_type":
         return f"{key} is {shortened(value)}: write true or false"
-    return f"{key} is {shortened(value)}, which is no table: write [namespaces.NAME] above the keys of each"
+    return f"{key} is {shortened(value)}, which is no table: write [{key}.NAME] above the keys of each"

@@ -1,4 +1,4 @@
-"""Health that follows the store: serving while it answers, not serving while it does not."""
+"""Health that follows the store: serving while it answers, not serving while it does not. Liveness follows nothing."""
 
 import asyncio
 from typing import Any
@@ -12,14 +12,32 @@ from dedup_service.server.health_details import DetailedHealth, StoreMemory
 CHECK_INTERVAL_S = 0.5
 
 
-class Readiness:
-    """Asks the store again and again, and keeps the standard health service true."""
+# The names by which probes that are written to the letter ask. A restart mends no store, hence the first.
+LIVENESS = "liveness"
+READINESS = "readiness"
 
-    def __init__(self, store: ClaimStore, services: tuple[str, ...], timeout_ms: int, log: Any) -> None:  # noqa: ANN401
+
+class Readiness:
+    """Asks the store again and again, and keeps the standard health service true.
+
+    Under the names of `services` and "readiness" it says whether to call here: while the store answers, or with
+    `follows_store` off until the shutdown. "liveness" is serving as long as the process.
+    """
+
+    def __init__(
+        self,
+        store: ClaimStore,
+        services: tuple[str, ...],
+        timeout_ms: int,
+        log: Any,  # noqa: ANN401 - as logger()
+        *,
+        follows_store: bool = True,
+    ) -> None:
         self.memory = StoreMemory()
         self.servicer = DetailedHealth(self.memory)
         self._store = store
-        self._services = services
+        self._services = (*services, READINESS)
+        self._follows_store = follows_store
         # Twice the store's own limit, so that its own, clearer error comes first.
         self._timeout_s = 2 * timeout_ms / 1000
         self._log = log
@@ -35,6 +53,8 @@ class Readiness:
 
     async def check(self) -> None:
         """Check once, and tell the health service."""
+        if self._ready is None:
+            await self.servicer.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         try:
             async with asyncio.timeout(self._timeout_s):
                 notices = await self._store.check()
@@ -51,16 +71,19 @@ class Readiness:
             await self._set(ready=True)
 
     async def not_serving(self) -> None:
-        """Say at once, and from now on, that nobody should call here."""
-        await self.servicer.enter_graceful_shutdown()
+        """Say at once, and from now on, that nobody should call here. Nothing may be checked any more."""
+        await self._tell(serving=False)
+
+    async def _tell(self, *, serving: bool) -> None:
+        status = health_pb2.HealthCheckResponse
+        for service in self._services:
+            await self.servicer.set(service, status.SERVING if serving else status.NOT_SERVING)
 
     async def _set(self, *, ready: bool, **why: str) -> None:
         if ready is self._ready:
             return
         self._ready = ready
-        status = health_pb2.HealthCheckResponse
-        for service in self._services:
-            await self.servicer.set(service, status.SERVING if ready else status.NOT_SERVING)
+        await self._tell(serving=ready or not self._follows_store)
         if ready:
             self.answered.set()
             self._log.info("store_ready", store=self._store.description)

@@ -10,6 +10,7 @@ from google.rpc import status_pb2
 from dedup.v1 import dedup_pb2
 from dedup_service.claims import Applied, ClaimAnswer, ClaimRequest, ClaimService, FieldViolation, InvalidRequest
 from dedup_service.servicer.admission import Admission
+from dedup_service.servicer.caller_gate import CallerGate
 from dedup_service.servicer.endpoint import Endpoint, Handler
 from dedup_service.servicer.error_table import failure_of, new_incident
 from dedup_service.servicer.messages import (
@@ -137,8 +138,10 @@ def add_to_server(
     call_log: CallLog,
     admission: Admission,
     metrics: "Metrics | None" = None,
+    *,
+    gate: CallerGate | None = None,
 ) -> None:
-    """Register the whole service with a server, each rpc inside its endpoint.
+    """Register the whole service with a server, each rpc inside its endpoint and behind the gate where there is one.
 
     The endpoints take and give bytes, so that decoding happens inside the guard and not in gRPC, which would answer a
     message that it cannot decode with the text of the exception.
@@ -161,6 +164,7 @@ def add_to_server(
             call_log=call_log,
             admission=admission,
             metrics=metrics.call(method.name) if metrics else None,
+            gate=gate,
             may_change=method.name != "GetTransaction",
         )
         methods[method.name] = grpc.unary_unary_rpc_method_handler(endpoint.serve)

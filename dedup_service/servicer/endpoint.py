@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Generic, NoReturn, cast
 import grpc
 from google.protobuf.message import Message
 
-from dedup_service.claims import Applied
+from dedup_service.claims import Applied, present_caller
 from dedup_service.servicer.admission import Admission
+from dedup_service.servicer.caller_gate import CallerGate
 from dedup_service.servicer.decoding import RequestT, decode_request
 from dedup_service.servicer.error_table import DeadlinePassed, DeadlineTooNear, failure_of, new_incident
 from dedup_service.telemetry.call_log import CallLog, CallRecord
@@ -58,6 +59,7 @@ class Endpoint(Generic[RequestT]):
         call_log: CallLog,
         admission: Admission,
         metrics: "CallMetrics | None" = None,
+        gate: CallerGate | None = None,
         may_change: bool = True,
     ) -> None:
         self._method = method
@@ -67,6 +69,7 @@ class Endpoint(Generic[RequestT]):
         self._call_log = call_log
         self._admission = admission
         self._metrics = metrics
+        self._gate = gate
         self._may_change = may_change
 
     async def serve(self, raw: bytes, context: Context) -> bytes:
@@ -78,6 +81,8 @@ class Endpoint(Generic[RequestT]):
         try:
             self._admission.enter()
             try:
+                if self._gate is not None:
+                    self._gate.admit(self._method, context)
                 request = decode_request(self._request_type, raw)
                 remaining = _time_remaining(context)
                 if remaining is None:
@@ -114,12 +119,14 @@ class Endpoint(Generic[RequestT]):
     def _record(self, begun: float, request: RequestT | None, context: Context) -> CallRecord:
         # Made at the end and for a line alone: reading the metadata costs as much as deciding a claim.
         duration = time.perf_counter() - begun
+        caller = present_caller.get()
         return CallRecord(
             self._method,
             correlation_id(context.invocation_metadata() or ()),
             time.time() - duration,
             duration,
             transaction_id=getattr(request, "transaction_id", ""),
+            caller="" if caller is None else caller.name,
         )
 
     async def _handle_in_time(self, request: RequestT, remaining: float) -> Message:

@@ -9,6 +9,8 @@ from google.rpc import error_details_pb2, status_pb2
 
 from dedup_service.claims import (
     Applied,
+    CallerNotAllowed,
+    CallerUnknown,
     FieldViolation,
     InvalidRequest,
     StoreRefused,
@@ -78,6 +80,8 @@ class _Row:
 
 TABLE = {
     InvalidRequest: _Row(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
+    CallerUnknown: _Row(grpc.StatusCode.UNAUTHENTICATED, "CALLER_UNKNOWN"),
+    CallerNotAllowed: _Row(grpc.StatusCode.PERMISSION_DENIED, "CALLER_NOT_ALLOWED"),
     TransactionNotFound: _Row(grpc.StatusCode.NOT_FOUND, "TRANSACTION_NOT_FOUND"),
     StoreUnavailable: _Row(grpc.StatusCode.UNAVAILABLE, retry_after_ms=RETRY_AFTER_MS),
     StoreRefused: _Row(grpc.StatusCode.UNAVAILABLE, "STORE_REFUSED"),

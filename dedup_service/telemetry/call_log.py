@@ -9,7 +9,9 @@ from typing import Any
 
 # What people must look at, what is the caller's doing, and everything else.
 _ERRORS = frozenset({"INTERNAL", "UNKNOWN", "DATA_LOSS"})
-_WARNINGS = frozenset({"UNAVAILABLE", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "DEADLINE_EXCEEDED"})
+_WARNINGS = frozenset({"UNAVAILABLE", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "DEADLINE_EXCEEDED"}) | {
+    *("UNAUTHENTICATED", "PERMISSION_DENIED"),
+}
 
 
 @dataclass(slots=True)
@@ -25,6 +27,7 @@ class CallRecord:
     outcome: str = ""
     reason: str = ""
     applied: str = ""
+    caller: str = ""
     incident: str = ""
     exception: BaseException | None = None
 
@@ -75,7 +78,7 @@ class CallLog:
         }
         if record.transaction_id:
             fields["transaction"] = self._shown_id(record.transaction_id)
-        for name in ("outcome", "reason", "applied", "incident"):
+        for name in ("caller", "outcome", "reason", "applied", "incident"):
             if value := getattr(record, name):
                 fields[name] = value
         if record.exception is not None:

@@ -9,6 +9,8 @@ import pytest
 
 from dedup_service.claims import (
     Applied,
+    CallerNotAllowed,
+    CallerUnknown,
     ClaimRequest,
     FieldViolation,
     InvalidRequest,
@@ -34,6 +36,8 @@ SOURCES = "".join(path.read_text() for path in (ROOT / "dedup_service").rglob("*
 # What the server raises for each reason that is not the store's own word.
 RAISED: dict[str, Exception] = {
     "INVALID_REQUEST": InvalidRequest(FieldViolation("ttl", "is wrong")),
+    "CALLER_UNKNOWN": CallerUnknown(),
+    "CALLER_NOT_ALLOWED": CallerNotAllowed(),
     "TRANSACTION_NOT_FOUND": TransactionNotFound(),
     "KEY_OF_ANOTHER_TYPE": UnreadableValue("KEY_OF_ANOTHER_TYPE", "is a list"),
     "STORE_REFUSED": StoreRefused("is too old"),

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from dedup_service.claims import ClaimService, ClaimStore, InvalidRequest, Policies, Policy
+from dedup_service.claims import Caller, ClaimService, ClaimStore, InvalidRequest, Policies, Policy
 from dedup_service.claims.limits import identity_violations
 from dedup_service.durations import format_duration
 from dedup_service.server import policy_reload
@@ -107,6 +107,53 @@ def test_unknown_namespaces_are_refused_where_the_file_says_so(load: Load) -> No
     for namespace in ("default", "other"):
         with pytest.raises(InvalidRequest, match=f"'{namespace}' is not known here"):
             policies.of(namespace)
+
+
+ASKED = {"auth_tokens": "tokens.toml"}
+
+
+def test_callers_have_what_the_file_gives_them(load: Load) -> None:
+    """A caller has the namespaces and rpcs of its table; what is left out is all of them, and an empty list is none."""
+    policies = load(
+        """
+        [callers."spiffe://example.org/pay"]
+        namespaces = ["pay", "pay.eu"]
+        [callers.support]
+        rpcs = ["GetTransaction"]
+        namespaces = []
+        """,
+        **ASKED,
+    )
+    assert policies.callers == {
+        "spiffe://example.org/pay": Caller("spiffe://example.org/pay", frozenset({"pay", "pay.eu"})),
+        "support": Caller("support", frozenset(), frozenset({"GetTransaction"})),
+    }
+    assert load("[callers]", **ASKED).callers == {}
+    assert load("", **ASKED).callers is None
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("callers = ['me']", "callers is ['me'], which is no table: write [callers.NAME] above the keys of each"),
+        ("[callers]\nme = 'all'", "caller 'me': 'all' is no table: write [callers.NAME] above its keys"),
+        ("[callers.me]\nnamespace = ['pay']", "caller 'me': there is no key 'namespace': write namespaces or rpcs"),
+        ("[callers.pay.eu]", '(a name with a dot is quoted, as in [callers."pay.example"])'),
+        ("[callers.me]\nnamespaces = 'pay'", "caller 'me': namespaces: 'pay' is no list of names: write it as"),
+        ("[callers.me]\nnamespaces = ['Pay']", "caller 'me': namespaces: the name must be 1 to 63 of the characters"),
+        (
+            "[callers.me]\nrpcs = ['Claim']",
+            "caller 'me': rpcs: there is no rpc 'Claim': write some of Claim",
+        ),
+        ("[callers.me]\nrpcs = [1]", "caller 'me': rpcs: [1] is no list of names"),
+    ],
+)
+def test_a_broken_table_of_a_caller_is_one_clear_sentence(load: Load, text: str, words: str) -> None:
+    """The sentence names the caller and the key at fault, and what to write."""
+    with pytest.raises(BadSettings) as caught:
+        load(text, **ASKED)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 PAY = "[namespaces.pay]\n"

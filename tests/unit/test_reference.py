@@ -11,6 +11,7 @@ import pytest
 import reference
 from dedup_service import settings as settings_module
 from dedup_service.server.policy_file import load_policies
+from dedup_service.server.token_file import load_tokens
 from dedup_service.settings import Settings, load_settings
 
 ROOT = Path(__file__).parents[2]
@@ -61,3 +62,16 @@ def test_the_files_that_the_page_shows_can_be_used(tmp_path: Path, monkeypatch: 
     loaded = load_settings({"policy_file": tmp_path / "policies.toml"}, tmp_path / "dedup.toml")
     assert (loaded.default_ttl, loaded.log_level) == (30_000, "warning")
     assert load_policies(loaded).of("pay.refunds").shadow
+
+
+def test_the_files_of_callers_that_the_page_shows_can_be_used(tmp_path: Path) -> None:
+    """Its tokens and its rules of callers are read as they stand."""
+    shown = (ROOT / "docs" / "security.md").read_text()
+    tokens, callers = re.findall(r"```toml\n(.+?)```", shown, re.DOTALL)
+    (tmp_path / "tokens.toml").write_text(tokens)
+    (tmp_path / "policies.toml").write_text(callers)
+    assert load_tokens(tmp_path / "tokens.toml").caller_of("b1946ac92492d2347c62") == "support"
+    flags = {"policy_file": tmp_path / "policies.toml", "auth_tokens": tmp_path / "tokens.toml"}
+    policies = load_policies(load_settings(flags))
+    assert policies.callers is not None
+    assert policies.callers["lucky-box-api"].namespaces == frozenset({"pay", "default"})

@@ -1,15 +1,20 @@
-"""Credentials make the channel TLS, for both clients."""
+"""Credentials make the channel TLS and say who calls, for both clients."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 import trustme
 
-from dedup import Client, Unavailable, aio
+from dedup import CallFailed, Client, Unavailable, aio, call_metadata
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
+from harness.certificates import Authority
+from harness.processes import ServiceProcess
+
+TOKEN = "a-token-of-twenty-21"
 
 
 class Service(dedup_pb2_grpc.DedupServiceServicer):
@@ -54,3 +59,35 @@ async def test_a_certificate_that_is_trusted_is_enough(target: str, authority: t
     stranger = grpc.ssl_channel_credentials(trustme.CA().cert_pem.bytes())
     with Client(target, credentials=stranger, timeout=0.5) as wary, pytest.raises(Unavailable):
         wary.get("x")
+
+
+@pytest.fixture
+def secured(tmp_path: Path) -> Iterator[tuple[str, Authority]]:
+    """The address of the real service, over TLS and for callers with a token, and who signs its certificate."""
+    authority = Authority(tmp_path)
+    cert, key = authority.server_files()
+    tokens = tmp_path / "tokens.toml"
+    tokens.write_text(f'me = "{TOKEN}"')
+    service = ServiceProcess(
+        *("--tls-cert", str(cert), "--tls-key", str(key), "--auth-tokens", str(tokens)),
+        *("--store-url", f"sqlite://{tmp_path / 'claims.db'}"),
+    )
+    yield service.start().target, authority
+    service.kill()
+
+
+async def test_a_token_says_who_calls(secured: tuple[str, Authority]) -> None:
+    """With the channel or with the calls of a block; without it the call fails at once, and is not tried again."""
+    target, authority = secured
+    tls = authority.credentials()
+    credentials = grpc.composite_channel_credentials(tls, grpc.access_token_call_credentials(TOKEN))
+    with Client(target, credentials=credentials, timeout=20) as blocking, blocking.claim("order-1") as claim:
+        assert claim.claim_token
+    async with aio.Client(target, credentials=credentials, timeout=20) as waiting, waiting.claim("order-2") as claimed:
+        assert claimed.claim_token
+    with Client(target, credentials=tls, timeout=20) as client:
+        with pytest.raises(CallFailed) as refused:
+            client.get("order-1")
+        assert (refused.value.reason, refused.value.applied) == ("CALLER_UNKNOWN", "no")
+        with call_metadata(("authorization", f"Bearer {TOKEN}")):
+            assert client.get("order-1") is not None

@@ -1,0 +1,139 @@
+"""The listener of health alone: live whatever the store does, ready when it should be, and nothing else."""
+
+import asyncio
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from dedup.v1 import dedup_pb2, dedup_pb2_grpc
+from harness.certificates import Authority
+from harness.errors import refused
+from harness.fault_proxy import FaultProxy
+from harness.polling import eventually, wait_until
+from harness.processes import RedisProcess, ServiceProcess, run_command
+
+Start = Callable[..., ServiceProcess]
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+READY_NAMES = ("", "dedup.v1.DedupService", "readiness")
+
+
+def health_target(service: ServiceProcess) -> str:
+    """Return where its health is asked for."""
+    address: str = service.events("serving_health")[0]["addresses"][0]
+    return address.replace("0.0.0.0", "127.0.0.1")  # noqa: S104 - read, not bound
+
+
+def health_of(target: str, name: str) -> int:
+    """Return the status of one name."""
+    with grpc.insecure_channel(target) as channel:
+        request = health_pb2.HealthCheckRequest(service=name)
+        return int(health_pb2_grpc.HealthStub(channel).Check(request, timeout=10).status)
+
+
+def readiness(target: str) -> set[int]:
+    """Return the statuses of all names that say whether to call."""
+    return {health_of(target, name) for name in READY_NAMES}
+
+
+def test_live_without_redis_and_ready_with_it(start_service: Start, start_redis: Callable[..., RedisProcess]) -> None:
+    """While Redis hangs the service is live and not ready, on both listeners, and ready again by itself.
+
+    Protections: liveness asks no store, and readiness goes on asking it.
+    """
+    server = start_redis()
+    service = start_service("--health-listen", "127.0.0.1:0", "--store-url", server.url, "--store-timeout", "300ms")
+    for target in (health_target(service), service.target):
+        assert readiness(target) == {SERVING}
+    server.pause()
+    for target in (health_target(service), service.target):
+        wait_until(lambda target=target: readiness(target) == {NOT_SERVING}, what="not ready")  # type: ignore[misc]
+        assert health_of(target, "liveness") == SERVING
+    server.resume()
+    for target in (health_target(service), service.target):
+        wait_until(lambda target=target: readiness(target) == {SERVING}, what="ready again")  # type: ignore[misc]
+        assert health_of(target, "liveness") == SERVING
+
+
+def test_live_before_redis_is_there(start_service: Start) -> None:
+    """A service that starts before its Redis is live, so that nothing restarts it in vain."""
+    service = start_service("--health-listen", "127.0.0.1:0", "--store-url", "redis://127.0.0.1:1")
+    assert health_of(health_target(service), "liveness") == SERVING
+    assert readiness(health_target(service)) == {NOT_SERVING}
+
+
+def test_readiness_of_the_process_does_not_follow_redis(start_service: Start, unique: str) -> None:
+    """With DEDUP_READINESS=process a sidecar does not take its pod out of service; claims are refused all the same."""
+    service = start_service(
+        *("--health-listen", "127.0.0.1:0", "--store-url", "redis://127.0.0.1:1", "--readiness", "process")
+    )
+    assert readiness(health_target(service)) == {SERVING}
+    with service.channel() as channel:
+        stub = dedup_pb2_grpc.DedupServiceStub(channel)
+        answer = refused(lambda: stub.ClaimTransaction(dedup_pb2.ClaimTransactionRequest(transaction_id=unique)))
+    assert answer.reason == "STORE_UNREACHABLE"
+
+
+def test_nothing_but_health_is_served_there(start_service: Start, tmp_path: Path, unique: str) -> None:
+    """Neither claims nor reflection are on the health listener, which may therefore be open to every host of a pod."""
+    service = start_service(
+        *("--health-listen", "0.0.0.0:0", "--store-url", f"sqlite://{tmp_path / 'c.db'}", "--reflection", "on")
+    )
+    with grpc.insecure_channel(health_target(service)) as channel:
+        stub = dedup_pb2_grpc.DedupServiceStub(channel)
+        answer = refused(lambda: stub.ClaimTransaction(dedup_pb2.ClaimTransactionRequest(transaction_id=unique)))
+        assert answer.code is grpc.StatusCode.UNIMPLEMENTED
+        reflect: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(
+            "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+        )
+        assert refused(lambda: next(reflect(iter([b""])))).code is grpc.StatusCode.UNIMPLEMENTED
+    assert not service.events("unauthenticated")
+
+
+def test_probes_need_no_certificate(start_grpcio: Start, tmp_path: Path) -> None:
+    """Where callers must show certificates probes need none, and the command asks the health listener by itself."""
+    authority = Authority(tmp_path)
+    cert, key = authority.server_files()
+    service = start_grpcio(
+        *("--tls-cert", str(cert), "--tls-key", str(key), "--tls-client-ca", str(authority.file)),
+        *("--health-listen", "127.0.0.1:0", "--store-url", f"sqlite://{tmp_path / 'c.db'}"),
+    )
+    environment = {"DEDUP_LISTEN": service.target, "DEDUP_HEALTH_LISTEN": health_target(service)}
+    for arguments in ((), ("--service", "liveness")):
+        checked = run_command("healthcheck", *arguments, environment=environment)
+        assert (checked.returncode, checked.stdout) == (0, "SERVING\n")
+
+
+@pytest.mark.parametrize("mode", ["store", "process"])
+async def test_not_ready_and_still_live_while_it_drains(
+    start_service: Start, redis_server: RedisProcess, unique: str, mode: str
+) -> None:
+    """From SIGTERM until its end the service says that nobody should call it, and that it lives.
+
+    Protection: the health listener outlives the drain.
+    """
+    async with FaultProxy(redis_server.port) as proxy:
+        arguments = ("--store-url", proxy.url, "--store-timeout", "20s", "--shutdown-grace", "20s", "--readiness", mode)
+        service = await asyncio.to_thread(start_service, "--health-listen", "127.0.0.1:0", *arguments)
+        async with grpc.aio.insecure_channel(service.target) as channel:
+            proxy.hold_replies.clear()
+            request = dedup_pb2.ClaimTransactionRequest(transaction_id=unique)
+            call = dedup_pb2_grpc.DedupServiceStub(channel).ClaimTransaction(request)
+
+            async def sent() -> bool:
+                return unique.encode() in proxy.sent_upstream
+
+            async def not_ready() -> bool:
+                return await asyncio.to_thread(readiness, health_target(service)) == {NOT_SERVING}
+
+            await eventually(sent, what="the command")
+            service.signal(signal.SIGTERM)
+            await eventually(not_ready, what="not ready")
+            assert await asyncio.to_thread(health_of, health_target(service), "liveness") == SERVING
+            proxy.hold_replies.set()
+            assert (await call).outcome == dedup_pb2.CLAIM_OUTCOME_CLAIMED
+        assert await asyncio.to_thread(service.wait) == 0
