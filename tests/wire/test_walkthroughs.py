@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / "README.md",
     *(ROOT / "docs" / f"{name}.md" for name in ("command-line", "configuration", "errors", "running", "runbook")),
-    *(ROOT / "docs" / f"{name}.md" for name in ("concepts", "faq", "index", "stores")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("concepts", "faq", "index", "security", "stores")),
 ]
 SECTIONS = {f"{page.relative_to(ROOT)}#{anchor}": blocks for page in PAGES for anchor, blocks in sections(page).items()}
 
