@@ -2,7 +2,8 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test test-clients demo chaos fuzz soak bench check audit deploy-tools deploy-check smoke format protos stubs-current lock redis h2load clean no-environment
+.PHONY: help run test test-clients demo chaos fuzz soak bench check audit deploy-tools deploy-check smoke docs \
+	docs-reference format protos stubs-current lock redis h2load clean no-environment
 
 # The lock has wheels for these versions; a newer Python would compile grpcio for half an hour. Each is asked to run,
 # since version managers put names on PATH that do not.
@@ -98,6 +99,13 @@ deploy-check: .venv/dev.stamp ## Check the Dockerfile, manifests, charts and ale
 smoke: .venv/pyvenv.cfg ## Install a clean copy with plain pip, and claim twice
 	.venv/bin/python scripts/smoke.py
 
+docs: .venv/docs.stamp ## Build the documentation into build/site, and check its links
+	.venv/bin/python scripts/reference.py --check
+	.venv/bin/python scripts/build_docs.py
+
+docs-reference: .venv/dev.stamp ## Write the generated parts of the documentation anew
+	.venv/bin/python scripts/reference.py
+
 format: .venv/dev.stamp ## Format the code and the contract
 	.venv/bin/ruff check --fix-only
 	.venv/bin/ruff format
@@ -112,7 +120,7 @@ stubs-current: .venv/dev.stamp
 	{ echo "generated stubs are stale: run make protos" >&2; exit 1; }
 
 # What is locked stays, unless ARGS="--upgrade" or ARGS="--upgrade-package NAME" says otherwise. Resolved for the oldest
-# Python, whichever runs it; run.txt follows dev.txt, since both are installed into one environment.
+# Python, whichever runs it; run.txt and docs.txt follow dev.txt, since all are installed into one environment.
 LOCK = "$$tools/bin/uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--annotation-style line --custom-compile-command "make lock" pyproject.toml
 
@@ -120,13 +128,14 @@ lock: .venv/pyvenv.cfg ## Write requirements/*.txt anew (ARGS="--upgrade" for th
 	@tools=$$(mktemp -d) && trap 'rm -rf "$$tools"' EXIT && .venv/bin/python -m venv "$$tools" && \
 	"$$tools/bin/pip" install --quiet --disable-pip-version-check uv==0.13.9 && \
 	$(LOCK) --group dev -c requirements/constraints.txt -o requirements/dev.txt $(ARGS) && \
-	$(LOCK) --group build -c requirements/dev.txt -o requirements/run.txt
+	$(LOCK) --group build -c requirements/dev.txt -o requirements/run.txt && \
+	$(LOCK) --group docs -c requirements/dev.txt -o requirements/docs.txt
 
 clean: ## Remove the environment, caches and builds
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-# One environment serves both: what dev.txt installs includes run.txt, hence the second stamp.
+# One environment serves all: what dev.txt and docs.txt install includes run.txt, hence the second stamp.
 .venv/%.stamp: requirements/%.txt pyproject.toml .venv/pyvenv.cfg
 	@echo "Setting up the environment in .venv (about a minute)…" >&2
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<

@@ -4,7 +4,7 @@
 Exit code 0: every package was looked up and none has one. 1: one has. 3: some could not be looked up, and none of the
 others has one.
 """
-# ruff: noqa: S603, T201
+# ruff: noqa: S603
 # It runs the tool that it was made for and reports to a terminal.
 
 import json
@@ -27,9 +27,17 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
         tools = Path(folder) / "bin"
-        install = [tools / "pip", "install", "--quiet", "--disable-pip-version-check", _PIP_AUDIT]
+        install: list[str | Path] = [tools / "pip", "install", "--quiet", "--disable-pip-version-check", _PIP_AUDIT]
         subprocess.run(install, check=True)
-        ask = [tools / "pip-audit", "--disable-pip", "--require-hashes", "--requirement", _LOCK, "--format", "json"]
+        ask: list[str | Path] = [
+            tools / "pip-audit",
+            "--disable-pip",
+            "--require-hashes",
+            "--requirement",
+            _LOCK,
+            "--format",
+            "json",
+        ]
         asked = subprocess.run(
             [*ask, "--progress-spinner", "off"], cwd=_ROOT, capture_output=True, text=True, check=False
         )

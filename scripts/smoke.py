@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Installs a clean copy of this tree as a stranger would, starts the service, and claims one transaction twice."""
-# ruff: noqa: S603, S607, T201
+# ruff: noqa: S603, S607
 # It runs the tools under test and reports to a terminal.
 
 import json

@@ -90,12 +90,12 @@ def _parser() -> argparse.ArgumentParser:
         if field.annotation is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=_help(name, field))
         else:
-            parser.add_argument(flag, metavar=_metavar(field), help=_help(name, field))
+            parser.add_argument(flag, metavar=metavar(field), help=_help(name, field))
     return parser
 
 
 def _help(name: str, field: FieldInfo) -> str:
-    shown = _shown_default(field)
+    shown = shown_default(field)
     text = f"{field.description}  [env: {ENV_PREFIX}{name.upper()}]" + (f" [default: {shown}]" if shown else "")
     return text.replace("%", "%%")
 
@@ -104,7 +104,8 @@ def _is_duration(field: FieldInfo) -> bool:
     return any(item in DurationMs.__metadata__ for item in field.metadata)  # type: ignore[attr-defined]
 
 
-def _shown_default(field: FieldInfo) -> str:
+def shown_default(field: FieldInfo) -> str:
+    """Return the default of a setting as an operator would write it; empty where there is none."""
     default: Any = field.default
     if default is None:
         return ""
@@ -115,7 +116,8 @@ def _shown_default(field: FieldInfo) -> str:
     return str(default).lower() if isinstance(default, bool) else str(default)
 
 
-def _metavar(field: FieldInfo) -> str:
+def metavar(field: FieldInfo) -> str:
+    """Return what stands for the value of a setting in the help: its choices, or the kind of its values."""
     if choices := getattr(field.annotation, "__args__", None):
         words = [choice for choice in choices if isinstance(choice, str)]
         if words:

@@ -78,7 +78,7 @@ class _Row:
     retry_after_ms: int | None = None
 
 
-_TABLE = {
+TABLE = {
     InvalidRequest: _Row(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
     CallerUnknown: _Row(grpc.StatusCode.UNAUTHENTICATED, "CALLER_UNKNOWN"),
     CallerNotAllowed: _Row(grpc.StatusCode.PERMISSION_DENIED, "CALLER_NOT_ALLOWED"),
@@ -100,7 +100,7 @@ def new_incident() -> str:
 
 def failure_of(error: Exception, incident: str) -> Failure:
     """Return what the caller is told of `error`; for a bug that is only `incident`, an opaque id to quote."""
-    row = _TABLE.get(type(error))
+    row = TABLE.get(type(error))
     if row is None:
         return Failure(
             grpc.StatusCode.INTERNAL,

@@ -1,4 +1,4 @@
-"""The README's example does what the README says."""
+"""The programs of the README and of the documentation do what their pages say."""
 
 import re
 import subprocess
@@ -6,14 +6,20 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from harness.processes import ServiceProcess
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+PROGRAM = re.compile(r"```python\n(.+?)```\n\nRun twice it prints\n\n```\n(.+?)```", re.DOTALL)
 
 
-def test_the_example_prints_what_the_readme_says(start_service: Callable[..., ServiceProcess], tmp_path: Path) -> None:
-    """The Python example, run twice against a fresh service, prints the lines that follow it."""
-    match = re.search(r"```python\n(.+?)```\n\nRun twice it prints\n\n```\n(.+?)```", README.read_text(), re.DOTALL)
+@pytest.mark.parametrize("page", ["README.md", "docs/other-languages.md"])
+def test_a_program_prints_what_its_page_says(
+    page: str, start_service: Callable[..., ServiceProcess], tmp_path: Path
+) -> None:
+    """The Python program of a page, run twice against a fresh service, prints the lines that follow it."""
+    match = PROGRAM.search((ROOT / page).read_text())
     assert match is not None
     service = start_service("--store-url", f"sqlite://{tmp_path / 'claims.db'}")
     code = match[1].replace("127.0.0.1:50051", service.target)
