@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Checks what is deployed: the Dockerfile, the rendered manifests and charts, the alert rules and the dashboard."""
-# ruff: noqa: S603, T201
+# ruff: noqa: S603
 # It runs the tools and reports to a terminal.
 
 import argparse

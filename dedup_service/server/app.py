@@ -81,11 +81,7 @@ async def _serve(
     policies = load_policies(settings)
     credentials = tls_credentials(settings, log)
     ids = logged_ids(settings)
-    store = _make_store(settings, metrics, traces)
-    try:
-        await store.open()
-    except StoreRefused as refusal:
-        raise StartRefused(str(refusal)) from None
+    store = await _open_store(settings, metrics, traces)
     try:
         readiness = Readiness(
             store,
@@ -98,12 +94,7 @@ async def _serve(
         startup_checks = StartupChecks(settings, readiness, log)
         await startup_checks.run()
         claims = _make_claims(settings, store, policies, metrics)
-        call_log = CallLog(
-            log,
-            ids,
-            sample=settings.log_sample,
-            slow_s=settings.log_slow / 1000,
-        )
+        call_log = CallLog(log, ids, sample=settings.log_sample, slow_s=settings.log_slow / 1000)
         admission = Admission(settings.max_in_flight)
         gate = policy_reload.gate = _make_gate(settings, claims)
         spans = call_traces(traces, claims)
@@ -167,15 +158,21 @@ def _spare_what_stays() -> None:
     gc.set_threshold(_COLLECTION_THRESHOLD)
 
 
-def _make_store(settings: Settings, metrics: "Metrics | None", traces: "Traces | None") -> ClaimStore:
+async def _open_store(settings: Settings, metrics: "Metrics | None", traces: "Traces | None") -> ClaimStore:
     place = store_place(settings)
     try:
         store = make_store(place, metrics.store if metrics else None)
         if traces is not None:
             store = TracedStore(store, store_traces(traces, place.url))
-        return MeasuredStore(store, metrics.store) if metrics else store
+        if metrics is not None:
+            store = MeasuredStore(store, metrics.store)
     except ValueError as error:
         raise BadSettings(f"DEDUP_STORE_URL (--store-url): {error}") from None
+    try:
+        await store.open()
+    except StoreRefused as refusal:
+        raise StartRefused(str(refusal)) from None
+    return store
 
 
 def _make_claims(settings: Settings, store: ClaimStore, policies: Policies, metrics: "Metrics | None") -> ClaimService:
