@@ -80,7 +80,7 @@ async def _serve(
     policy_reload = PolicyReload(settings, log)
     policies = load_policies(settings)
     credentials = tls_credentials(settings, log)
-    ids = logged_ids(settings)
+    call_log = CallLog(log, logged_ids(settings), sample=settings.log_sample, slow_s=settings.log_slow / 1000)
     store = await _open_store(settings, metrics, traces)
     try:
         readiness = Readiness(
@@ -94,14 +94,12 @@ async def _serve(
         startup_checks = StartupChecks(settings, readiness, log)
         await startup_checks.run()
         claims = _make_claims(settings, store, policies, metrics)
-        call_log = CallLog(log, ids, sample=settings.log_sample, slow_s=settings.log_slow / 1000)
         admission = Admission(settings.max_in_flight)
         gate = policy_reload.gate = _make_gate(settings, claims)
-        spans = call_traces(traces, claims)
 
         def register(server: grpc.aio.Server) -> None:
-            servicer = DedupServicer(claims, metrics)
-            add_to_server(server, servicer, call_log, admission, metrics, gate=gate, traces=spans)
+            service = DedupServicer(claims, metrics)
+            add_to_server(server, service, call_log, admission, metrics, gate=gate, traces=call_traces(traces, claims))
             health_pb2_grpc.add_HealthServicer_to_server(readiness.servicer, server)
             if settings.reflects:
                 services = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
