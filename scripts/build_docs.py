@@ -27,7 +27,7 @@ SECTIONS: dict[str, Sequence[str]] = {
         *("docs/other-languages.md", "examples"),
     ),
     "Operate": (
-        *("docs/running.md", "docs/stores.md", "deploy", "docs/observability.md", "docs/observability.md"),
+        *("docs/running.md", "docs/stores.md", "deploy", "docs/observability.md"),
         *(
             "docs/runbook.md",
             "docs/performance.md",
