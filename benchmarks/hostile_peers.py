@@ -17,7 +17,7 @@ from typing import Any, get_args
 import grpc
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
-from dedup_service.settings import EngineName
+from dedup_service.setting_types import EngineName
 from harness.attacks import ATTACKS
 from harness.processes import ServiceProcess
 

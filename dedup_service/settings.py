@@ -5,14 +5,15 @@ import re
 import tomllib
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_core import to_json
 
 from dedup_service.addresses import Addresses, MetricsAddress, beyond_this_host
-from dedup_service.durations import format_duration, parse_duration
+from dedup_service.durations import format_duration
 from dedup_service.security_settings import SecuritySettings
+from dedup_service.setting_types import DurationMs, EngineName, OptionalDurationMs, WorkerCount
 
 ENV_PREFIX = "DEDUP_"
 CONFIG_VARIABLE = f"{ENV_PREFIX}CONFIG"
@@ -33,51 +34,16 @@ _LINK_VARIABLE = re.compile(r"DEDUP_(\w+_)?(SERVICE_HOST|SERVICE_PORT|PORT)(_\w+
 
 # How long a completed transaction is remembered where neither its holder nor the operator says, and the maximum allows.
 _DEFAULT_RETENTION_MS = 24 * 3_600_000
-_MAX_DURATION_MS = 36_500 * 86_400_000
-_MAX_WORKERS = 64
 
 
 class BadSettings(Exception):
     """A setting is wrong; the message is one sentence for the operator and never contains a secret."""
 
 
-def duration_setting(text: str) -> int:
-    """Return the milliseconds of a duration that an operator wrote, at most a hundred years; raise ValueError."""
-    milliseconds = parse_duration(text)
-    # A protobuf time ends with the year 9999, so that a claim beyond it would be made and then not be told.
-    if milliseconds > _MAX_DURATION_MS:
-        raise ValueError(f"{text!r} is too long: write at most {format_duration(_MAX_DURATION_MS)}")
-    return milliseconds
-
-
-def _duration(value: object) -> object:
-    return duration_setting(value) if isinstance(value, str) else value
-
-
-def _worker_count(value: object) -> object:
-    if value == "auto":
-        return min(_usable_cpus(), _MAX_WORKERS)
-    if isinstance(value, bool) or not str(value).isdecimal() or not 1 <= int(str(value)) <= _MAX_WORKERS:
-        raise ValueError(f"{value!r} is no number of processes: write 1 to {_MAX_WORKERS}, or auto for one a CPU")
-    return value
-
-
-def _usable_cpus() -> int:
-    # The CPUs that this process may run on, where the system says: a host may have more.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def default_store_url() -> str:
     """Return the URL of the embedded store that is used when none is set: one file for each user of this host."""
     state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
     return f"sqlite://{Path(state).expanduser() / 'dedup-service' / 'claims.db'}"
-
-
-DurationMs = Annotated[int, BeforeValidator(_duration), Field(gt=0)]
-# The outer validator is what the command line knows a duration by.
-OptionalDurationMs = Annotated[DurationMs | None, BeforeValidator(_duration)]
-EngineName = Literal["grpcio", "native"]
-WorkerCount = Annotated[int, BeforeValidator(_worker_count)]
 
 
 class Listening(BaseModel):

@@ -12,7 +12,7 @@ import redis
 import uvloop
 from hypothesis import HealthCheck, settings
 
-from dedup_service.settings import EngineName
+from dedup_service.setting_types import EngineName
 from harness.processes import RedisProcess, ServiceProcess
 
 # A busy machine makes an example slow, which says nothing about what is tested.

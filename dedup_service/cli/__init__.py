@@ -1,5 +1,6 @@
 """The command `dedup-service`: the server, and what people ask of one by hand."""
 
+import gc
 import sys
 
 from dedup_service.settings import BadSettings
@@ -11,6 +12,9 @@ def main() -> None:
     # its start and of its memory.
     try:
         if sys.argv[1:2] == ["serve"]:
+            # What is imported stays, so that looking through it for garbage only makes the start longer. The server
+            # lets the collector go on when it serves.
+            gc.disable()
             from dedup_service.cli.serve import run_serve  # noqa: PLC0415 - as said above
 
             run_serve(sys.argv[2:])

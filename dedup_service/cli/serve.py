@@ -13,7 +13,8 @@ from dedup_service import __version__
 from dedup_service.banner import banner
 from dedup_service.durations import format_duration
 from dedup_service.server import StartRefused, serve
-from dedup_service.settings import CONFIG_VARIABLE, ENV_PREFIX, DurationMs, Settings, load_settings
+from dedup_service.setting_types import DurationMs
+from dedup_service.settings import CONFIG_VARIABLE, ENV_PREFIX, Settings, load_settings
 from dedup_service.telemetry.logs import configure_logs, logger
 from dedup_service.workers.orders import SupervisorOrders, become_supervisor
 

@@ -6,7 +6,7 @@ from typing import Protocol
 import grpc
 
 from dedup_service.server.listeners import StartRefused, add_listener
-from dedup_service.settings import EngineName
+from dedup_service.setting_types import EngineName
 
 # What one connection may send and keep open, on whichever engine. The largest honest message is a batch of 1,000 claims
 # with every field as long as it may be, or a result of 1 MiB.

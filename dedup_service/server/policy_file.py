@@ -11,7 +11,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Str
 from dedup_service.claims import Policies, Policy
 from dedup_service.durations import format_duration
 from dedup_service.server.policy_callers import CallerRules, callers_of, namespace_name, sentence_of_a_caller
-from dedup_service.settings import ENV_PREFIX, BadSettings, Settings, duration_setting
+from dedup_service.setting_types import duration_setting
+from dedup_service.settings import ENV_PREFIX, BadSettings, Settings
 
 
 def load_policies(settings: Settings) -> Policies:

@@ -12,7 +12,7 @@ from dedup_service.claims import ClaimService, ClaimStore, Policies, Policy
 from dedup_service.server.engines import make_engine
 from dedup_service.servicer.admission import Admission
 from dedup_service.servicer.dedup_servicer import DedupServicer, add_to_server
-from dedup_service.settings import EngineName
+from dedup_service.setting_types import EngineName
 from dedup_service.telemetry.call_log import CallLog
 from dedup_service.telemetry.logged_ids import LoggedIds
 

@@ -21,7 +21,7 @@ import grpc
 import redis
 import typer
 
-from dedup_service.settings import EngineName
+from dedup_service.setting_types import EngineName
 from harness.polling import eventually
 from harness.processes import RedisProcess, ServiceProcess
 from soak.calls import Caller, Doubt, Tally

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dedup.v1 import dedup_pb2_grpc
-from dedup_service.settings import EngineName
+from dedup_service.setting_types import EngineName
 from harness.processes import ServiceProcess
 
 

@@ -23,7 +23,7 @@ from dedup_service.claims import (
     UnreadableValue,
 )
 from dedup_service.servicer.error_table import RETRY_AFTER_MS
-from dedup_service.settings import EngineName
+from dedup_service.setting_types import EngineName
 from harness.claims import a_claim
 from harness.in_process import serving
 

@@ -16,7 +16,7 @@ from dedup_service.server.listeners import StartRefused
 from dedup_service.servicer.admission import Admission
 from dedup_service.servicer.dedup_servicer import SERVICE_NAME
 from dedup_service.servicer.endpoint import Endpoint
-from dedup_service.settings import EngineName
+from dedup_service.setting_types import EngineName
 from dedup_service.telemetry.call_log import CallLog
 from dedup_service.telemetry.logged_ids import LoggedIds
 from harness.polling import wait_until

@@ -13,7 +13,7 @@ import pytest
 from hyperframe.frame import ContinuationFrame, HeadersFrame
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
-from dedup_service.settings import EngineName
+from dedup_service.setting_types import EngineName
 from harness.attacks import ATTACKS, a_claim
 from harness.errors import refused
 from harness.hostile_peer import CLAIM_PATH, PREFACE, HostilePeer, data, grpc_message

@@ -13,7 +13,7 @@ from dedup.v1 import dedup_pb2, dedup_pb2_grpc
 from dedup_service.claims.limits import MAX_CLAIMANT_BYTES, MAX_FINGERPRINT_BYTES, MAX_TRANSACTION_ID_BYTES
 from dedup_service.server import engines
 from dedup_service.servicer.dedup_servicer import MAX_BATCH
-from dedup_service.settings import EngineName
+from dedup_service.setting_types import EngineName
 from harness.errors import refused
 from harness.hostile_peer import HostilePeer
 from harness.polling import eventually

@@ -14,7 +14,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
-from dedup_service.settings import EngineName
+from dedup_service.setting_types import EngineName
 from harness import malformed
 from harness.errors import RefusedCall, refused
 from harness.hostile_peer import HostilePeer, data, grpc_message

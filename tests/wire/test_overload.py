@@ -16,7 +16,7 @@ from grpc_status import rpc_status
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
 from dedup_service.servicer import endpoint
-from dedup_service.settings import EngineName
+from dedup_service.setting_types import EngineName
 from dedup_service.stores import StorePlace, make_store
 from harness.fault_proxy import FaultProxy
 from harness.in_process import serving

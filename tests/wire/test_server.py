@@ -18,7 +18,7 @@ from grpc_status import rpc_status
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
 from dedup_service.server import app
-from dedup_service.settings import EngineName
+from dedup_service.setting_types import EngineName
 from harness.errors import refused
 from harness.fault_proxy import FaultProxy
 from harness.polling import eventually, wait_until

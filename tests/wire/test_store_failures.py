@@ -14,7 +14,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from dedup.v1 import dedup_pb2
-from dedup_service.settings import EngineName
+from dedup_service.setting_types import EngineName
 from dedup_service.stores import StorePlace, make_store
 from dedup_service.stores.redis_store import RedisStore
 from harness.in_process import serving
