@@ -39,7 +39,7 @@ _RECLAIM = "DELETE FROM claims WHERE rowid IN (SELECT rowid FROM claims WHERE ex
 # depends on the disk and on how large the file is: the keys of claims that expire together lie on as many pages.
 _STEP_S = 0.001
 _FIRST_STEP_ROWS = 50
-# Fewer would hardly make a step shorter, since it ends with a sync, and a slow disk would never see the last of them.
+# Fewer would hardly make a step shorter, and a slow disk would never see the last of them.
 _MIN_STEP_ROWS = 32
 _MAX_STEP_ROWS = 1_000
 
@@ -132,9 +132,7 @@ class ClaimFile:
             # Looks first, so that an idle store takes no lock and writes nothing.
             if not self._execute("SELECT 1 FROM claims WHERE expire_time_ms <= ? LIMIT 1", (now_ms,)).fetchall():
                 return False
-            self._execute("BEGIN IMMEDIATE")
-            count = self._execute(_RECLAIM, (now_ms, rows)).rowcount
-            self._execute("COMMIT")
+            count = self._delete_expired(now_ms, rows)
         except Exception as error:  # noqa: BLE001 - upkeep must not end the thread; a lasting fault shows in the next call.
             if code_of(error) not in BUSY:
                 self.close()
@@ -144,6 +142,18 @@ class ClaimFile:
             # Towards more by and by, since one fast step says little; towards less at once.
             self._step_rows = min(max(fitting, _MIN_STEP_ROWS), rows + rows // 4 + 1, _MAX_STEP_ROWS)
         return count == rows
+
+    def _delete_expired(self, now_ms: int, rows: int) -> int:
+        # A deletion that a crash takes back is made again, so that nobody has to wait for the disk to have it. The next
+        # claim brings it there: a sync is of the whole log.
+        self._execute("PRAGMA synchronous = NORMAL")
+        try:
+            self._execute("BEGIN IMMEDIATE")
+            count = self._execute(_RECLAIM, (now_ms, rows)).rowcount
+            self._execute("COMMIT")
+        finally:
+            self._execute("PRAGMA synchronous = FULL")
+        return count
 
     def _shorten_log(self, limit: int, patience_ms: int = 0) -> bool:
         """Copy a log above the limit into the database and cut it, and return whether that was done."""

@@ -449,6 +449,35 @@ async def test_claims_are_answered_between_the_steps_that_reclaim(
     await store.close()
 
 
+@pytest.mark.parametrize("locked", [False, True])
+def test_only_a_step_that_reclaims_does_not_wait_for_the_disk(path: Path, clock: Clock, *, locked: bool) -> None:
+    """A deletion that a crash takes back is made again; whatever comes after the step is synced as before it.
+
+    Also after a step that found the lock taken. Protection: synchronous is FULL again, whatever became of the step.
+    """
+    file = sqlite_file.ClaimFile(path, clock)
+    assert file.begin()
+    file.carry_out([])
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("INSERT INTO claims VALUES (x'01', x'01', 1)")
+        if locked:
+            other.execute("BEGIN IMMEDIATE")
+        assert file._connection is not None
+        statements: list[str] = []
+        file._connection.set_trace_callback(statements.append)
+        file.upkeep()
+        file._connection.set_trace_callback(None)
+        synced = [statement for statement in statements if "synchronous" in statement or "DELETE" in statement]
+        assert [text.partition(" WHERE")[0] for text in synced] == [
+            "PRAGMA synchronous = NORMAL",
+            *([] if locked else ["DELETE FROM claims"]),
+            "PRAGMA synchronous = FULL",
+        ]
+        assert file._connection.execute("PRAGMA synchronous").fetchone() == (2,)
+    assert len(rows(path)) == int(locked)
+    file.close()
+
+
 async def test_a_busy_store_gets_rid_of_expired_claims_too(path: Path, clock: Clock) -> None:
     """Claims delete expired ones, at least as many as they add."""
     store = SqliteStore(path, LAYOUT, clock_ms=clock, idle_ms=1_000_000)
