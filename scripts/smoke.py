@@ -36,7 +36,11 @@ def await_address(server: subprocess.Popen[bytes], log: Path) -> str:
     deadline = time.monotonic() + PATIENCE
     while server.poll() is None and time.monotonic() < deadline:
         for line in log.read_text().splitlines(keepends=True):
-            if line.startswith("{") and line.endswith("\n") and (event := json.loads(line))["event"] == "serving":
+            if (
+                line.startswith("{")
+                and line.endswith("\n")
+                and (event := json.loads(line))["event"] == "server_started"
+            ):
                 return str(event["addresses"][0])
         time.sleep(0.05)
     sys.exit(f"smoke: the server did not say where it serves; its log:\n{log.read_text()}")

@@ -53,7 +53,7 @@ def _warn_of_secret(flags: dict[str, Any]) -> None:
     url = flags.get("store_url", "")
     if not url.startswith("sqlite:") and ("@" in url or "password=" in url):
         logger().warning(
-            "password_on_command_line",
+            "password_exposed",
             message="every user of this host can read the store URL of --store-url: put a URL with a password into "
             "DEDUP_STORE_URL, or into a file that DEDUP_STORE_URL_FILE names",
         )

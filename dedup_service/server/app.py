@@ -131,7 +131,7 @@ async def _serve(
         if metrics is not None:
             background.append(asyncio.create_task(follow_calls(metrics, admission)))
         await stop.get()
-        log.info("draining", grace_ms=settings.shutdown_grace)
+        log.info("shutdown_started", grace_ms=settings.shutdown_grace)
         for task in background:
             task.cancel()
         await readiness.not_serving()
@@ -142,7 +142,7 @@ async def _serve(
         await claims.close()
         await _drain(engine, admission, store, settings.shutdown_grace / 1000, stop)
         await health_listener.stop()
-        log.info("stopped", shadow_duplicates=dict(claims.shadow_duplicates))
+        log.info("server_stopped", shadow_duplicates=dict(claims.shadow_duplicates))
         startup_checks.raise_refusal()
     finally:
         await store.close()
@@ -181,11 +181,11 @@ def _make_claims(settings: Settings, store: ClaimStore, policies: Policies, metr
 
 def _log_serving(settings: Settings, addresses: Sequence[str], store: ClaimStore, worker: WorkerOrders | None) -> None:
     log = logger()
-    event = "serving" if worker is None else "worker_serving"
+    event = "server_started" if worker is None else "worker_ready"
     log.info(event, addresses=addresses, store=store.description, engine=settings.engine, version=__version__)
     warn_of_exposure(settings, addresses, log)
     if settings.store_url is None:
-        log.warning("embedded_store", message="no store URL is set: only this host sees these claims")
+        log.warning("embedded_store_used", message="no store URL is set: only this host sees these claims")
 
 
 def _make_gate(settings: Settings, claims: ClaimService) -> CallerGate | None:

@@ -13,10 +13,14 @@ def warn_of_exposure(settings: Settings, addresses: Sequence[str], log: Any) -> 
     """Log a warning for each such thing."""
     wide = beyond_this_host(addresses)
     if wide and not settings.authenticates:
-        log.warning("unauthenticated", addresses=wide, message="whoever reaches these addresses may claim and release")
+        log.warning(
+            "unauthenticated_listener_opened",
+            addresses=wide,
+            message="whoever reaches these addresses may claim and release",
+        )
     if wide and settings.auth_tokens is not None and settings.tls_cert is None:
         log.warning(
-            "tokens_in_the_clear",
+            "tokens_sent_in_plaintext",
             addresses=wide,
             message="without TLS here or in front of it, whoever listens on the network learns the tokens: "
             "set DEDUP_TLS_CERT and DEDUP_TLS_KEY",
@@ -24,7 +28,9 @@ def warn_of_exposure(settings: Settings, addresses: Sequence[str], log: Any) -> 
     for path in (settings.tls_key, settings.auth_tokens, settings.store_url_file):
         if path is not None and _everybody_may_read(path):
             log.warning(
-                "secret_readable", file=str(path), message="every user of this host may read this file: chmod o-r it"
+                "secret_file_exposed",
+                file=str(path),
+                message="every user of this host may read this file: chmod o-r it",
             )
 
 

@@ -44,5 +44,5 @@ async def listen_for_probes(
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     bound = [add_listener(server.add_insecure_port, address, reuse_port=reuse_port) for address in addresses]
     await server.start()
-    log.info("serving_health", addresses=bound)
+    log.info("health_listener_started", addresses=bound)
     return HealthListener(server)

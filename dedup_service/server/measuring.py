@@ -61,7 +61,7 @@ def measuring(settings: Settings, worker: WorkerOrders | None) -> Iterator["Metr
         server = MetricsServer(settings.metrics_listen, metrics.registry)
     except MetricsPortTaken as taken:
         raise StartRefused(str(taken)) from None
-    logger().info("metrics", address=server.address)
+    logger().info("metrics_listener_started", address=server.address)
     try:
         yield metrics
     finally:

@@ -56,20 +56,20 @@ class PolicyReload:
         try:
             self.gate.tokens = await asyncio.to_thread(load_tokens, path)
         except BadSettings as error:
-            self._log.error("tokens_kept", file=str(path), message=str(error))
+            self._log.error("tokens_reload_failed", file=str(path), message=str(error))
             return
         self._log.info("tokens_loaded", file=str(path), tokens=len(self.gate.tokens))
 
     async def _reload(self, claims: ClaimService) -> None:
         if self._settings.policy_file is None:
             if self._settings.auth_tokens is None:
-                self._log.info("policy_none", message="SIGHUP changes nothing: no policy file is set")
+                self._log.info("policy_reload_skipped", message="SIGHUP changes nothing: no policy file is set")
             return
         try:
             # In a thread, since calls must not wait for a slow disk.
             policies: Policies = await asyncio.to_thread(load_policies, self._settings)
         except BadSettings as error:
-            self._log.error("policy_kept", file=str(self._settings.policy_file), message=str(error))
+            self._log.error("policy_reload_failed", file=str(self._settings.policy_file), message=str(error))
             return
         claims.policies = policies
         self.log_loaded(claims)

@@ -86,6 +86,6 @@ class Readiness:
         await self._tell(serving=ready or not self._follows_store)
         if ready:
             self.answered.set()
-            self._log.info("store_ready", store=self._store.description)
+            self._log.info("store_became_ready", store=self._store.description)
         else:
-            self._log.warning("store_not_ready", store=self._store.description, **why)
+            self._log.warning("store_became_unavailable", store=self._store.description, **why)

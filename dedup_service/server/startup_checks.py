@@ -61,17 +61,17 @@ class StartupChecks:
                 findings = await examine_store(store_place(self._settings))
         except TimeoutError:
             self._log.warning(
-                "doctor_incomplete", message=f"the store did not answer everything within {_TIMEOUT_S:g} s"
+                "store_examination_failed", message=f"the store did not answer everything within {_TIMEOUT_S:g} s"
             )
             return
         except Exception as error:  # noqa: BLE001 - whatever it trips over, claims can be served
-            self._log.warning("doctor_incomplete", message=f"{type(error).__name__}: {error}")
+            self._log.warning("store_examination_failed", message=f"{type(error).__name__}: {error}")
             return
         for finding in sorted(findings, key=lambda finding: -finding.severity):
             if finding.severity < Severity.WARNING:
                 continue
             # Not as an error, which is for what this service did wrong itself.
-            self._log.warning("doctor", **finding.as_dict())
+            self._log.warning("store_finding_reported", **finding.as_dict())
             if finding.severity is Severity.CRITICAL and self._settings.strict and self._refusal is None:
                 self._refusal = StartRefused(
                     f"DEDUP_STRICT is set and the store is unfit ({finding.check}): {finding.message} "

@@ -64,7 +64,7 @@ class Certificates:
                     self._configuration = self._read()
                     self._log.info("tls_reloaded", certificate=str(self._cert))
                 except _Unusable as error:
-                    self._log.error("tls_kept", message=f"{error}; the certificate of before stays in use")
+                    self._log.error("tls_reload_failed", message=f"{error}; the certificate of before stays in use")
             return self._configuration
 
     def _read(self) -> Any:  # noqa: ANN401 - as above

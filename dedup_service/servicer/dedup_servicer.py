@@ -122,7 +122,7 @@ class DedupServicer:
         if self._metrics is not None and failure.applied is Applied.UNKNOWN:
             self._metrics.doubted(failure.reason)
         if failure.code is grpc.StatusCode.INTERNAL:
-            logger().error("incident", incident=incident, exc_info=error)
+            logger().error("batch_entry_failed", incident=incident, exc_info=error)
         return failure.status()
 
 

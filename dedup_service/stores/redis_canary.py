@@ -63,7 +63,7 @@ class RedisCanary:
             if str(reply).startswith("NOPERM") and not memory.refused:
                 memory.refused = True
                 self._notices.append(
-                    StoreNotice("canary_refused", f"forgotten claims go unnoticed, since Redis refused: {reply}")
+                    StoreNotice("canary_write_refused", f"forgotten claims go unnoticed, since Redis refused: {reply}")
                 )
             return
         found, now = int(reply or 0), self._monotonic()

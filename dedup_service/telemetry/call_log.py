@@ -86,4 +86,4 @@ class CallLog:
             fields["trace_id"], fields["span_id"] = record.span.trace_id, record.span.span_id
         if record.exception is not None:
             fields["exc_info"] = record.exception
-        write("call", **fields)
+        write("call_finished", **fields)

@@ -41,7 +41,7 @@ async def _supervise(settings: dict[str, Any], figures: "WorkerMetrics | None", 
     log = logger()
 
     def announce(addresses: Sequence[str]) -> None:
-        log.info("serving", addresses=addresses, workers=settings["workers"], version=__version__)
+        log.info("server_started", addresses=addresses, workers=settings["workers"], version=__version__)
         if show_banner:
             sys.stdout.write(banner(addresses))
             sys.stdout.flush()
@@ -68,7 +68,7 @@ def _figures(address: str | None) -> Iterator["WorkerMetrics | None"]:
     except MetricsPortTaken as taken:
         raise PortTaken(str(taken)) from None
     with contextlib.closing(metrics):
-        logger().info("metrics", address=metrics.address)
+        logger().info("metrics_listener_started", address=metrics.address)
         yield metrics
 
 

@@ -134,7 +134,7 @@ class Supervisor:
             raise
         self._living.add(worker)
         self._count_living()
-        self._log.info("worker_started", worker=number, pid=worker.pid)
+        self._log.info("worker_spawned", worker=number, pid=worker.pid)
         self._burials.add(burial := asyncio.create_task(self._bury(worker)))
         burial.add_done_callback(self._burials.discard)
         return worker
@@ -185,12 +185,12 @@ class Supervisor:
         while True:
             await self._replacement_wanted.wait()
             self._replacement_wanted.clear()
-            self._log.info("replacing", workers=self._count)
+            self._log.info("worker_replacement_started", workers=self._count)
             for place in self._places:
                 if not place.lock.locked() and not await self._replace(place):
                     break
             else:
-                self._log.info("replaced", workers=self._count)
+                self._log.info("workers_replaced", workers=self._count)
 
     async def _replace(self, place: _Place) -> bool:
         """Put a new worker into the place, then end the old one; say whether that worked."""
@@ -199,7 +199,7 @@ class Supervisor:
             if not await new.serves():
                 status = status_text(await new.ended())
                 why = new.refusal.sentence if new.refusal else status
-                self._log.error("replacement_failed", worker=old.number, message=f"the old workers stay: {why}")
+                self._log.error("worker_replacement_failed", worker=old.number, message=f"the old workers stay: {why}")
                 return False
             place.worker = new
             old.signal(signal.SIGTERM)

@@ -186,7 +186,7 @@ def main() -> None:
         target = f"unix://{folder}/dedup.sock"
         command = (sys.executable, "-m", "dedup_service", "serve", "--listen", target, "--log-sample", "1")
         sidecar = stack.enter_context(logged(*command, "--store-url", f"redis://127.0.0.1:{port}"))
-        sidecar.event("serving")
+        sidecar.event("server_started")
         results, trace = [], {}
         for number, (api, program) in enumerate(programs.items()):
             for offset, guard in enumerate(("legacy", "sidecar")):

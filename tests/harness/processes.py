@@ -137,8 +137,12 @@ class ServiceProcess:
 
     def start(self) -> Self:
         """Return when it serves; fail with its output when it ended instead."""
-        wait_until(lambda: self._process.poll() is not None or self.events("serving"), START_TIMEOUT_S, "serving")
-        if not self.events("serving"):
+        wait_until(
+            lambda: self._process.poll() is not None or self.events("server_started"),
+            START_TIMEOUT_S,
+            "the server to start",
+        )
+        if not self.events("server_started"):
             self._reader.join()
             raise AssertionError(f"the service ended with {self._process.returncode}:\n{''.join(self.stderr_lines)}")
         return self
@@ -146,7 +150,7 @@ class ServiceProcess:
     @property
     def addresses(self) -> list[str]:
         """Where it listens."""
-        addresses: list[str] = self.events("serving")[0]["addresses"]
+        addresses: list[str] = self.events("server_started")[0]["addresses"]
         return addresses
 
     @property

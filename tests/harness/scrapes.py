@@ -11,7 +11,7 @@ Labels = dict[str, str]
 
 def scraped_text(service: ServiceProcess) -> str:
     """Return the whole page."""
-    address = service.events("metrics")[0]["address"]
+    address = service.events("metrics_listener_started")[0]["address"]
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=20) as page:
         text: str = page.read().decode()
     return text

@@ -20,7 +20,7 @@ def channel_to(service: ServiceProcess) -> grpc.Channel:
 
 def pids(service: ServiceProcess) -> dict[int, int]:
     """Return the process id of each worker by its number, as of its last start."""
-    return {line["worker"]: line["pid"] for line in service.events("worker_started")}
+    return {line["worker"]: line["pid"] for line in service.events("worker_spawned")}
 
 
 def worker_of(service: ServiceProcess, channel: grpc.Channel) -> int:
@@ -32,7 +32,7 @@ def worker_of(service: ServiceProcess, channel: grpc.Channel) -> int:
     assert look.code() is grpc.StatusCode.NOT_FOUND
 
     def line() -> list[int]:
-        return [line["worker"] for line in service.events("call") if line["correlation_id"] == correlation_id]
+        return [line["worker"] for line in service.events("call_finished") if line["correlation_id"] == correlation_id]
 
     wait_until(line, what="the log line")
     return line()[0]

@@ -129,8 +129,8 @@ def test_the_log_says_who_called(guarded: ServiceProcess, unique: str) -> None:
     """A line of a call has the name of its caller, also of one that was refused, and a refusal is a warning."""
     claim(guarded, BOX, unique)
     refused(lambda: claim(guarded, REFUNDS, unique))
-    wait_until(lambda: len(guarded.events("call")) == 2, what="the log lines")
-    assert [(line["caller"], line["level"]) for line in guarded.events("call")] == [
+    wait_until(lambda: len(guarded.events("call_finished")) == 2, what="the log lines")
+    assert [(line["caller"], line["level"]) for line in guarded.events("call_finished")] == [
         ("lucky-box", "info"),
         ("refunds", "warning"),
     ]
@@ -149,7 +149,7 @@ def test_tokens_and_callers_are_reread(guarded: ServiceProcess, files: tuple[Pat
     assert claim(guarded, fresh, unique, "refunds") == CLAIMED
     tokens.write_text("lucky-box = ")
     guarded.signal(signal.SIGHUP)
-    wait_until(lambda: guarded.events("tokens_kept"), what="the refusal of the file")
+    wait_until(lambda: guarded.events("tokens_reload_failed"), what="the refusal of the file")
     assert claim(guarded, fresh, f"{unique}-2") == CLAIMED
 
 
@@ -275,8 +275,8 @@ def test_every_worker_asks_who_calls(
         header = (("authorization", f"Bearer {BOX}"),)
         assert told(refused(lambda call=call, header=header: call(request, timeout=10, metadata=header))) == UNKNOWN  # type: ignore[misc]
         channel.close()
-    assert len({tuple(line["addresses"]) for line in service.events("serving_health")}) == 1
-    health = service.events("serving_health")[0]["addresses"][0]
+    assert len({tuple(line["addresses"]) for line in service.events("health_listener_started")}) == 1
+    health = service.events("health_listener_started")[0]["addresses"][0]
     assert run_command("healthcheck", "--target", health, "--service", "liveness").stdout == "SERVING\n"
 
 

@@ -278,7 +278,7 @@ def test_a_lost_answer_is_no_duplicate_of_itself(
 
 
 def _batches(service: ServiceProcess) -> list[dict[str, Any]]:
-    return [line for line in service.events("call") if line["method"] == "BatchClaimTransactions"]
+    return [line for line in service.events("call_finished") if line["method"] == "BatchClaimTransactions"]
 
 
 def test_lines_are_claimed_before_the_input_has_ended(service: ServiceProcess, unique: str, folder: Path) -> None:

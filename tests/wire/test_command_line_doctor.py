@@ -75,10 +75,10 @@ def test_a_store_that_is_away_exits_with_1() -> None:
 def test_the_start_logs_what_is_wrong(start_redis: StartRedis, start_service: StartService) -> None:
     """Each warning and critical finding is one line of the log by the time the server serves, and nothing else is."""
     service = start_service("--store-url", start_redis(*UNFIT).url)
-    (line,) = service.events("doctor")
+    (line,) = service.events("store_finding_reported")
     assert (line["level"], line["check"], line["severity"]) == ("warning", "eviction", "critical")
     assert "CONFIG SET maxmemory-policy noeviction" in line["remedy"]
-    assert not start_service("--store-url", start_redis(*SOUND).url).events("doctor")
+    assert not start_service("--store-url", start_redis(*SOUND).url).events("store_finding_reported")
 
 
 def test_strict_refuses_what_is_critical(start_redis: StartRedis) -> None:
@@ -94,7 +94,7 @@ def test_strict_does_not_refuse_a_warning(start_redis: StartRedis, start_service
     """With `DEDUP_STRICT` a store that is only warned of is served, and so is the embedded store."""
     strict = {"DEDUP_STRICT": "true"}
     service = start_service("--store-url", start_redis(*FORGETFUL).url, environment=strict)
-    assert [line["severity"] for line in service.events("doctor")] == ["warning"]
+    assert [line["severity"] for line in service.events("store_finding_reported")] == ["warning"]
     start_service("--store-url", f"sqlite://{tmp_path / 'claims.db'}", environment=strict)
 
 
@@ -104,9 +104,9 @@ def test_a_store_that_was_away_is_examined_when_it_answers(
     """A server that started without its store logs the findings once the store is there, and serves on."""
     port = free_port()
     service = start_service("--store-url", f"redis://127.0.0.1:{port}")
-    assert not service.events("doctor")
+    assert not service.events("store_finding_reported")
     start_redis(*UNFIT, port=port)
-    wait_until(lambda: service.events("doctor"), what="the findings")
+    wait_until(lambda: service.events("store_finding_reported"), what="the findings")
     assert service.stop() == 0
 
 
@@ -116,7 +116,7 @@ def test_strict_ends_a_server_whose_store_turns_out_unfit(start_redis: StartRedi
     service = start_service("--strict", "--store-url", f"redis://127.0.0.1:{port}")
     start_redis(*UNFIT, port=port)
     assert service.wait() == 1
-    assert service.events("draining")
+    assert service.events("shutdown_started")
     assert any("DEDUP_STRICT is set" in line for line in service.stderr_lines)
 
 
@@ -130,8 +130,10 @@ async def test_a_store_that_cannot_be_examined_is_served(start_service: StartSer
     async with ScriptedRedis(silence) as server:
         arguments = ("--strict", "--store-timeout", "10s", "--store-url", server.url)
         service = await asyncio.to_thread(start_service, *arguments)
-        (line,) = service.events("doctor_incomplete")
-        times = [datetime.fromisoformat(service.events(name)[0]["time"]) for name in ("store_ready", "serving")]
+        (line,) = service.events("store_examination_failed")
+        times = [
+            datetime.fromisoformat(service.events(name)[0]["time"]) for name in ("store_became_ready", "server_started")
+        ]
         assert line["level"] == "warning"
         assert server.sets
         assert 1.5 < (times[1] - times[0]).total_seconds() < 6

@@ -47,7 +47,7 @@ def watch() -> Iterator[Watch]:
 def looks(service: ServiceProcess, transaction_id: str) -> list[datetime]:
     """Return when the service was asked for this transaction."""
     name = hashlib.sha256(transaction_id.encode()).hexdigest()[:16]
-    calls = [line for line in service.events("call") if line["method"] == "GetTransaction"]
+    calls = [line for line in service.events("call_finished") if line["method"] == "GetTransaction"]
     return [datetime.fromisoformat(line["started"]) for line in calls if line["transaction"] == name]
 
 

@@ -53,7 +53,9 @@ def test_a_batch_is_split_by_node(start_service: StartService, cluster: ClusterD
 def test_durable_mode_without_a_replica(start_service: StartService, redis_server: RedisProcess, unique: str) -> None:
     """Without the replica that is asked for nobody is told CLAIMED, and the start says so. Protection: WAIT."""
     service = start_service("--store-url", redis_server.url, "--min-replicas", "1", "--store-timeout", "200ms")
-    assert [line["check"] for line in service.events("doctor") if line["severity"] == "critical"].count("replicas") == 1
+    assert [line["check"] for line in service.events("store_finding_reported") if line["severity"] == "critical"].count(
+        "replicas"
+    ) == 1
     with service.channel() as channel:
         stub = dedup_pb2_grpc.DedupServiceStub(channel)
         answer = refused(lambda: stub.ClaimTransaction(Claim(transaction_id=unique)))

@@ -25,7 +25,7 @@ from harness.processes import ServiceProcess, run_command
 
 def test_the_log_names_the_engine(service: ServiceProcess, engine: EngineName) -> None:
     """Operators read in the log of the start which engine serves."""
-    assert service.events("serving")[0]["engine"] == engine
+    assert service.events("server_started")[0]["engine"] == engine
 
 
 def test_grpcio_is_the_default_and_needs_no_other() -> None:

@@ -58,14 +58,14 @@ def test_tls_alone_asks_nobody(store: tuple[str, str], tmp_path: Path) -> None:
 def test_an_open_door_that_was_asked_for_is_logged(start_service: Start, store: tuple[str, str]) -> None:
     """With the setting it serves, and says at each start what that means."""
     service = start_service("--listen", ANYWHERE, "--allow-unauthenticated", *store)
-    assert service.events("unauthenticated")[0]["addresses"] == service.addresses
+    assert service.events("unauthenticated_listener_opened")[0]["addresses"] == service.addresses
 
 
 def test_tokens_open_the_door_and_want_tls(start_service: Start, store: tuple[str, str], tokens: Path) -> None:
     """With tokens it serves beyond this host, and the log says that without TLS anybody can read them."""
     service = start_service("--listen", ANYWHERE, "--auth-tokens", str(tokens), *store)
-    wait_until(lambda: service.events("tokens_in_the_clear"), what="the warning")
-    assert not service.events("unauthenticated")
+    wait_until(lambda: service.events("tokens_sent_in_plaintext"), what="the warning")
+    assert not service.events("unauthenticated_listener_opened")
 
 
 def reflects(service: ServiceProcess) -> bool:
@@ -123,16 +123,16 @@ def test_a_secret_that_everybody_may_read_is_logged(
     files = {"--tls-key": key, "--auth-tokens": tokens, "--store-url-file": url_file}
     files[flag].chmod(0o644)
     service = start_grpcio("--tls-cert", str(cert), *(text for pair in files.items() for text in map(str, pair)))
-    wait_until(lambda: service.events("secret_readable"), what="the warning")
-    assert [line["file"] for line in service.events("secret_readable")] == [str(files[flag])]
+    wait_until(lambda: service.events("secret_file_exposed"), what="the warning")
+    assert [line["file"] for line in service.events("secret_file_exposed")] == [str(files[flag])]
 
 
 def test_a_password_on_the_command_line_is_logged(start_service: Start, redis_server: RedisProcess) -> None:
     """The list of processes shows it, so the log says where to put it; a URL without one is no reason to."""
     url = redis_server.url
     for shown in (url.replace("//", "//:pass-in-list@"), "redis+sentinel://127.0.0.1:1/m?sentinel_password=x"):
-        assert start_service("--store-url", shown).events("password_on_command_line")
-    assert not start_service("--store-url", url).events("password_on_command_line")
+        assert start_service("--store-url", shown).events("password_exposed")
+    assert not start_service("--store-url", url).events("password_exposed")
 
 
 def test_a_store_url_that_is_in_a_file(start_service: Start, redis_server: RedisProcess, tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_a_store_url_that_is_in_a_file(start_service: Start, redis_server: Redis
     path = tmp_path / "url"
     path.write_text(redis_server.url + "\n")
     service = start_service(environment={"DEDUP_STORE_URL_FILE": str(path), "DEDUP_REQUIRE_STORE_URL": "true"})
-    assert str(redis_server.port) in service.events("serving")[0]["store"]
+    assert str(redis_server.port) in service.events("server_started")[0]["store"]
     doctor = run_command("doctor", "--store-url-file", str(path))
     assert str(redis_server.port) in doctor.stdout
 
@@ -206,10 +206,10 @@ def test_no_secret_is_shown_to_anybody(
         tokens.write_text(f'box = "{token}" "{token}"')
         key.write_text("broken")
         service.signal(signal.SIGHUP)
-        wait_until(lambda: service.events("tokens_kept"), what="the refusal of the file")
+        wait_until(lambda: service.events("tokens_reload_failed"), what="the refusal of the file")
         refused(lambda: _call_without_token(service, authority))
         redis_server.stop()
-        wait_until(lambda: service.events("store_not_ready"), what="the loss of Redis")
+        wait_until(lambda: service.events("store_became_unavailable"), what="the loss of Redis")
         call_all(f"{unique}-2")
     seen.append(scraped_text(service))
     if sys.platform == "linux":
@@ -220,7 +220,9 @@ def test_no_secret_is_shown_to_anybody(
         seen.extend((ended.stdout, ended.stderr))
     assert service.stop() == 0
     seen.extend((*service.stderr_lines, service.stdout))
-    assert {name for name in ("call", "store_not_ready", "tls_kept") if not service.events(name)} == set()
+    assert {
+        name for name in ("call_finished", "store_became_unavailable", "tls_reload_failed") if not service.events(name)
+    } == set()
     for secret in secrets:
         assert [text for text in seen if secret in text] == []
 

@@ -30,7 +30,7 @@ def counting(service: ServiceProcess, redis_server: RedisProcess, pattern: str =
 
         wait_until(counted, what="the canary")
         assert all(client.pttl(key) > 0 for key in client.scan_iter(pattern))
-    assert service.events("store_ready")
+    assert service.events("store_became_ready")
 
 
 def forgotten(service: ServiceProcess, times: int = 1) -> None:
@@ -120,9 +120,9 @@ def test_a_canary_that_is_forbidden_says_so_once(start_redis: StartRedis, start_
     with redis.Redis(port=redis_server.port, protocol=2) as admin:
         admin.execute_command("ACL", "SETUSER", "limited", "on", ">pw", "~dedup:default:*", "+@all")
     service = start_service("--store-url", f"redis://limited:pw@127.0.0.1:{redis_server.port}")
-    wait_until(lambda: service.events("canary_refused"), what="the notice")
+    wait_until(lambda: service.events("canary_write_refused"), what="the notice")
     with redis.Redis(port=redis_server.port, protocol=2) as admin:
         calls = admin.info("commandstats")["cmdstat_time"]["calls"]
         wait_until(lambda: admin.info("commandstats")["cmdstat_time"]["calls"] >= calls + 3, what="further checks")
-    assert len(service.events("canary_refused")) == 1
+    assert len(service.events("canary_write_refused")) == 1
     assert health_of(service)["status"] == "SERVING"

@@ -24,7 +24,7 @@ READY_NAMES = ("", "dedup.v1.DedupService", "readiness")
 
 def health_target(service: ServiceProcess) -> str:
     """Return where its health is asked for."""
-    address: str = service.events("serving_health")[0]["addresses"][0]
+    address: str = service.events("health_listener_started")[0]["addresses"][0]
     return address.replace("0.0.0.0", "127.0.0.1")  # noqa: S104 - read, not bound
 
 
@@ -91,7 +91,7 @@ def test_nothing_but_health_is_served_there(start_service: Start, tmp_path: Path
             "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
         )
         assert refused(lambda: next(reflect(iter([b""])))).code is grpc.StatusCode.UNIMPLEMENTED
-    assert not service.events("unauthenticated")
+    assert not service.events("unauthenticated_listener_opened")
 
 
 def test_probes_need_no_certificate(start_grpcio: Start, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_an_id_is_found_in_the_log_with_the_key_and_only_with_it(
             dedup_pb2.ClaimTransactionRequest(transaction_id=unique)
         )
     service.stop()
-    [line] = service.events("call")
+    [line] = service.events("call_finished")
     assert line["transaction"] == hmac.new(KEY.encode(), unique.encode(), "sha256").hexdigest()[:16]
     assert run_command("hash-id", unique, environment=environment).stdout == f"{line['transaction']}\n"
     assert run_command("hash-id", "--log-id-key-file", key_file, unique).stdout == f"{line['transaction']}\n"

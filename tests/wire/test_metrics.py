@@ -208,7 +208,7 @@ def test_counts_survive_the_death_of_a_worker(
     claim_everywhere(1)
     assert claimed() == 20
     os.kill(pids(service)[1], signal.SIGKILL)
-    wait_until(lambda: len(service.events("worker_serving")) == 3, what="the new worker")
+    wait_until(lambda: len(service.events("worker_ready")) == 3, what="the new worker")
     assert claimed() == 20
     claim_everywhere(2)
     assert claimed() == 40
@@ -252,4 +252,4 @@ def test_without_metrics_their_library_is_not_loaded(start_service: StartService
     script = "import dedup_service.cli, dedup_service.server.worker, sys; sys.exit('prometheus_client' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
     service: Any = start_service("--store-url", redis_server.url)
-    assert not service.events("metrics")
+    assert not service.events("metrics_listener_started")

@@ -175,7 +175,7 @@ def test_shadow_mode_lets_duplicates_go_and_marks_them(
     assert claim(service, f"{unique}-enforced").outcome == DUPLICATE
     assert hang_up(service, "policy_loaded")["shadow_duplicates"] == {"trial": 3}
     assert service.stop() == 0
-    assert service.events("stopped")[0]["shadow_duplicates"] == {"trial": 3}
+    assert service.events("server_stopped")[0]["shadow_duplicates"] == {"trial": 3}
 
 
 def test_shadow_mode_ends_with_the_next_file(start_with: StartWithPolicies, policy_file: Path, unique: str) -> None:
@@ -222,7 +222,7 @@ async def test_a_new_file_applies_without_dropping_a_call(
         applied.set()
         await asyncio.gather(*callers)
     assert set(lives) == {120_000, 180_000}
-    assert {call["code"] for call in service.events("call")} == {"OK"}
+    assert {call["code"] for call in service.events("call_finished")} == {"OK"}
     assert (line["file"], line["namespaces"], line["allow_unknown_namespaces"], line["level"]) == (
         str(policy_file),
         ["short", "trial"],
@@ -247,7 +247,7 @@ def test_many_hangups_end_with_the_last_file(start_with: StartWithPolicies, poli
         return lived_ms(reply.transaction, "claim_time") == 100_000
 
     wait_until(last_one_applies, what="the last file")
-    assert not service.events("policy_kept")
+    assert not service.events("policy_reload_failed")
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_a_broken_new_file_keeps_the_old_one(
         policy_file.unlink()
     else:
         policy_file.write_text(broken)
-    line = hang_up(service, "policy_kept")
+    line = hang_up(service, "policy_reload_failed")
     assert (line["level"], line["file"], words in line["message"]) == ("error", str(policy_file), True)
     assert lived_ms(claim(service, unique, "short").transaction, "claim_time") == 120_000
     assert len(service.events("policy_loaded")) == 1, "the one of the start"
@@ -282,11 +282,11 @@ def test_a_hangup_without_a_policy_file_ends_nothing(
 ) -> None:
     """SIGHUP to a service without a policy file leaves a line in the log, and the service goes on."""
     service = start_service("--store-url", redis_server.url)
-    assert hang_up(service, "policy_none")["level"] == "info"
+    assert hang_up(service, "policy_reload_skipped")["level"] == "info"
     assert claim(service, unique).outcome == CLAIMED
     assert not service.events("policy_loaded")
     assert service.stop() == 0
-    assert service.events("stopped")[0]["shadow_duplicates"] == {}
+    assert service.events("server_stopped")[0]["shadow_duplicates"] == {}
 
 
 @pytest.mark.parametrize(

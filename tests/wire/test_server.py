@@ -84,8 +84,8 @@ def test_health_follows_redis(start_service: StartService, tmp_path: Path, uniqu
         redis_server.resume()
         wait_until(lambda: health_of(service, "dedup.v1.DedupService") == SERVING, what="SERVING again")
         # Health is told before the log.
-        wait_until(lambda: len(service.events("store_ready")) == 2, what="the log line")
-        assert len(service.events("store_not_ready")) == 2
+        wait_until(lambda: len(service.events("store_became_ready")) == 2, what="the log line")
+        assert len(service.events("store_became_unavailable")) == 2
     finally:
         redis_server.stop()
 
@@ -180,10 +180,10 @@ async def test_a_signal_under_load_ends_every_call_with_an_answer(
         await asyncio.gather(*callers)
     assert set(codes) == {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}
     assert await asyncio.to_thread(service.wait) == 0
-    refusals = [line for line in service.events("call") if line["code"] != "OK"]
+    refusals = [line for line in service.events("call_finished") if line["code"] != "OK"]
     assert {(line["reason"], line["applied"]) for line in refusals} == {("SERVER_STOPPING", "no")}
-    assert [event["event"] for event in service.logs if event["event"] in ("draining", "stopped")] == [
-        *("draining", "stopped"),
+    assert [event["event"] for event in service.logs if event["event"] in ("shutdown_started", "server_stopped")] == [
+        *("shutdown_started", "server_stopped"),
     ]
 
 
@@ -236,7 +236,7 @@ async def test_what_the_grace_does_not_end_is_told_doubt(
             service.signal(signal.SIGTERM)
             if signals == 2:
                 # Two at once would arrive as one.
-                await asyncio.to_thread(wait_until, lambda: service.events("draining"), what="the drain")
+                await asyncio.to_thread(wait_until, lambda: service.events("shutdown_started"), what="the drain")
                 service.signal(signal.SIGTERM)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await call
@@ -300,7 +300,7 @@ async def test_a_cancelled_call_is_logged_and_harms_nobody(
             gone.cancel()
 
             async def logged() -> bool:
-                return {"CANCELLED", "DEADLINE_EXCEEDED"} <= {line["code"] for line in service.events("call")}
+                return {"CANCELLED", "DEADLINE_EXCEEDED"} <= {line["code"] for line in service.events("call_finished")}
 
             await eventually(logged, what="the log lines")
             proxy.hold_replies.set()
@@ -312,7 +312,7 @@ def last_call(service: ServiceProcess, correlation_id: str) -> dict[str, object]
     """Return the log line of a call, once it is there."""
 
     def found() -> list[dict[str, object]]:
-        return [line for line in service.events("call") if line["correlation_id"] == correlation_id]
+        return [line for line in service.events("call_finished") if line["correlation_id"] == correlation_id]
 
     wait_until(found, what="the log line")
     return found()[-1]
@@ -386,7 +386,7 @@ def test_without_a_store_url_the_embedded_store_is_used_and_said(tmp_path: Path,
     service = ServiceProcess(environment={"XDG_STATE_HOME": str(tmp_path)}).start()
     try:
         claim(service, unique)
-        assert "only this host" in service.events("embedded_store")[0]["message"]
+        assert "only this host" in service.events("embedded_store_used")[0]["message"]
         assert (tmp_path / "dedup-service" / "claims.db").is_file()
     finally:
         service.stop()
@@ -408,7 +408,7 @@ def test_successes_are_logged_when_asked_for_or_slow(redis_server: RedisProcess,
                 stub.ClaimTransaction(dedup_pb2.ClaimTransactionRequest())
     finally:
         service.stop()
-    assert [(call["code"], call.get("outcome")) for call in service.events("call")] == [
+    assert [(call["code"], call.get("outcome")) for call in service.events("call_finished")] == [
         ("OK", "DUPLICATE"),
         ("INVALID_ARGUMENT", None),
     ]

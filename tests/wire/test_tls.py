@@ -153,9 +153,9 @@ def test_a_broken_certificate_changes_nothing(start_tls: Start, authority: Autho
     for number in range(3):
         assert claim(service.target, authority.credentials(), f"{unique}-{number}") == CLAIMED
     assert served_certificate(service.target) == before
-    wait_until(lambda: service.events("tls_kept"), what="the log line")
-    assert len(service.events("tls_kept")) == 1
-    assert "are no certificate with its unencrypted key" in service.events("tls_kept")[0]["message"]
+    wait_until(lambda: service.events("tls_reload_failed"), what="the log line")
+    assert len(service.events("tls_reload_failed")) == 1
+    assert "are no certificate with its unencrypted key" in service.events("tls_reload_failed")[0]["message"]
     replace(key.with_name("server.key"), key.read_bytes())
     assert served_certificate(service.target) == cert.read_text()
 

@@ -63,7 +63,7 @@ def test_a_call_is_a_span_of_the_callers_trace_with_the_store_below_it(
         "server.address": "127.0.0.1",
         "server.port": redis_server.port,
     }
-    lines = service.events("call")
+    lines = service.events("call_finished")
     assert [(line["trace_id"], line["span_id"]) for line in lines] == [(TRACE, first.span_id), (TRACE, second.span_id)]
     assert {line["correlation_id"] for line in lines} == {TRACE}
 
@@ -131,7 +131,7 @@ def test_what_is_not_sampled_is_not_sent(
         dedup_pb2_grpc.DedupServiceStub(channel).ClaimTransaction(Claim(transaction_id="x"), metadata=metadata)
     assert service.stop() == 0
     assert not collector.spans
-    [line] = service.events("call")
+    [line] = service.events("call_finished")
     assert len(line["trace_id"]) == 32
     assert not metadata or line["trace_id"] == TRACE
 

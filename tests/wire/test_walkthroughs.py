@@ -111,7 +111,7 @@ def with_other_contents(stage: Stage) -> Generator[None, None, None]:
     service = stage.start()
     assert stage.ask("claim", "order-1234", "--fingerprint", "aaaa").returncode == 0
     assert stage.ask("claim", "order-1234", "--fingerprint", "bbbb").returncode == 4
-    wait_until(lambda: len(service.events("call")) == 2, what="the log")
+    wait_until(lambda: len(service.events("call_finished")) == 2, what="the log")
     (stage.folder / "dedup.log").write_text("".join(service.stderr_lines))
     yield
 
@@ -201,7 +201,7 @@ def with_a_hot_id(stage: Stage) -> Generator[None, None, None]:
     service = stage.start()
     for _ in range(3):
         stage.ask("claim", "order-1234")
-    wait_until(lambda: len(service.events("call")) == 3, what="the log")
+    wait_until(lambda: len(service.events("call_finished")) == 3, what="the log")
     (stage.folder / "dedup.log").write_text("".join(service.stderr_lines))
     yield
 
@@ -221,7 +221,7 @@ def in_shadow_mode(stage: Stage) -> Generator[None, None, None]:
     service = stage.start("--policy-file", str(policies))
     for _ in range(2):
         assert stage.ask("claim", "order-1234", "--namespace", "pay").returncode == 0
-    wait_until(lambda: len(service.events("call")) == 2, what="the log")
+    wait_until(lambda: len(service.events("call_finished")) == 2, what="the log")
     (stage.folder / "dedup.log").write_text("".join(service.stderr_lines))
     yield
     yield

@@ -64,7 +64,7 @@ async def test_exactly_one_of_concurrent_claims_wins_across_workers(
         request = Claim(transaction_id=f"{unique}-{number}")
         replies = await asyncio.gather(*(stub.ClaimTransaction(request) for stub in stubs))
         assert Counter(reply.outcome for reply in replies) == {CLAIMED: 1, DUPLICATE: len(stubs) - 1}
-        answered = {line["worker"] for line in service.events("call")}
+        answered = {line["worker"] for line in service.events("call_finished")}
         if number >= 10 and answered == {1, 2}:
             break
     for channel in channels:
@@ -156,7 +156,7 @@ async def test_a_killed_worker_is_replaced_and_costs_only_its_own_calls(
     os.kill(pids(service)[1], signal.SIGKILL)
 
     async def restarted() -> bool:
-        return len(service.events("worker_serving")) == 3
+        return len(service.events("worker_ready")) == 3
 
     await eventually(restarted, what="the new worker")
     await load.grown(500)
@@ -182,7 +182,7 @@ async def test_a_signal_drains_every_worker(start_workers: StartWorkers, unique:
     await asyncio.gather(*callers)
     assert set(load.codes) == {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}
     assert await asyncio.to_thread(service.wait) == 0
-    assert sorted(line["worker"] for line in service.events("stopped")) == [1, 2]
+    assert sorted(line["worker"] for line in service.events("server_stopped")) == [1, 2]
     assert service.logs[-1]["event"] == "supervisor_stopped"
     assert not [line for line in service.logs if line["level"] == "error"]
 
@@ -200,7 +200,7 @@ async def test_workers_are_replaced_one_by_one_under_load(start_workers: StartWo
     service.signal(signal.SIGUSR2)
 
     async def replaced() -> bool:
-        return bool(service.events("replaced"))
+        return bool(service.events("workers_replaced"))
 
     await eventually(replaced, 60, what="the new workers")
     await load.grown(500)
@@ -211,11 +211,11 @@ async def test_workers_are_replaced_one_by_one_under_load(start_workers: StartWo
     turns = [
         (line["event"], line["worker"])
         for line in service.logs
-        if line["event"] in ("worker_serving", "draining", "stopped")
+        if line["event"] in ("worker_ready", "shutdown_started", "server_stopped")
     ]
     assert turns[2:] == [
-        *(("worker_serving", 3), ("draining", 1), ("stopped", 1)),
-        *(("worker_serving", 1), ("draining", 2), ("stopped", 2)),
+        *(("worker_ready", 3), ("shutdown_started", 1), ("server_stopped", 1)),
+        *(("worker_ready", 1), ("shutdown_started", 2), ("server_stopped", 2)),
     ]
     assert not service.events("worker_died")
     assert await asyncio.to_thread(service.stop) == 0
@@ -243,7 +243,7 @@ def test_workers_end_when_their_supervisor_is_killed(start_workers: StartWorkers
     service = start_workers()
     # Returns when nobody holds the log any more.
     service.kill()
-    assert sorted(line["worker"] for line in service.events("stopped")) == [1, 2]
+    assert sorted(line["worker"] for line in service.events("server_stopped")) == [1, 2]
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
@@ -292,16 +292,16 @@ def test_a_worker_that_cannot_start_again_is_tried_again(start_workers: StartWor
     service = start_workers("--policy-file", str(policies))
     policies.write_text("nonsense")
     service.signal(signal.SIGUSR2)
-    wait_until(lambda: service.events("replacement_failed"), what="the refusal")
-    assert "is not usable" in service.events("replacement_failed")[0]["message"]
-    assert not service.events("draining")
+    wait_until(lambda: service.events("worker_replacement_failed"), what="the refusal")
+    assert "is not usable" in service.events("worker_replacement_failed")[0]["message"]
+    assert not service.events("shutdown_started")
     os.kill(pids(service)[2], signal.SIGKILL)
     wait_until(lambda: len(service.events("worker_died")) >= 3, what="two vain restarts")
     deaths = service.events("worker_died")
     assert [line["restart_in_s"] for line in deaths[:3]] == [0, 0.25, 0.5]
     assert "is not usable" in deaths[1]["refusal"]
     policies.write_text("[namespaces.a]\n")
-    wait_until(lambda: len(service.events("worker_serving")) == 3, what="the new worker")
+    wait_until(lambda: len(service.events("worker_ready")) == 3, what="the new worker")
     assert service.stop() == 0
 
 

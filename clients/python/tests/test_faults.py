@@ -206,8 +206,8 @@ async def test_metadata_of_the_block_travels_with_its_calls(
         with call_metadata(("x-correlation-id", f"{unique}-async")):
             await (await client.claim(f"{unique}-2")).release()
         await client.claim(f"{unique}-3")
-    await eventually(lambda: _are(len(service.events("call")), 5), what="the log")
-    ids = [line["correlation_id"] for line in service.events("call")]
+    await eventually(lambda: _are(len(service.events("call_finished")), 5), what="the log")
+    ids = [line["correlation_id"] for line in service.events("call_finished")]
     assert ids[:4] == [f"{unique}-sync"] * 2 + [f"{unique}-async"] * 2
     assert unique not in ids[4]
 

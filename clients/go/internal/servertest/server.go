@@ -74,7 +74,7 @@ func Launch(storeURL string, arguments ...string) (*Server, error) {
 				Event     string
 				Addresses []string
 			}
-			if json.Unmarshal(lines.Bytes(), &line) == nil && line.Event == "serving" && len(line.Addresses) > 0 {
+			if json.Unmarshal(lines.Bytes(), &line) == nil && line.Event == "server_started" && len(line.Addresses) > 0 {
 				started = true
 				serving <- line.Addresses[0]
 			} else if !started {

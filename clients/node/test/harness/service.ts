@@ -29,7 +29,7 @@ export class Service implements AsyncDisposable {
     const serving = firstLine(child.stderr, (line) => {
       const entry = parse(line);
       log.push(entry);
-      return entry["event"] === "serving" ? (entry["addresses"] as string[])[0] : undefined;
+      return entry["event"] === "server_started" ? (entry["addresses"] as string[])[0] : undefined;
     });
     return new Service(child, await Promise.race([serving, failed]), log);
   }
