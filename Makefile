@@ -59,13 +59,13 @@ demo: .venv/dev.stamp redis ## Three clicks within a millisecond, without and wi
 	@.venv/bin/python examples/lucky_box/demo.py $(ARGS)
 
 chaos: .venv/dev.stamp redis ## Check histories under faults for 3 minutes (ARGS="--seed 1")
-	@PYTHONPATH=tests .venv/bin/python -m chaos.run $(ARGS)
+	@.venv/bin/python -m tests.stress.chaos.run $(ARGS)
 
 fuzz: .venv/dev.stamp ## Fuzz each reader of bytes for a minute, on Linux (ARGS="--seconds 10 --seed 1")
-	@PYTHONPATH=tests .venv/bin/python -m fuzz.run $(ARGS)
+	@.venv/bin/python -m tests.stress.fuzz.run $(ARGS)
 
 soak: .venv/dev.stamp redis ## Ten minutes of mixed load, on Linux: memory stays flat (ARGS="--engine native")
-	@PYTHONPATH=tests .venv/bin/python -m soak.run $(ARGS)
+	@.venv/bin/python -m tests.stress.soak.run $(ARGS)
 
 # Where Go is missing claims of fresh ids and batches are not measured, and the report says so.
 bench: .venv/dev.stamp redis h2load ## Measure for ten minutes, on Linux (ARGS="--quick" sees in one that all of it runs)
@@ -75,7 +75,7 @@ check: .venv/dev.stamp stubs-current ## Lint, format, types, layers, contract, g
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
-	MYPYPATH=clients/python:tests .venv/bin/mypy clients/python/dedup clients/python/tests
+	MYPYPATH=clients/python:. .venv/bin/mypy clients/python/dedup clients/python/tests
 	.venv/bin/lint-imports
 	cd protos && ../.venv/bin/buf lint
 	cd protos && ../.venv/bin/buf format -d --exit-code

@@ -9,7 +9,7 @@ import redis
 
 from dedup_service.claims import Transaction, system_clock_ms
 from dedup_service.stores.keys import prefixed_layout
-from dedup_service.stores.sqlite_file import ClaimFile
+from dedup_service.stores.sqlite.file import ClaimFile
 from dedup_service.stores.stored_value import encode
 
 SEED = 20251128

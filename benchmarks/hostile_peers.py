@@ -1,8 +1,8 @@
-"""Measures what each attack of tests/harness/attacks.py costs each engine, while it lasts, and how others fare.
+"""Measures what each attack of tests/support/attacks.py costs each engine, while it lasts, and how others fare.
 
 Every attack gets a server of its own with the embedded store, so that what one costs is not what another left behind.
 Of each it says what the server answered, its CPU time, its resident memory before, during and after (Linux only), and
-how long a claim of somebody else took while the attack was on. Run it with PYTHONPATH=tests.
+how long a claim of somebody else took while the attack was on.
 """
 
 import argparse
@@ -17,9 +17,9 @@ from typing import Any, get_args
 import grpc
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
-from dedup_service.setting_types import EngineName
-from harness.attacks import ATTACKS
-from harness.processes import ServiceProcess
+from dedup_service.config.setting_types import EngineName
+from tests.support.attacks import ATTACKS
+from tests.support.processes import ServiceProcess
 
 SIZES = {
     "rapid_reset": 100_000,

@@ -15,9 +15,9 @@ from benchmarks.figures import percentile
 from benchmarks.filling import fill_sqlite
 from dedup_service.claims import Transaction, system_clock_ms
 from dedup_service.stores.keys import prefixed_layout
-from dedup_service.stores.sqlite_file import ClaimFile
-from dedup_service.stores.sqlite_store import SqliteStore
-from dedup_service.stores.sqlite_thread import BatchThread
+from dedup_service.stores.sqlite.file import ClaimFile
+from dedup_service.stores.sqlite.store import SqliteStore
+from dedup_service.stores.sqlite.thread import BatchThread
 
 PAUSE_LIMIT_MS = 5
 _PAUSE_S = 0.004

@@ -16,8 +16,8 @@ import annotated_types
 from pydantic.fields import FieldInfo
 
 from dedup_service.cli.serve import metavar, shown_default
-from dedup_service.servicer.error_table import TABLE
-from dedup_service.settings import ENV_PREFIX, Settings
+from dedup_service.api.errors import TABLE
+from dedup_service.config.settings import ENV_PREFIX, Settings
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

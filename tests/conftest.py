@@ -12,8 +12,8 @@ import redis
 import uvloop
 from hypothesis import HealthCheck, settings
 
-from dedup_service.setting_types import EngineName
-from harness.processes import RedisProcess, ServiceProcess
+from dedup_service.config.setting_types import EngineName
+from tests.support.processes import RedisProcess, ServiceProcess
 
 # A busy machine makes an example slow, which says nothing about what is tested.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])

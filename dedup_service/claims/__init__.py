@@ -1,26 +1,30 @@
-"""The domain: transactions, outcomes, errors and the store port. It imports nothing but the standard library."""
+"""The domain: transactions, policies, errors, and the port to the stores. Imports no library."""
 
-from dedup_service.claims.callers import Caller, present_caller
 from dedup_service.claims.errors import (
     Applied,
     CallerNotAllowed,
     CallerUnknown,
+    ClaimError,
     FieldViolation,
     InvalidRequest,
+    Reason,
     StoreRefused,
     StoreUnavailable,
     TransactionNotFound,
     UnreadableValue,
 )
-from dedup_service.claims.limits import DEFAULT_NAMESPACE
-from dedup_service.claims.policy import Policies, Policy
+from dedup_service.claims.findings import Finding, Severity, worst
+from dedup_service.claims.policies import Caller, Policies, Policy
 from dedup_service.claims.service import DEFAULT_MAX_RESULT_BYTES, ClaimService, system_clock_ms
-from dedup_service.claims.store import ClaimStore, StoreNotice, StoreObserver
+from dedup_service.claims.store import ClaimStore, ConnectionObserver, StoreNotice
 from dedup_service.claims.transaction import (
+    DEFAULT_NAMESPACE,
     ClaimAnswer,
     ClaimOutcome,
     ClaimRequest,
+    Expiry,
     HolderRequest,
+    RequestedExpiry,
     Transaction,
     TransactionState,
 )
@@ -34,26 +38,32 @@ __all__ = [
     "CallerNotAllowed",
     "CallerUnknown",
     "ClaimAnswer",
+    "ClaimError",
     "ClaimOutcome",
     "ClaimRequest",
     "ClaimService",
     "ClaimStore",
     "Completion",
+    "ConnectionObserver",
+    "Expiry",
     "Extension",
     "FieldViolation",
+    "Finding",
     "HolderRequest",
     "InvalidRequest",
     "Policies",
     "Policy",
+    "Reason",
     "Release",
+    "RequestedExpiry",
+    "Severity",
     "StoreNotice",
-    "StoreObserver",
     "StoreRefused",
     "StoreUnavailable",
     "Transaction",
     "TransactionNotFound",
     "TransactionState",
     "UnreadableValue",
-    "present_caller",
     "system_clock_ms",
+    "worst",
 ]

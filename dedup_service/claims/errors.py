@@ -1,64 +1,127 @@
-"""What can go wrong with a claim, in the words of the domain; the servicer alone knows which gRPC code each one is."""
+"""What can go wrong with a call, in the terms of the domain. `api/errors.py` maps each exception to a gRPC code."""
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, StrEnum
 
 
 class Applied(Enum):
-    """Whether the failed call may have changed the store."""
+    """Whether a failed call may have changed the store."""
 
     NO = "no"
     UNKNOWN = "unknown"
 
 
+class Reason(StrEnum):
+    """The stable, machine-readable cause of every error. Error table, metrics and documentation read this list."""
+
+    INVALID_REQUEST = "INVALID_REQUEST"
+    CALLER_UNKNOWN = "CALLER_UNKNOWN"
+    CALLER_NOT_ALLOWED = "CALLER_NOT_ALLOWED"
+    TRANSACTION_NOT_FOUND = "TRANSACTION_NOT_FOUND"
+    TOO_MANY_CALLS = "TOO_MANY_CALLS"
+    DEADLINE_TOO_NEAR = "DEADLINE_TOO_NEAR"
+    DEADLINE_PASSED = "DEADLINE_PASSED"
+    SERVER_STOPPING = "SERVER_STOPPING"
+    INTERNAL = "INTERNAL"
+    STORE_REFUSED = "STORE_REFUSED"
+    KEY_OF_ANOTHER_TYPE = "KEY_OF_ANOTHER_TYPE"
+    VALUE_VERSION_UNKNOWN = "VALUE_VERSION_UNKNOWN"
+    VALUE_DAMAGED = "VALUE_DAMAGED"
+    STORE_UNREACHABLE = "STORE_UNREACHABLE"
+    SENTINEL_UNREACHABLE = "SENTINEL_UNREACHABLE"
+    CLUSTER_UNREACHABLE = "CLUSTER_UNREACHABLE"
+    STORE_CLUSTER_DOWN = "STORE_CLUSTER_DOWN"
+    STORE_CONNECTION_LOST = "STORE_CONNECTION_LOST"
+    STORE_TIMEOUT = "STORE_TIMEOUT"
+    STORE_NOT_REPLICATED = "STORE_NOT_REPLICATED"
+    STORE_PROTOCOL_ERROR = "STORE_PROTOCOL_ERROR"
+    STORE_ERROR = "STORE_ERROR"
+    STORE_QUEUE_FULL = "STORE_QUEUE_FULL"
+    STORE_CLOSED = "STORE_CLOSED"
+    STORE_READ_ONLY = "STORE_READ_ONLY"
+    STORE_LOADING = "STORE_LOADING"
+    STORE_MASTER_DOWN = "STORE_MASTER_DOWN"
+    STORE_OUT_OF_MEMORY = "STORE_OUT_OF_MEMORY"
+    STORE_NOT_AUTHENTICATED = "STORE_NOT_AUTHENTICATED"
+    STORE_NOT_PERMITTED = "STORE_NOT_PERMITTED"
+    STORE_BUSY = "STORE_BUSY"
+    STORE_MISCONFIGURED = "STORE_MISCONFIGURED"
+    STORE_TOO_FEW_REPLICAS = "STORE_TOO_FEW_REPLICAS"
+    STORE_MOVED = "STORE_MOVED"
+    STORE_TRY_AGAIN = "STORE_TRY_AGAIN"
+    STORE_FULL = "STORE_FULL"
+    STORE_IO_ERROR = "STORE_IO_ERROR"
+    STORE_CORRUPT = "STORE_CORRUPT"
+    STORE_CANNOT_OPEN = "STORE_CANNOT_OPEN"
+    STORE_FILE_REPLACED = "STORE_FILE_REPLACED"
+    STORE_STALLED = "STORE_STALLED"
+
+
 @dataclass(frozen=True, slots=True)
 class FieldViolation:
-    """One thing that is wrong with one field of a request: `description` names the limit and what to do."""
+    """One fault of one field of a request; `description` names the limit and the remedy."""
 
     field: str
     description: str
 
 
-class InvalidRequest(Exception):
+class ClaimError(Exception):
+    """A call that ended without an outcome; the message is a sentence for people and contains no secret."""
+
+    reason: Reason
+    applied: Applied = Applied.NO
+
+
+class InvalidRequest(ClaimError):
     """The request breaks the contract; nothing was read or written."""
+
+    reason = Reason.INVALID_REQUEST
 
     def __init__(self, *violations: FieldViolation) -> None:
         super().__init__("; ".join(f"{v.field}: {v.description}" for v in violations))
         self.violations = violations
 
 
-class CallerUnknown(Exception):
-    """The caller did not say who it is in a way that can be believed; nothing was read or written."""
+class CallerUnknown(ClaimError):
+    """The call does not identify its caller credibly; nothing was read or written."""
+
+    reason = Reason.CALLER_UNKNOWN
 
 
-class CallerNotAllowed(Exception):
-    """The caller is known, and may not ask for this; nothing was read or written."""
+class CallerNotAllowed(ClaimError):
+    """The caller lacks the right to this call; nothing was read or written."""
+
+    reason = Reason.CALLER_NOT_ALLOWED
 
 
-class TransactionNotFound(Exception):
-    """Nobody holds the transaction that was looked up."""
+class TransactionNotFound(ClaimError):
+    """The transaction is not claimed."""
+
+    reason = Reason.TRANSACTION_NOT_FOUND
 
 
-class StoreUnavailable(Exception):
-    """The store could not answer.
+class StoreUnavailable(ClaimError):
+    """The store could not answer; `applied` says whether it may have carried the command out."""
 
-    `reason` is a stable UPPER_SNAKE_CASE word for machines, the message a sentence for people without any secret, and
-    `applied` says whether the command may have been carried out all the same.
-    """
-
-    def __init__(self, reason: str, message: str, applied: Applied) -> None:
+    def __init__(self, reason: Reason, message: str, applied: Applied) -> None:
         super().__init__(message)
         self.reason = reason
         self.applied = applied
 
+    def with_applied(self, applied: Applied) -> "StoreUnavailable":
+        """Return a copy that says `applied`; an exception raised in several tasks would collect their tracebacks."""
+        return StoreUnavailable(self.reason, str(self), applied)
 
-class UnreadableValue(Exception):
-    """The store holds something under this transaction's key that this version cannot read; it was left alone."""
 
-    def __init__(self, reason: str, message: str) -> None:
+class UnreadableValue(ClaimError):
+    """This version cannot read the value under the transaction's key; the value was left alone."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
         super().__init__(message)
         self.reason = reason
 
 
-class StoreRefused(Exception):
-    """The store cannot be used as it is configured, and waiting will not mend it; the message says what to change."""
+class StoreRefused(ClaimError):
+    """The store cannot work as it is configured, and waiting will not help; the message says what to change."""
+
+    reason = Reason.STORE_REFUSED

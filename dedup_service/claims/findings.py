@@ -1,4 +1,4 @@
-"""What an examination of a store says: one finding a check, each with what to do about it."""
+"""Findings of a store examination: one for each check, with its remedy."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class Severity(IntEnum):
-    """How much a finding matters: a warning may lose claims in a bad moment, a critical one will, or refuses them."""
+    """Weight of a finding. WARNING: claims may be lost in an incident. CRITICAL: they will be lost, or are refused."""
 
     OK = 0
     INFO = 1
@@ -21,10 +21,9 @@ class Severity(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was checked.
+    """The result of one check: a stable `check` name, a `message`, and a `remedy` where there is something to do.
 
-    `check` is a stable word for machines, `message` says what was found and what can go wrong, and `remedy` the line to
-    change; it is empty where there is nothing to do. None of them holds a secret.
+    Neither text contains a secret.
     """
 
     check: str
@@ -33,10 +32,10 @@ class Finding:
     remedy: str = ""
 
     def as_dict(self) -> dict[str, str]:
-        """Return the finding as logs and JSON have it."""
+        """Return the fields of the log line and of the JSON output."""
         return {"check": self.check, "severity": self.severity.word, "message": self.message, "remedy": self.remedy}
 
 
 def worst(findings: Iterable[Finding]) -> Severity:
-    """Return the severity of the worst finding; OK when there is none."""
+    """Return the highest severity; OK without findings."""
     return max((finding.severity for finding in findings), default=Severity.OK)

@@ -1,14 +1,12 @@
-"""The limits of the contract, each checked in one place; every violation names its field, the limit and the remedy."""
+"""The limits of the contract, each checked in one place. A violation names its field, the limit and the remedy."""
 
 import re
 from collections.abc import Iterator
 
 from dedup_service.claims.errors import FieldViolation
-from dedup_service.claims.policy import Policy
-from dedup_service.claims.transaction import ClaimRequest, HolderRequest
-from dedup_service.durations import format_duration
-
-DEFAULT_NAMESPACE = "default"
+from dedup_service.claims.policies import Policy
+from dedup_service.claims.transaction import ClaimRequest, HolderRequest, RequestedExpiry
+from dedup_service.config.durations import format_duration
 
 MAX_TRANSACTION_ID_BYTES = 512
 MAX_CLAIMANT_BYTES = 256
@@ -23,8 +21,15 @@ _TOKEN = re.compile(r"[\x20-\x7e]{16,64}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
+def namespace_fault(namespace: str) -> str | None:
+    """Return what is wrong with the name of a namespace, or None."""
+    if _NAMESPACE.fullmatch(namespace):
+        return None
+    return "must be 1 to 63 of the characters a-z, 0-9, '_', '.' and '-', and begin with a letter or digit"
+
+
 def identity_violations(transaction_id: str, namespace: str) -> Iterator[FieldViolation]:
-    """Yield what is wrong with a transaction id and its namespace (already defaulted)."""
+    """Yield the faults of a transaction id and its namespace."""
     size = len(transaction_id.encode())
     if not size:
         yield FieldViolation("transaction_id", "is empty: send the id of the transaction, 1 to 512 bytes of UTF-8")
@@ -35,17 +40,14 @@ def identity_violations(transaction_id: str, namespace: str) -> Iterator[FieldVi
         )
     if control := _CONTROL.search(transaction_id):
         yield FieldViolation("transaction_id", _control_character(control))
-    if not _NAMESPACE.fullmatch(namespace):
-        yield FieldViolation(
-            "namespace",
-            "must be 1 to 63 of the characters a-z, 0-9, '_', '.' and '-', and begin with a letter or digit",
-        )
+    if fault := namespace_fault(namespace):
+        yield FieldViolation("namespace", fault)
 
 
-def claim_violations(request: ClaimRequest, namespace: str, policy: Policy, now_ms: int) -> Iterator[FieldViolation]:
-    """Yield everything that is wrong with a claim, for a namespace already defaulted."""
-    yield from identity_violations(request.transaction_id, namespace)
-    yield from expiry_violations(request.ttl_ms, request.expire_time_ms, policy, now_ms)
+def claim_violations(request: ClaimRequest, policy: Policy, now_ms: int) -> Iterator[FieldViolation]:
+    """Yield every fault of a claim."""
+    yield from identity_violations(request.transaction_id, request.namespace)
+    yield from expiry_violations(request.expiry, policy, now_ms)
     if request.claim_token and not _TOKEN.fullmatch(request.claim_token):
         yield FieldViolation(
             "claim_token",
@@ -62,41 +64,39 @@ def claim_violations(request: ClaimRequest, namespace: str, policy: Policy, now_
             f"has {len(request.payload_fingerprint)} bytes, at most {MAX_FINGERPRINT_BYTES} are allowed: send a digest",
         )
     if request.wait_ms < 0:
-        yield FieldViolation("wait", "is negative: leave it out in order not to wait")
+        yield FieldViolation("wait", "is negative: leave it out to receive the answer at once")
     elif request.wait_ms > MAX_WAIT_MS:
         yield FieldViolation("wait", f"is longer than the maximum of {format_duration(MAX_WAIT_MS)}")
 
 
 def holder_violations(
-    request: HolderRequest, namespace: str, policy: Policy, now_ms: int, max_result_bytes: int
+    request: HolderRequest, policy: Policy, now_ms: int, max_result_bytes: int
 ) -> Iterator[FieldViolation]:
-    """Yield everything that is wrong with a completion, an extension or a release."""
-    yield from identity_violations(request.transaction_id, namespace)
-    yield from expiry_violations(request.ttl_ms, request.expire_time_ms, policy, now_ms)
+    """Yield every fault of a completion, an extension or a release."""
+    yield from identity_violations(request.transaction_id, request.namespace)
+    yield from expiry_violations(request.expiry, policy, now_ms)
     if not request.claim_token:
-        yield FieldViolation("claim_token", "is empty: send the token that the claim returned")
+        yield FieldViolation("claim_token", "is empty: send the token the claim returned")
     elif not _TOKEN.fullmatch(request.claim_token):
-        yield FieldViolation("claim_token", "is no claim token: send the one that the claim returned")
+        yield FieldViolation("claim_token", "is not a claim token: send the one the claim returned")
     if len(request.result) > max_result_bytes:
         yield FieldViolation(
             "result",
-            f"has {len(request.result)} bytes, at most {max_result_bytes} are allowed: keep it elsewhere, send a key",
+            f"has {len(request.result)} bytes, at most {max_result_bytes} are allowed: store it elsewhere, send a key",
         )
 
 
-def expiry_violations(
-    ttl_ms: int | None, expire_time_ms: int | None, policy: Policy, now_ms: int
-) -> Iterator[FieldViolation]:
-    """Yield what is wrong with a ttl or an expire time against a policy."""
-    if ttl_ms is not None:
-        if ttl_ms <= 0:
+def expiry_violations(expiry: RequestedExpiry, policy: Policy, now_ms: int) -> Iterator[FieldViolation]:
+    """Yield the faults of a ttl or an expire time under a policy."""
+    if expiry.ttl_ms is not None:
+        if expiry.ttl_ms <= 0:
             yield FieldViolation("ttl", "must be at least 1 ms: leave it out for the default of the namespace")
-        elif ttl_ms > policy.max_ttl_ms:
+        elif expiry.ttl_ms > policy.max_ttl_ms:
             yield FieldViolation("ttl", f"is longer than the maximum of {format_duration(policy.max_ttl_ms)}")
-    if expire_time_ms is not None:
-        if expire_time_ms <= now_ms:
+    if expiry.time_ms is not None:
+        if expiry.time_ms <= now_ms:
             yield FieldViolation("expire_time", "is in the past: send a time in the future, or a ttl")
-        elif expire_time_ms - now_ms > policy.max_ttl_ms:
+        elif expiry.time_ms - now_ms > policy.max_ttl_ms:
             yield FieldViolation(
                 "expire_time", f"is further away than the maximum ttl of {format_duration(policy.max_ttl_ms)}"
             )

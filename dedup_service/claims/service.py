@@ -1,27 +1,33 @@
-"""The claim semantics: what is asked of the store, and what its answer means. It knows no protocol and no database."""
+"""The claim semantics: what is asked of the store, and what its answer means. Knows no protocol and no database."""
 
+import os
 import time
+from base64 import urlsafe_b64encode
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from dedup_service.claims.errors import Applied, InvalidRequest, StoreUnavailable, TransactionNotFound
-from dedup_service.claims.limits import DEFAULT_NAMESPACE, claim_violations, holder_violations, identity_violations
-from dedup_service.claims.policy import Policies, Policy
+from dedup_service.claims.limits import claim_violations, holder_violations, identity_violations
+from dedup_service.claims.policies import Caller, Policies, Policy
 from dedup_service.claims.store import ClaimStore
-from dedup_service.claims.tokens import claim_tokens
 from dedup_service.claims.transaction import (
     ClaimAnswer,
     ClaimOutcome,
     ClaimRequest,
+    Expiry,
     HolderRequest,
     Transaction,
     TransactionState,
 )
 from dedup_service.claims.transitions import Completion, Extension, Release
-from dedup_service.claims.waiting import WaitingRoom
+from dedup_service.claims.waiting import Waiters
 
 DEFAULT_MAX_RESULT_BYTES = 4_096
+
+_TOKEN_BYTES = 16
+# Many tokens for one system call: asked one by one, the call would cost more than all else about a token.
+_TOKENS_AT_A_TIME = 256
 
 
 def system_clock_ms() -> int:
@@ -30,10 +36,10 @@ def system_clock_ms() -> int:
 
 
 class _Admitted(NamedTuple):
-    """A claim that the store may be asked for, and the rules that it began with."""
+    """A checked claim, and the policy it began with."""
 
     claim: Transaction
-    ttl_ms: int | None
+    expiry: Expiry
     token: str
     policy: Policy
 
@@ -41,7 +47,8 @@ class _Admitted(NamedTuple):
 class ClaimService:
     """Admits each transaction at most once, over any store.
 
-    Every method raises InvalidRequest before anything is written, StoreUnavailable and UnreadableValue.
+    Every method raises CallerNotAllowed and InvalidRequest before anything is written, StoreUnavailable and
+    UnreadableValue. `caller` is None where callers are not identified.
     """
 
     def __init__(
@@ -55,36 +62,38 @@ class ClaimService:
         self._store = store
         self._max_result_bytes = max_result_bytes
         self._clock_ms = clock_ms
-        self._waiting = WaitingRoom(store)
+        self._waiters = Waiters(store)
         self._tokens = claim_tokens()
         self.policies = policies
-        """The rules in force; may be replaced at any time, and calls under way keep those that they began with."""
+        """The rules in force. May be replaced at any time; calls in flight keep those they began with."""
         self.shadow_duplicates: Counter[str] = Counter()
-        """How many claims of each namespace were let through by shadow mode alone."""
+        """Claims that only shadow mode let through, by namespace."""
 
     async def close(self) -> None:
-        """Let everybody who waits go on to their answer, and let nobody wait any more."""
-        await self._waiting.close()
+        """Send every waiting call to its answer, and let none wait any more."""
+        await self._waiters.close()
 
-    async def claim(self, request: ClaimRequest) -> ClaimAnswer:
+    async def claim(self, request: ClaimRequest, caller: Caller | None = None) -> ClaimAnswer:
         """Claim a transaction with one atomic command of the store.
 
-        CLAIMED only when the store took this very claim, or holds one in progress with the caller's own token (then
-        `replayed`), or when the namespace is in shadow mode (then `shadow_duplicate` says what it would have been).
+        CLAIMED only if the store took this claim, or holds one in progress with the caller's own token (`replayed`), or
+        if the namespace is in shadow mode (`shadow_duplicate`).
         """
-        admitted = self._admit(request)
-        answer = self._answer(admitted, await self._store.claim(admitted.claim, admitted.ttl_ms))
+        admitted = self._admit(request, caller)
+        answer = self._answer(admitted, await self._store.claim(admitted.claim, admitted.expiry))
         if request.wait_ms and _is_in_progress(answer):
             return await self._wait_and_claim(request, admitted, answer)
         return answer
 
-    async def claim_all(self, requests: Sequence[ClaimRequest]) -> list[ClaimAnswer | Exception]:
-        """Claim many transactions in their order, each as `claim` would and each alone, except that none waits.
+    async def claim_all(
+        self, requests: Sequence[ClaimRequest], caller: Caller | None = None
+    ) -> list[ClaimAnswer | Exception]:
+        """Claim many transactions in order, each independent of the others; none waits.
 
-        Returns the answer to each, or the exception that `claim` would have raised.
+        Returns for each the answer of `claim`, or the exception `claim` would have raised.
         """
-        admitted = [self._admit_one_of_many(request) for request in requests]
-        asked = [(one.claim, one.ttl_ms) for one in admitted if isinstance(one, _Admitted)]
+        admitted = [self._admit_one_of_many(request, caller) for request in requests]
+        asked = [(one.claim, one.expiry) for one in admitted if isinstance(one, _Admitted)]
         holders = iter(await self._store.claim_all(asked))
         answers: list[ClaimAnswer | Exception] = []
         for one in admitted:
@@ -95,88 +104,83 @@ class ClaimService:
             answers.append(holder if isinstance(holder, Exception) else self._answer(one, holder))
         return answers
 
-    async def complete(self, request: HolderRequest) -> Transaction | None:
-        """Complete a transaction and return it, or None when the token does not hold it.
+    async def complete(self, request: HolderRequest, caller: Caller | None = None) -> Transaction | None:
+        """Complete a transaction and return it, or None if the token does not hold it.
 
         Repeating a completion with its token and result returns the transaction as it was completed.
         """
-        namespace, policy = self._check_holder(request)
-        ttl_ms, expire_time_ms, now_ms = self._lifetime(request.ttl_ms, request.expire_time_ms, policy.retention_ms)
+        policy, now_ms = self._check_holder(request, caller)
         completed = await self._store.complete(
             Completion(
-                namespace,
+                request.namespace,
                 request.transaction_id,
                 request.claim_token,
                 result=request.result,
                 completion_time_ms=now_ms,
-                expire_time_ms=expire_time_ms,
-                ttl_ms=ttl_ms,
+                expiry=request.expiry.resolve(policy.retention_ms, now_ms),
             )
         )
         if completed is not None:
-            self._waiting.tell(namespace, request.transaction_id)
+            self._waiters.wake(request.namespace, request.transaction_id)
         return completed
 
-    async def release(self, request: HolderRequest) -> bool:
-        """Give a claim in progress back, and return whether the token held it."""
-        namespace, _ = self._check_holder(request)
-        released = await self._store.release(Release(namespace, request.transaction_id, request.claim_token))
+    async def release(self, request: HolderRequest, caller: Caller | None = None) -> bool:
+        """Release a claim in progress, and return whether the token held it."""
+        self._check_holder(request, caller)
+        released = await self._store.release(Release(request.namespace, request.transaction_id, request.claim_token))
         if released:
-            self._waiting.tell(namespace, request.transaction_id)
+            self._waiters.wake(request.namespace, request.transaction_id)
         return released
 
-    async def extend(self, request: HolderRequest) -> Transaction | None:
-        """Move the end of a claim in progress and return it, or None when the token does not hold it."""
-        namespace, policy = self._check_holder(request)
-        ttl_ms, expire_time_ms, _ = self._lifetime(request.ttl_ms, request.expire_time_ms, policy.default_ttl_ms)
+    async def extend(self, request: HolderRequest, caller: Caller | None = None) -> Transaction | None:
+        """Extend a claim in progress and return it, or None if the token does not hold it."""
+        policy, now_ms = self._check_holder(request, caller)
         return await self._store.extend(
             Extension(
-                namespace,
+                request.namespace,
                 request.transaction_id,
                 request.claim_token,
-                expire_time_ms=expire_time_ms,
-                ttl_ms=ttl_ms,
+                expiry=request.expiry.resolve(policy.default_ttl_ms, now_ms),
                 allow_shortening=request.allow_shortening,
             )
         )
 
-    async def get(self, namespace: str, transaction_id: str) -> Transaction:
-        """Return a transaction and change nothing. Raises TransactionNotFound when nobody holds it."""
-        namespace = namespace or DEFAULT_NAMESPACE
-        self.policies.of(namespace)
+    async def get(self, namespace: str, transaction_id: str, caller: Caller | None = None) -> Transaction:
+        """Return a transaction. Raises TransactionNotFound if it is not claimed."""
+        self.policies.of(namespace, caller)
         if violations := tuple(identity_violations(transaction_id, namespace)):
             raise InvalidRequest(*violations)
         try:
             transaction = await self._store.get(namespace, transaction_id)
         except StoreUnavailable as error:
-            # Whatever became of the question, it changed nothing.
-            raise StoreUnavailable(error.reason, str(error), Applied.NO) from error
+            # A read changes nothing, whether or not it was carried out.
+            raise error.with_applied(Applied.NO) from error
         if transaction is None:
             raise TransactionNotFound(f"no transaction with this id is claimed in the namespace {namespace!r}")
         return transaction
 
-    def _admit(self, request: ClaimRequest) -> _Admitted:
-        namespace = request.namespace or DEFAULT_NAMESPACE
-        policy = self.policies.of(namespace)
-        if violations := tuple(claim_violations(request, namespace, policy, self._clock_ms())):
+    def _admit(self, request: ClaimRequest, caller: Caller | None) -> _Admitted:
+        policy = self.policies.of(request.namespace, caller)
+        now_ms = self._clock_ms()
+        if violations := tuple(claim_violations(request, policy, now_ms)):
             raise InvalidRequest(*violations)
         token = request.claim_token or next(self._tokens)
-        ttl_ms, expire_time_ms, now_ms = self._lifetime(request.ttl_ms, request.expire_time_ms, policy.default_ttl_ms)
+        expiry = request.expiry.resolve(policy.default_ttl_ms, now_ms)
         claim = Transaction(
-            namespace=namespace,
+            namespace=request.namespace,
             transaction_id=request.transaction_id,
             claim_token=token,
             claimant=request.claimant,
             claim_time_ms=now_ms,
-            expire_time_ms=expire_time_ms,
+            expire_time_ms=expiry.time_ms,
             payload_fingerprint=request.payload_fingerprint,
         )
-        return _Admitted(claim, ttl_ms, token, policy)
+        return _Admitted(claim, expiry, token, policy)
 
-    def _admit_one_of_many(self, request: ClaimRequest) -> _Admitted | Exception:
+    def _admit_one_of_many(self, request: ClaimRequest, caller: Caller | None) -> _Admitted | Exception:
         try:
-            return self._admit(request)
-        except Exception as error:  # noqa: BLE001 - whatever is wrong with one claim, the others are made
+            return self._admit(request, caller)
+        except Exception as error:  # noqa: BLE001 - a fault of one claim must not fail the others
             return error
 
     def _answer(self, admitted: _Admitted, holder: Transaction | None) -> ClaimAnswer:
@@ -190,34 +194,25 @@ class ClaimService:
         claim, _, _, policy = admitted
         until = time.monotonic() + request.wait_ms / 1_000
         while _is_in_progress(answer) and (left_s := until - time.monotonic()) > 0:
-            await self._waiting.ended(claim.namespace, claim.transaction_id, left_s)
-            # Asked anew also at the end of the wait: what was known before may have changed since.
-            ttl_ms, end_ms, now_ms = self._lifetime(request.ttl_ms, request.expire_time_ms, policy.default_ttl_ms)
-            claim = claim._replace(claim_time_ms=now_ms, expire_time_ms=end_ms)
-            answer = self._answer(admitted._replace(claim=claim), await self._store.claim(claim, ttl_ms))
-            if self._waiting.closed:
+            await self._waiters.wait(claim.namespace, claim.transaction_id, left_s)
+            # Claimed again at the end of the wait, too: the last answer may be stale.
+            now_ms = self._clock_ms()
+            expiry = request.expiry.resolve(policy.default_ttl_ms, now_ms)
+            claim = claim._replace(claim_time_ms=now_ms, expire_time_ms=expiry.time_ms)
+            answer = self._answer(admitted._replace(claim=claim), await self._store.claim(claim, expiry))
+            if self._waiters.closed:
                 break
         return answer
 
-    def _check_holder(self, request: HolderRequest) -> tuple[str, Policy]:
-        namespace = request.namespace or DEFAULT_NAMESPACE
-        policy = self.policies.of(namespace)
-        found = holder_violations(request, namespace, policy, self._clock_ms(), self._max_result_bytes)
-        if violations := tuple(found):
+    def _check_holder(self, request: HolderRequest, caller: Caller | None) -> tuple[Policy, int]:
+        policy, now_ms = self.policies.of(request.namespace, caller), self._clock_ms()
+        if violations := tuple(holder_violations(request, policy, now_ms, self._max_result_bytes)):
             raise InvalidRequest(*violations)
-        return namespace, policy
-
-    def _lifetime(self, ttl_ms: int | None, expire_time_ms: int | None, default_ms: int) -> tuple[int | None, int, int]:
-        """Return the ttl (None when the end was given as a time), the end, and the present."""
-        now_ms = self._clock_ms()
-        if expire_time_ms is not None:
-            return None, expire_time_ms, now_ms
-        ttl_ms = default_ms if ttl_ms is None else ttl_ms
-        return ttl_ms, now_ms + ttl_ms, now_ms
+        return policy, now_ms
 
 
 def decide(claim: Transaction, token: str, holder: Transaction | None) -> ClaimAnswer:
-    """Return what it means that a store met `holder` when it was asked to keep `claim`, made with `token`."""
+    """Return the answer to `claim`, made with `token`, where the store reported `holder`."""
     if holder is None:
         return ClaimAnswer(ClaimOutcome.CLAIMED, claim, token)
     asked, held = claim.payload_fingerprint, holder.payload_fingerprint
@@ -227,6 +222,14 @@ def decide(claim: Transaction, token: str, holder: Transaction | None) -> ClaimA
     if holder.claim_token == token and holder.state is TransactionState.IN_PROGRESS:
         return ClaimAnswer(ClaimOutcome.CLAIMED, holder, token, replayed=True)
     return ClaimAnswer(ClaimOutcome.DUPLICATE, holder, token)
+
+
+def claim_tokens() -> Iterator[str]:
+    """Yield random tokens without end: 128 bits each, as 22 characters of URL-safe base64."""
+    while True:
+        block = os.urandom(_TOKEN_BYTES * _TOKENS_AT_A_TIME)
+        for start in range(0, len(block), _TOKEN_BYTES):
+            yield urlsafe_b64encode(block[start : start + _TOKEN_BYTES])[:22].decode()
 
 
 def _is_in_progress(answer: ClaimAnswer) -> bool:

@@ -1,21 +1,23 @@
-"""What a claim is: the stored transaction, the question a caller asks, and the answer. Times are Unix milliseconds.
+"""Claims as values: the stored transaction, the caller's request, the answer. Times are Unix milliseconds.
 
-Each call makes several of these, hence named tuples: frozen dataclasses take three times as long to make.
+Each call makes several of these, hence named tuples: a frozen dataclass takes three times as long to make.
 """
 
 from enum import Enum, IntEnum
 from typing import NamedTuple
 
+DEFAULT_NAMESPACE = "default"
+
 
 class TransactionState(IntEnum):
-    """What has become of a claimed transaction; the numbers are those of the stored value and of the contract."""
+    """State of a claimed transaction; the numbers are those of the stored value and of the contract."""
 
     IN_PROGRESS = 1
     COMPLETED = 2
 
 
 class ClaimOutcome(Enum):
-    """How a claim ended; only CLAIMED means "go"."""
+    """Outcome of a claim; only CLAIMED means "go"."""
 
     CLAIMED = "CLAIMED"
     DUPLICATE = "DUPLICATE"
@@ -23,16 +25,40 @@ class ClaimOutcome(Enum):
 
 
 def _without_token(values: NamedTuple) -> str:
-    """Return a representation that no log line or traceback can show a token by."""
+    """Return a representation that is safe for logs and tracebacks."""
     shown = (f"{name}={value!r}" for name, value in values._asdict().items() if name != "claim_token")
     return f"{type(values).__name__}({', '.join(shown)})"
+
+
+class Expiry(NamedTuple):
+    """The end of a record: `ttl_ms` after the store receives it by the store's clock, or else at `time_ms`.
+
+    With a ttl, `time_ms` is the expected end by the clock of this host.
+    """
+
+    time_ms: int
+    ttl_ms: int | None = None
+
+
+class RequestedExpiry(NamedTuple):
+    """The end a caller asks for: a ttl, a time, or neither for the default of the namespace."""
+
+    ttl_ms: int | None = None
+    time_ms: int | None = None
+
+    def resolve(self, default_ttl_ms: int, now_ms: int) -> Expiry:
+        """Return the end, counted from `now_ms` where it is a ttl."""
+        if self.time_ms is not None:
+            return Expiry(self.time_ms)
+        ttl_ms = default_ttl_ms if self.ttl_ms is None else self.ttl_ms
+        return Expiry(now_ms + ttl_ms, ttl_ms)
 
 
 class Transaction(NamedTuple):
     """A claimed transaction as a store holds it.
 
-    A claim that was not written by this service (its holder is unknown) has no token, no claim time, and an expiry only
-    where the store was asked for it.
+    A claim this service did not write has an unknown holder: no token, no claim time, and an expire time only where the
+    store was asked for it.
     """
 
     namespace: str
@@ -51,16 +77,14 @@ class Transaction(NamedTuple):
 
 
 class ClaimRequest(NamedTuple):
-    """One caller's question, as it came in: nothing in it has been checked yet.
+    """A claim as the caller sent it, not yet checked.
 
-    At most one of `ttl_ms` and `expire_time_ms` is set; an empty `claim_token` asks for a generated one. A duplicate of
-    work in progress waits up to `wait_ms` for its end.
+    An empty `claim_token` asks for a generated one. A duplicate of work in progress waits up to `wait_ms` for its end.
     """
 
     transaction_id: str
-    namespace: str = ""
-    ttl_ms: int | None = None
-    expire_time_ms: int | None = None
+    namespace: str = DEFAULT_NAMESPACE
+    expiry: RequestedExpiry = RequestedExpiry()
     claim_token: str = ""
     claimant: str = ""
     payload_fingerprint: bytes = b""
@@ -71,16 +95,12 @@ class ClaimRequest(NamedTuple):
 
 
 class HolderRequest(NamedTuple):
-    """What a caller asks of a transaction that its token holds, as it came in.
-
-    `result` belongs to a completion, `allow_shortening` to an extension; a release has no expiry.
-    """
+    """A request of the holder, not yet checked. Completions use `result`, extensions `allow_shortening`."""
 
     transaction_id: str
-    namespace: str = ""
+    namespace: str = DEFAULT_NAMESPACE
     claim_token: str = ""
-    ttl_ms: int | None = None
-    expire_time_ms: int | None = None
+    expiry: RequestedExpiry = RequestedExpiry()
     result: bytes = b""
     allow_shortening: bool = False
 
@@ -89,9 +109,9 @@ class HolderRequest(NamedTuple):
 
 
 class ClaimAnswer(NamedTuple):
-    """The outcome of one claim, and the transaction as the store holds it after it.
+    """The outcome of a claim, and the transaction as the store holds it now.
 
-    `claim_token` is the caller's own. It may differ from the transaction's, which nobody but its holder may see.
+    `claim_token` is the caller's own. The transaction's token may be another one, which only its holder may see.
     """
 
     outcome: ClaimOutcome

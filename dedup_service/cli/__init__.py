@@ -3,7 +3,7 @@
 import gc
 import sys
 
-from dedup_service.settings import BadSettings
+from dedup_service.config.settings import BadSettings
 
 
 def main() -> None:

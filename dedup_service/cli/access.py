@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import grpc
 import typer
 
-from dedup_service.settings import (
+from dedup_service.config.settings import (
     TARGET_TLS_CA_VARIABLE,
     TARGET_TLS_CERT_VARIABLE,
     TARGET_TLS_KEY_VARIABLE,

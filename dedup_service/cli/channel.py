@@ -13,7 +13,7 @@ from dedup.channels import channel_options
 from dedup.error_details import failure_of_call, failure_of_status
 from dedup_service.cli import exit_codes
 from dedup_service.cli.access import Access, present_access
-from dedup_service.settings import listening_address, target_from_environment
+from dedup_service.config.settings import listening_address, target_from_environment
 
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104 - read, not bound
 

@@ -5,8 +5,8 @@ from typing import Annotated
 import typer
 from google.protobuf.duration_pb2 import Duration
 
-from dedup_service.durations import UNITS_MS, parse_duration
-from dedup_service.settings import TARGET_VARIABLE
+from dedup_service.config.durations import UNITS_MS, parse_duration
+from dedup_service.config.settings import TARGET_VARIABLE
 
 TransactionId = Annotated[str, typer.Argument(help="The id of the transaction.", metavar="ID", show_default=False)]
 Namespace = Annotated[str, typer.Option(help="The namespace of the id.")]

@@ -10,13 +10,13 @@ import uvloop
 from pydantic.fields import FieldInfo
 
 from dedup_service import __version__
-from dedup_service.banner import banner
-from dedup_service.durations import format_duration
+from dedup_service.observability.banner import banner
+from dedup_service.config.durations import format_duration
 from dedup_service.server import StartRefused, serve
-from dedup_service.setting_types import DurationMs
-from dedup_service.settings import CONFIG_VARIABLE, ENV_PREFIX, Settings, load_settings
-from dedup_service.telemetry.logs import configure_logs, logger
-from dedup_service.workers.orders import SupervisorOrders, become_supervisor
+from dedup_service.config.setting_types import DurationMs
+from dedup_service.config.settings import CONFIG_VARIABLE, ENV_PREFIX, Settings, load_settings
+from dedup_service.observability.logs import configure_logs, logger
+from dedup_service.supervisor.messages import SupervisorOrders, become_supervisor
 
 _DESCRIPTION = """\
 Serve claims over gRPC until SIGTERM or SIGINT.

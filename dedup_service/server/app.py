@@ -19,26 +19,26 @@ from dedup_service.server.health_listener import listen_for_probes
 from dedup_service.server.listeners import StartRefused
 from dedup_service.server.log_ids import logged_ids
 from dedup_service.server.measuring import CountedClaims, MeasuredStore, follow_calls, measuring
-from dedup_service.server.policy_file import load_policies
+from dedup_service.config.policy_file import load_policies
 from dedup_service.server.policy_reload import PolicyReload
 from dedup_service.server.readiness import Readiness
 from dedup_service.server.startup_checks import StartupChecks, store_place
 from dedup_service.server.tls import tls_credentials
-from dedup_service.server.token_file import load_tokens
+from dedup_service.config.token_file import load_tokens
 from dedup_service.server.tracing import TracedStore, call_traces, store_traces, tracing
-from dedup_service.servicer.admission import Admission
-from dedup_service.servicer.caller_gate import CallerGate
-from dedup_service.servicer.dedup_servicer import SERVICE_NAME, DedupServicer, add_to_server
-from dedup_service.settings import BadSettings, Settings
-from dedup_service.stores import make_store
-from dedup_service.telemetry.call_log import CallLog
-from dedup_service.telemetry.logs import logger
-from dedup_service.workers.orders import WorkerOrders
+from dedup_service.api.admission import Admission
+from dedup_service.api.authorization import CallerGate
+from dedup_service.api.servicer import SERVICE_NAME, DedupServicer, add_to_server
+from dedup_service.config.settings import BadSettings, Settings
+from dedup_service.stores.registry import make_store
+from dedup_service.observability.call_log import CallLog
+from dedup_service.observability.logs import logger
+from dedup_service.supervisor.messages import WorkerOrders
 
 if TYPE_CHECKING:
     # Who does not ask for metrics or traces does not load their library.
-    from dedup_service.telemetry.metrics import Metrics
-    from dedup_service.telemetry.traces import Traces
+    from dedup_service.observability.metrics import Metrics
+    from dedup_service.observability.traces import Traces
 
 # What one connection may have under way beyond what the server admits at all, such as health checks. So a caller with
 # too many is still told so, and a hostile one cannot pile up more.

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dedup_service.addresses import beyond_this_host
-from dedup_service.settings import Settings
+from dedup_service.config.addresses import beyond_this_host
+from dedup_service.config.settings import Settings
 
 
 def warn_of_exposure(settings: Settings, addresses: Sequence[str], log: Any) -> None:  # noqa: ANN401 - as logger()

@@ -1,7 +1,7 @@
 """Reads the key that ids are hashed with in the log."""
 
-from dedup_service.settings import BadSettings, Settings
-from dedup_service.telemetry.logged_ids import LoggedIds
+from dedup_service.config.settings import BadSettings, Settings
+from dedup_service.observability.logged_ids import LoggedIds
 
 # A shorter one could be found by trying all that there are.
 _MIN_KEY_BYTES = 16

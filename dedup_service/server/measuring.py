@@ -22,15 +22,15 @@ from dedup_service.claims import (
     Transaction,
 )
 from dedup_service.server.listeners import StartRefused
-from dedup_service.servicer.admission import Admission
-from dedup_service.servicer.dedup_servicer import METHODS, SERVICE_NAME
-from dedup_service.settings import Settings
-from dedup_service.telemetry.logs import logger
-from dedup_service.workers.orders import WorkerOrders
+from dedup_service.api.admission import Admission
+from dedup_service.api.servicer import METHODS, SERVICE_NAME
+from dedup_service.config.settings import Settings
+from dedup_service.observability.logs import logger
+from dedup_service.supervisor.messages import WorkerOrders
 
 if TYPE_CHECKING:
     # Who does not ask for metrics does not load their library.
-    from dedup_service.telemetry.metrics import ClaimMetrics, Metrics, StoreMetrics
+    from dedup_service.observability.metrics import ClaimMetrics, Metrics, StoreMetrics
 
 _SAMPLE_INTERVAL_S = 0.25
 
@@ -47,8 +47,8 @@ def measuring(settings: Settings, worker: WorkerOrders | None) -> Iterator["Metr
     if settings.metrics_listen is None:
         yield None
         return
-    from dedup_service.telemetry.metrics import Metrics, share_figures  # noqa: PLC0415
-    from dedup_service.telemetry.metrics_server import MetricsPortTaken, MetricsServer  # noqa: PLC0415
+    from dedup_service.observability.metrics import Metrics, share_figures  # noqa: PLC0415
+    from dedup_service.observability.metrics_server import MetricsPortTaken, MetricsServer  # noqa: PLC0415
 
     if worker is not None and worker.figures_folder is not None:
         share_figures(worker.figures_folder, worker.number)
@@ -83,7 +83,7 @@ class CountedClaims(ClaimService):
 
     def __init__(self, store: ClaimStore, policies: Policies, metrics: "Metrics", *, max_result_bytes: int) -> None:
         super().__init__(store, policies, max_result_bytes=max_result_bytes)
-        from dedup_service.telemetry.metrics import OTHER  # noqa: PLC0415
+        from dedup_service.observability.metrics import OTHER  # noqa: PLC0415
 
         self._bind = metrics.claims
         self._others = metrics.claims(OTHER)

@@ -5,10 +5,10 @@ import signal
 from typing import Any
 
 from dedup_service.claims import ClaimService, Policies
-from dedup_service.server.policy_file import load_policies
-from dedup_service.server.token_file import load_tokens
-from dedup_service.servicer.caller_gate import CallerGate
-from dedup_service.settings import BadSettings, Settings
+from dedup_service.config.policy_file import load_policies
+from dedup_service.config.token_file import load_tokens
+from dedup_service.api.authorization import CallerGate
+from dedup_service.config.settings import BadSettings, Settings
 
 
 class PolicyReload:

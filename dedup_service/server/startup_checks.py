@@ -7,8 +7,8 @@ from typing import Any
 from dedup_service.claims.findings import Severity
 from dedup_service.server.listeners import StartRefused
 from dedup_service.server.readiness import Readiness
-from dedup_service.settings import Settings
-from dedup_service.stores import StorePlace, examine_store
+from dedup_service.config.settings import Settings
+from dedup_service.stores.registry import StorePlace, examine_store
 
 # What the examination may add to the start.
 _TIMEOUT_S = 2.0

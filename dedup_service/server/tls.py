@@ -10,7 +10,7 @@ import grpc
 
 from dedup_service.server.engines import MakeCredentials
 from dedup_service.server.listeners import StartRefused
-from dedup_service.settings import Settings
+from dedup_service.config.settings import Settings
 
 # What tells one version of a file from another, also where links lead to it as in a Kubernetes secret.
 _Stamp = tuple[int, int, int] | None

@@ -17,13 +17,13 @@ from dedup_service.claims import (
     Transaction,
 )
 from dedup_service.server.listeners import StartRefused
-from dedup_service.servicer.dedup_servicer import SERVICE_NAME
-from dedup_service.settings import Settings
-from dedup_service.stores.redis_url import SCHEMES, parse_redis_url
+from dedup_service.api.servicer import SERVICE_NAME
+from dedup_service.config.settings import Settings
+from dedup_service.stores.redis.url import SCHEMES, parse_redis_url
 
 if TYPE_CHECKING:
     # Who does not ask for traces does not load their library.
-    from dedup_service.telemetry.traces import Attributes, CallTraces, StoreTraces, Traces
+    from dedup_service.observability.traces import Attributes, CallTraces, StoreTraces, Traces
 
 # What a script is called stands for its text, which is the same at every call.
 _REDIS_COMMANDS: Mapping[str, "Attributes"] = {
@@ -48,7 +48,7 @@ def tracing(settings: Settings) -> Iterator["Traces | None"]:
         yield None
         return
     try:
-        from dedup_service.telemetry.traces import Traces  # noqa: PLC0415
+        from dedup_service.observability.traces import Traces  # noqa: PLC0415
     except ImportError as error:
         raise StartRefused(
             f"DEDUP_TRACES (--traces): OpenTelemetry cannot be loaded ({error}): install dedup-service[otel], or set "

@@ -12,9 +12,9 @@ import uvloop
 
 from dedup_service.server.app import serve
 from dedup_service.server.listeners import StartRefused
-from dedup_service.settings import BadSettings, settings_from_json
-from dedup_service.telemetry.logs import configure_logs
-from dedup_service.workers.orders import Refusal, WorkerOrders, refusal_line, serving_line
+from dedup_service.config.settings import BadSettings, settings_from_json
+from dedup_service.observability.logs import configure_logs
+from dedup_service.supervisor.messages import Refusal, WorkerOrders, refusal_line, serving_line
 
 # What the drain may take beyond its grace once nobody supervises it.
 _ORPHAN_SLACK_S = 5.0

@@ -7,14 +7,14 @@ not written by this service and is read as a claim by an unknown holder.
 
 import msgpack
 
-from dedup_service.claims import Transaction, TransactionState, UnreadableValue
+from dedup_service.claims import Reason, Transaction, TransactionState, UnreadableValue
 
 VERSION = 1
 
 UNREADABLE = {
-    "VALUE_VERSION_UNKNOWN": f"the stored value has another version than {VERSION}, which this service reads: "
+    Reason.VALUE_VERSION_UNKNOWN: f"the stored value has another version than {VERSION}, which this service reads: "
     "upgrade this service, or wait until the transaction expires",
-    "VALUE_DAMAGED": "the stored value is damaged: find out what else writes to this key, then delete it or let it "
+    Reason.VALUE_DAMAGED: "the stored value is damaged: find out what else writes to this key, then delete it or let it "
     "expire",
 }
 """Why a value cannot be read: the stable reason, and what to do."""
@@ -60,10 +60,10 @@ def decode(value: bytes, namespace: str, transaction_id: str) -> Transaction:
     if not isinstance(fields, list) or not fields or type(fields[0]) is not int:
         return unknown_holder(namespace, transaction_id)
     if fields[0] != VERSION:
-        raise _unreadable("VALUE_VERSION_UNKNOWN")
+        raise _unreadable(Reason.VALUE_VERSION_UNKNOWN)
     known = fields[:_FIELDS]
     if [type(field) for field in known] != _FIELD_TYPES or fields[5] not in _STATES:
-        raise _unreadable("VALUE_DAMAGED")
+        raise _unreadable(Reason.VALUE_DAMAGED)
     _, token, claimant, claim_time_ms, expire_time_ms, state, fingerprint, completion_time_ms, result = known
     return Transaction(
         namespace=namespace,
@@ -79,7 +79,7 @@ def decode(value: bytes, namespace: str, transaction_id: str) -> Transaction:
     )
 
 
-def _unreadable(reason: str) -> UnreadableValue:
+def _unreadable(reason: Reason) -> UnreadableValue:
     return UnreadableValue(reason, UNREADABLE[reason])
 
 

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 
 from dedup_service.claims import ClaimStore
-from dedup_service.stores import StorePlace, make_store
+from dedup_service.stores.registry import StoreConfig, make_store
 from dedup_service.stores.keys import prefixed_layout
-from dedup_service.stores.redis_canary import RedisCanary
-from dedup_service.stores.redis_nodes import OneServer
-from dedup_service.stores.redis_store import RedisStore
-from harness.cluster import ClusterDeployment
-from harness.fakeredis_link import FakeredisLink
-from harness.processes import RedisProcess
-from harness.sentinel import SentinelProcess, sentinel_url
+from dedup_service.stores.redis.canary import RedisCanary
+from dedup_service.stores.redis.nodes import OneServer
+from dedup_service.stores.redis.store import RedisStore
+from tests.support.cluster import ClusterDeployment
+from tests.support.fakeredis_link import FakeredisLink
+from tests.support.processes import RedisProcess
+from tests.support.sentinel import SentinelProcess, sentinel_url
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +53,7 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
         else:
             server: RedisProcess = request.getfixturevalue("redis_server")
             url = server.url if request.param == "redis" else f"unix://{server.socket_path}?db=1"
-        opened = make_store(StorePlace(url, timeout_ms=5_000))
+        opened = make_store(StoreConfig(url, timeout_ms=5_000))
     await opened.open()
     yield opened
     await opened.close()

@@ -17,8 +17,8 @@ from dedup_service.claims import (
     TransactionState,
     system_clock_ms,
 )
-from harness.claims import a_claim
-from harness.polling import eventually
+from tests.support.claims import a_claim
+from tests.support.polling import eventually
 
 POLICY = Policy(default_ttl_ms=60_000, max_ttl_ms=86_400_000, retention_ms=3_600_000)
 

@@ -15,14 +15,14 @@ import redis
 
 from dedup_service.claims import StoreRefused, StoreUnavailable
 from dedup_service.claims.findings import Finding, Severity
-from dedup_service.stores import StorePlace, examine_store
+from dedup_service.stores.registry import StoreConfig, examine_store
 from dedup_service.stores.keys import prefixed_layout
-from dedup_service.stores.redis_doctor import examine_redis
-from dedup_service.stores.redis_findings import TimeSample, judge_info, judge_time
-from dedup_service.stores.redis_url import parse_redis_url
-from harness.polling import eventually, wait_until
-from harness.processes import RedisProcess, free_port
-from harness.sentinel import SentinelProcess, sentinel_url
+from dedup_service.stores.redis.doctor import examine_redis
+from dedup_service.stores.redis.findings import TimeSample, judge_info, judge_time
+from dedup_service.stores.redis.url import parse_redis_url
+from tests.support.polling import eventually, wait_until
+from tests.support.processes import RedisProcess, free_port
+from tests.support.sentinel import SentinelProcess, sentinel_url
 
 OK, INFO, WARNING, CRITICAL = Severity.OK, Severity.INFO, Severity.WARNING, Severity.CRITICAL
 EVERY_RIGHT = (
@@ -46,7 +46,7 @@ async def examined(
     url: str, *, layout: str = "prefixed", prefix: str = "dedup:", min_replicas: int = 0
 ) -> list[Finding]:
     """Return the findings at a store."""
-    return await examine_store(StorePlace(url, layout, prefix, 5_000, min_replicas))
+    return await examine_store(StoreConfig(url, layout, prefix, 5_000, min_replicas))
 
 
 def of(check: str, findings: list[Finding]) -> Finding:
@@ -289,7 +289,7 @@ async def test_a_server_that_stops_answering_ends_the_examination(start_redis: S
     server = start_redis()
     server.pause()
     with pytest.raises(StoreUnavailable) as caught:
-        await examine_store(StorePlace(server.url, timeout_ms=50))
+        await examine_store(StoreConfig(server.url, timeout_ms=50))
     assert caught.value.reason == "STORE_UNREACHABLE"
 
 

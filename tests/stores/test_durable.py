@@ -23,15 +23,15 @@ from dedup_service.claims import (
     TransactionState,
     system_clock_ms,
 )
-from dedup_service.stores import StorePlace, make_store
+from dedup_service.stores.registry import StoreConfig, make_store
 from dedup_service.stores.keys import prefixed_layout
-from dedup_service.stores.redis_canary import RedisCanary
-from dedup_service.stores.redis_store import RedisStore
-from harness.claims import a_claim
-from harness.cluster import ClusterDeployment
-from harness.polling import eventually, wait_until
-from harness.processes import RedisProcess
-from harness.sentinel import SentinelDeployment
+from dedup_service.stores.redis.canary import RedisCanary
+from dedup_service.stores.redis.store import RedisStore
+from tests.support.claims import a_claim
+from tests.support.cluster import ClusterDeployment
+from tests.support.polling import eventually, wait_until
+from tests.support.processes import RedisProcess
+from tests.support.sentinel import SentinelDeployment
 
 MINE = "token-of-the-first"
 OTHER = "token-of-another"
@@ -71,7 +71,7 @@ async def open_store() -> AsyncIterator[OpenStore]:
     async with contextlib.AsyncExitStack() as opened:
 
         async def open_it(url: str, min_replicas: int = 1, timeout_ms: int = 600) -> RedisStore:
-            store = make_store(StorePlace(url, timeout_ms=timeout_ms, min_replicas=min_replicas))
+            store = make_store(StoreConfig(url, timeout_ms=timeout_ms, min_replicas=min_replicas))
             assert isinstance(store, RedisStore)
             opened.push_async_callback(store.close)
             await store.open()
@@ -244,7 +244,7 @@ async def claims_lost(deployment: SentinelDeployment, min_replicas: int) -> tupl
     async with contextlib.AsyncExitStack() as opened:
         stores: list[RedisStore] = []
         for replicas in (min_replicas, 0):
-            store = make_store(StorePlace(deployment.url, timeout_ms=600, min_replicas=replicas))
+            store = make_store(StoreConfig(deployment.url, timeout_ms=600, min_replicas=replicas))
             assert isinstance(store, RedisStore)
             opened.push_async_callback(store.close)
             await store.open()

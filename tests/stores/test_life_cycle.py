@@ -25,8 +25,8 @@ from dedup_service.claims import (
     system_clock_ms,
 )
 from dedup_service.claims import waiting as waiting_module
-from harness.claims import a_claim
-from harness.polling import eventually
+from tests.support.claims import a_claim
+from tests.support.polling import eventually
 
 pytestmark = pytest.mark.parametrize("store", ["redis", "redis-unix-socket", "redis-cluster", "sqlite"], indirect=True)
 

@@ -27,12 +27,12 @@ from dedup_service.claims import (
     system_clock_ms,
 )
 from dedup_service.claims.findings import Severity
-from dedup_service.stores import StorePlace, examine_store, make_store
-from dedup_service.stores.redis_store import RedisStore
-from harness.claims import a_claim
-from harness.cluster import ClusterDeployment, ClusterNode
-from harness.polling import eventually, wait_until
-from harness.processes import RedisProcess
+from dedup_service.stores.registry import StoreConfig, examine_store, make_store
+from dedup_service.stores.redis.store import RedisStore
+from tests.support.claims import a_claim
+from tests.support.cluster import ClusterDeployment, ClusterNode
+from tests.support.polling import eventually, wait_until
+from tests.support.processes import RedisProcess
 
 MINE = "token-of-the-first"
 OTHER = "token-of-another"
@@ -47,7 +47,7 @@ async def open_store() -> AsyncIterator[OpenStore]:
     async with contextlib.AsyncExitStack() as opened:
 
         async def open_it(url: str, **settings: int) -> RedisStore:
-            store = make_store(StorePlace(url, **settings))  # type: ignore[arg-type]
+            store = make_store(StoreConfig(url, **settings))  # type: ignore[arg-type]
             assert isinstance(store, RedisStore)
             opened.push_async_callback(store.close)
             await store.open()
@@ -391,7 +391,7 @@ async def test_the_doctor_examines_every_master(masters: ClusterDeployment) -> N
     """The cluster as a whole and each master are examined, and what they share is said once."""
     masters.masters[1].ask("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
     try:
-        findings = await examine_store(StorePlace(masters.url))
+        findings = await examine_store(StoreConfig(masters.url))
     finally:
         masters.masters[1].ask("CONFIG", "SET", "maxmemory-policy", "noeviction")
     by_check = Counter(finding.check for finding in findings)
@@ -408,7 +408,7 @@ async def test_the_doctor_sees_keys_that_no_node_serves(masters: ClusterDeployme
         node.ask("CONFIG", "SET", "cluster-require-full-coverage", all_or_nothing)
     masters.masters[0].ask("CLUSTER", "DELSLOTS", 0)
     try:
-        [coverage] = [f for f in await examine_store(StorePlace(masters.url)) if f.check == "coverage"]
+        [coverage] = [f for f in await examine_store(StoreConfig(masters.url)) if f.check == "coverage"]
     finally:
         masters.masters[0].ask("CLUSTER", "ADDSLOTS", 0)
         for node in masters.masters:

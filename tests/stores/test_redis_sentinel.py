@@ -10,14 +10,14 @@ import redis
 import trustme
 
 from dedup_service.claims import Applied, StoreRefused, StoreUnavailable, Transaction
-from dedup_service.stores import StorePlace, make_store
-from dedup_service.stores.redis_sentinel import SentinelLocator
-from dedup_service.stores.redis_store import RedisStore
-from dedup_service.stores.redis_url import parse_sentinel_url
-from harness.claims import a_claim
-from harness.polling import eventually, wait_until
-from harness.processes import RedisProcess, free_port
-from harness.sentinel import SentinelDeployment, SentinelProcess, sentinel_url
+from dedup_service.stores.registry import StoreConfig, make_store
+from dedup_service.stores.redis.sentinel import SentinelLocator
+from dedup_service.stores.redis.store import RedisStore
+from dedup_service.stores.redis.url import parse_sentinel_url
+from tests.support.claims import a_claim
+from tests.support.polling import eventually, wait_until
+from tests.support.processes import RedisProcess, free_port
+from tests.support.sentinel import SentinelDeployment, SentinelProcess, sentinel_url
 
 MINE = "token-of-the-first"
 OTHER = "token-of-another"
@@ -34,7 +34,7 @@ async def open_store() -> AsyncIterator[OpenStore]:
     async with contextlib.AsyncExitStack() as opened:
 
         async def open_it(url: str, *, timeout_ms: int = 1_000) -> RedisStore:
-            store = make_store(StorePlace(url, timeout_ms=timeout_ms))
+            store = make_store(StoreConfig(url, timeout_ms=timeout_ms))
             assert isinstance(store, RedisStore)
             opened.push_async_callback(store.close)
             await store.open()

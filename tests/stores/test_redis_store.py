@@ -24,19 +24,19 @@ from dedup_service.claims import (
     StoreUnavailable,
     UnreadableValue,
 )
-from dedup_service.stores import StorePlace, make_store
-from dedup_service.stores import redis_channel as channel_module
+from dedup_service.stores.registry import StoreConfig, make_store
+from dedup_service.stores.registry import redis_channel as channel_module
 from dedup_service.stores.keys import prefixed_layout
-from dedup_service.stores.redis_canary import RedisCanary
-from dedup_service.stores.redis_link import FixedServer, RedisLink
-from dedup_service.stores.redis_nodes import OneServer
-from dedup_service.stores.redis_scripts import COMPLETE, EXTEND, RELEASE
-from dedup_service.stores.redis_store import RedisStore
-from dedup_service.stores.redis_url import RedisTarget, parse_redis_url
-from harness.claims import a_claim
-from harness.fault_proxy import FaultProxy
-from harness.polling import eventually
-from harness.processes import RedisProcess, free_port
+from dedup_service.stores.redis.canary import RedisCanary
+from dedup_service.stores.redis.link import FixedServer, RedisLink
+from dedup_service.stores.redis.nodes import OneServer
+from dedup_service.stores.redis.scripts import COMPLETE, EXTEND, RELEASE
+from dedup_service.stores.redis.store import RedisStore
+from dedup_service.stores.redis.url import RedisTarget, parse_redis_url
+from tests.support.claims import a_claim
+from tests.support.fault_proxy import FaultProxy
+from tests.support.polling import eventually
+from tests.support.processes import RedisProcess, free_port
 
 TOKEN = "token-of-sixteen"
 
@@ -49,7 +49,7 @@ async def open_store(redis_server: RedisProcess) -> AsyncIterator[OpenStore]:
     opened: list[RedisStore] = []
 
     async def open_it(url: str = "", *, layout: str = "prefixed", timeout_ms: int = 5_000) -> RedisStore:
-        store = make_store(StorePlace(url or redis_server.url, layout, timeout_ms=timeout_ms))
+        store = make_store(StoreConfig(url or redis_server.url, layout, timeout_ms=timeout_ms))
         assert isinstance(store, RedisStore)
         opened.append(store)
         await store.open()

@@ -10,9 +10,9 @@ import pytest
 
 from dedup_service.claims import Applied, StoreUnavailable
 from dedup_service.stores.keys import prefixed_layout
-from dedup_service.stores.sqlite_store import SqliteStore
-from harness.claims import a_claim
-from harness.polling import eventually
+from dedup_service.stores.sqlite.store import SqliteStore
+from tests.support.claims import a_claim
+from tests.support.polling import eventually
 
 LAYOUT = prefixed_layout("dedup:")
 

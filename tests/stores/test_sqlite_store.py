@@ -27,12 +27,12 @@ from dedup_service.claims import (
     UnreadableValue,
     system_clock_ms,
 )
-from dedup_service.stores import sqlite_file
+from dedup_service.stores.registry import sqlite_file
 from dedup_service.stores.keys import prefixed_layout
-from dedup_service.stores.sqlite_store import SqliteStore
-from dedup_service.stores.sqlite_thread import MAX_BATCH, Operation
-from harness.claims import a_claim
-from harness.polling import eventually, wait_until
+from dedup_service.stores.sqlite.store import SqliteStore
+from dedup_service.stores.sqlite.thread import MAX_BATCH, Operation
+from tests.support.claims import a_claim
+from tests.support.polling import eventually, wait_until
 
 LAYOUT = prefixed_layout("dedup:")
 
@@ -40,10 +40,10 @@ LAYOUT = prefixed_layout("dedup:")
 CHILD = """
 import asyncio, os, random, resource, sys
 from pathlib import Path
-from harness.claims import a_claim
+from tests.support.claims import a_claim
 from dedup_service.claims import StoreRefused, StoreUnavailable
 from dedup_service.stores.keys import prefixed_layout
-from dedup_service.stores.sqlite_store import SqliteStore
+from dedup_service.stores.sqlite.store import SqliteStore
 store = SqliteStore(Path(sys.argv[1]), prefixed_layout("dedup:"), timeout_ms=20_000)
 """
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from dedup_service.durations import parse_duration
-from dedup_service.settings import Settings, load_settings
-from dedup_service.telemetry.metrics import Metrics
+from dedup_service.config.durations import parse_duration
+from dedup_service.config.settings import Settings, load_settings
+from dedup_service.observability.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
 COMPONENTS = ROOT / "deploy" / "kubernetes" / "components"

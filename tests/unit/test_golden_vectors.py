@@ -23,8 +23,8 @@ from dedup_service.claims import (
     UnreadableValue,
 )
 from dedup_service.claims.limits import claim_violations, identity_violations
-from dedup_service.servicer.admission import ServerStopping, TooManyCalls
-from dedup_service.servicer.error_table import ERROR_DOMAIN, DeadlinePassed, DeadlineTooNear, failure_of
+from dedup_service.api.admission import ServerStopping, TooManyCalls
+from dedup_service.api.errors import ERROR_DOMAIN, DeadlinePassed, DeadlineTooNear, failure_of
 from dedup_service.stores.keys import prefixed_layout, raw_layout
 from dedup_service.stores.stored_value import UNREADABLE, decode, encode
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dedup_service.durations import format_duration, parse_duration
-from dedup_service.settings import BadSettings, listening_address, load_settings, settings_from_json
+from dedup_service.config.durations import format_duration, parse_duration
+from dedup_service.config.settings import BadSettings, listening_address, load_settings, settings_from_json
 
 
 @pytest.fixture(autouse=True)

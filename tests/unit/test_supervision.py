@@ -5,9 +5,9 @@ from itertools import pairwise
 
 import pytest
 
-from dedup_service.workers.orders import Refusal, SupervisorOrders, WorkerOrders, read_line, refusal_line, serving_line
-from dedup_service.workers.reservation import PortTaken, Reservation
-from dedup_service.workers.supervisor import RestartPauses
+from dedup_service.supervisor.messages import Refusal, SupervisorOrders, WorkerOrders, read_line, refusal_line, serving_line
+from dedup_service.supervisor.ports import PortTaken, Reservation
+from dedup_service.supervisor.supervisor import RestartPauses
 
 
 def test_a_held_port_is_nobody_elses() -> None:

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from dedup_service.stores import StorePlace, make_store, sqlite_path
-from dedup_service.stores.redis_url import (
+from dedup_service.stores.registry import StoreConfig, make_store, sqlite_path
+from dedup_service.stores.redis.url import (
     RedisTarget,
     SentinelTarget,
     parse_cluster_url,
@@ -96,7 +96,7 @@ def test_good_urls(url: str, target: RedisTarget) -> None:
 def test_bad_urls(url: str, words: str) -> None:
     """What a URL may not say is refused with a sentence that shows no password; driver options are not let through."""
     with pytest.raises(ValueError, match="URL") as caught:
-        make_store(StorePlace(url, timeout_ms=1_000))
+        make_store(StoreConfig(url, timeout_ms=1_000))
     assert words in str(caught.value)
     assert "hunter2" not in str(caught.value)
 
@@ -136,7 +136,7 @@ def test_cluster_urls() -> None:
 def test_no_replicas_behind_a_file() -> None:
     """Durable mode over the embedded store is refused, since nobody would acknowledge."""
     with pytest.raises(ValueError, match="DEDUP_MIN_REPLICAS"):
-        make_store(StorePlace("sqlite:claims.db", min_replicas=1))
+        make_store(StoreConfig("sqlite:claims.db", min_replicas=1))
 
 
 def test_sqlite_paths() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from dedup.v1 import dedup_pb2_grpc
-from dedup_service.setting_types import EngineName
-from harness.processes import ServiceProcess
+from dedup_service.config.setting_types import EngineName
+from tests.support.processes import ServiceProcess
 
 
 @pytest.fixture

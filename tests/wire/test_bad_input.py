@@ -9,8 +9,8 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
-from harness.errors import RefusedCall, refused
-from harness.processes import ServiceProcess
+from tests.support.errors import RefusedCall, refused
+from tests.support.processes import ServiceProcess
 
 Claim = dedup_pb2.ClaimTransactionRequest
 METHOD = "/dedup.v1.DedupService/ClaimTransaction"

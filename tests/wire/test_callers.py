@@ -9,12 +9,12 @@ import grpc
 import pytest
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
-from dedup_service.servicer.dedup_servicer import METHODS
-from harness.certificates import Authority
-from harness.errors import RefusedCall, refused
-from harness.polling import wait_until
-from harness.processes import RedisProcess, ServiceProcess, free_port, run_command
-from harness.workers import channel_to
+from dedup_service.api.servicer import METHODS
+from tests.support.certificates import Authority
+from tests.support.errors import RefusedCall, refused
+from tests.support.polling import wait_until
+from tests.support.processes import RedisProcess, ServiceProcess, free_port, run_command
+from tests.support.workers import channel_to
 
 Claim = dedup_pb2.ClaimTransactionRequest
 CLAIMED = dedup_pb2.CLAIM_OUTCOME_CLAIMED

@@ -10,9 +10,9 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import error_details_pb2
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
-from harness.errors import refused
-from harness.polling import wait_until
-from harness.processes import ServiceProcess
+from tests.support.errors import refused
+from tests.support.polling import wait_until
+from tests.support.processes import ServiceProcess
 
 Stub = dedup_pb2_grpc.DedupServiceStub
 Claim = dedup_pb2.ClaimTransactionRequest

@@ -9,8 +9,8 @@ from typer.testing import CliRunner, Result
 
 from dedup_service import __version__
 from dedup_service.cli.commands import app
-from dedup_service.settings import Settings
-from harness.processes import ServiceProcess, free_port, run_command
+from dedup_service.config.settings import Settings
+from tests.support.processes import ServiceProcess, free_port, run_command
 
 
 def run_here(*arguments: str) -> Result:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.certificates import Authority
-from harness.processes import ServiceProcess, run_command
+from tests.support.certificates import Authority
+from tests.support.processes import ServiceProcess, run_command
 
 TOKEN = "a-token-of-twenty-21"
 Start = Callable[..., ServiceProcess]

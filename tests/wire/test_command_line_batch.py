@@ -17,8 +17,8 @@ from dedup_service.cli import batch_call
 from dedup_service.cli.batch_lines import Line
 from dedup_service.cli.channel import failure
 from dedup_service.cli.commands import app
-from harness.polling import wait_until
-from harness.processes import RedisProcess, ServiceProcess
+from tests.support.polling import wait_until
+from tests.support.processes import RedisProcess, ServiceProcess
 
 END_S = 30.0
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.polling import wait_until
-from harness.processes import RedisProcess, ServiceProcess, free_port, run_command
-from harness.scripted_redis import ScriptedRedis
+from tests.support.polling import wait_until
+from tests.support.processes import RedisProcess, ServiceProcess, free_port, run_command
+from tests.support.scripted_redis import ScriptedRedis
 
 StartRedis = Callable[..., RedisProcess]
 StartService = Callable[..., ServiceProcess]

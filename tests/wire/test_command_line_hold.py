@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dedup_service.cli.commands import app
-from harness.processes import ServiceProcess
+from tests.support.processes import ServiceProcess
 
 TOKEN = "token-of-sixteen"
 

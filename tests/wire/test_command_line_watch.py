@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
 from dedup_service.cli.commands import app
-from harness.polling import wait_until
-from harness.processes import ServiceProcess
+from tests.support.polling import wait_until
+from tests.support.processes import ServiceProcess
 
 TOKEN = "token-of-sixteen"
 END_S = 20.0

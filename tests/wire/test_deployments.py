@@ -7,9 +7,9 @@ import grpc
 import pytest
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
-from harness.cluster import ClusterDeployment
-from harness.errors import refused
-from harness.processes import RedisProcess, ServiceProcess
+from tests.support.cluster import ClusterDeployment
+from tests.support.errors import refused
+from tests.support.processes import RedisProcess, ServiceProcess
 
 Claim = dedup_pb2.ClaimTransactionRequest
 StartService = Callable[..., ServiceProcess]

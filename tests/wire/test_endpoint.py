@@ -22,10 +22,10 @@ from dedup_service.claims import (
     Transaction,
     UnreadableValue,
 )
-from dedup_service.servicer.error_table import RETRY_AFTER_MS
-from dedup_service.setting_types import EngineName
-from harness.claims import a_claim
-from harness.in_process import serving
+from dedup_service.api.errors import RETRY_AFTER_MS
+from dedup_service.config.setting_types import EngineName
+from tests.support.claims import a_claim
+from tests.support.in_process import serving
 
 SECRET = "redis://:hunter2@10.0.0.1"
 

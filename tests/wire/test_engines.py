@@ -13,14 +13,14 @@ import structlog
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
 from dedup_service.server.engines import make_engine
 from dedup_service.server.listeners import StartRefused
-from dedup_service.servicer.admission import Admission
-from dedup_service.servicer.dedup_servicer import SERVICE_NAME
-from dedup_service.servicer.endpoint import Endpoint
-from dedup_service.setting_types import EngineName
-from dedup_service.telemetry.call_log import CallLog
-from dedup_service.telemetry.logged_ids import LoggedIds
-from harness.polling import wait_until
-from harness.processes import ServiceProcess, run_command
+from dedup_service.api.admission import Admission
+from dedup_service.api.servicer import SERVICE_NAME
+from dedup_service.api.endpoint import Endpoint
+from dedup_service.config.setting_types import EngineName
+from dedup_service.observability.call_log import CallLog
+from dedup_service.observability.logged_ids import LoggedIds
+from tests.support.polling import wait_until
+from tests.support.processes import ServiceProcess, run_command
 
 
 def test_the_log_names_the_engine(service: ServiceProcess, engine: EngineName) -> None:
@@ -38,7 +38,7 @@ def test_grpcio_is_the_default_and_needs_no_other() -> None:
 def test_an_engine_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The refusal names the package to install and the setting to change."""
     monkeypatch.setitem(sys.modules, "pygrpc_native", None)
-    monkeypatch.delitem(sys.modules, "dedup_service.server.native_engine", raising=False)
+    monkeypatch.delitem(sys.modules, "dedup_service.server.engines.native", raising=False)
     with pytest.raises(StartRefused, match=r"install dedup-service\[native\], or set DEDUP_ENGINE=grpcio"):
         make_engine("native", lambda _: None, max_streams=1)
 

@@ -13,11 +13,11 @@ import pytest
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
-from harness.certificates import Authority
-from harness.errors import refused
-from harness.polling import wait_until
-from harness.processes import RedisProcess, ServiceProcess, run_command
-from harness.scrapes import scraped_text
+from tests.support.certificates import Authority
+from tests.support.errors import refused
+from tests.support.polling import wait_until
+from tests.support.processes import RedisProcess, ServiceProcess, run_command
+from tests.support.scrapes import scraped_text
 
 Start = Callable[..., ServiceProcess]
 Claim = dedup_pb2.ClaimTransactionRequest

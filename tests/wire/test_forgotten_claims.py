@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import redis
 
-from harness.polling import wait_until
-from harness.processes import RedisProcess, ServiceProcess, run_command
+from tests.support.polling import wait_until
+from tests.support.processes import RedisProcess, ServiceProcess, run_command
 
 StartRedis = Callable[..., RedisProcess]
 StartService = Callable[..., ServiceProcess]

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from harness.processes import ServiceProcess
+from tests.support.processes import ServiceProcess
 
 GRPCURL = shutil.which("grpcurl")
 

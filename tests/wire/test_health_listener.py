@@ -10,11 +10,11 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
-from harness.certificates import Authority
-from harness.errors import refused
-from harness.fault_proxy import FaultProxy
-from harness.polling import eventually, wait_until
-from harness.processes import RedisProcess, ServiceProcess, run_command
+from tests.support.certificates import Authority
+from tests.support.errors import refused
+from tests.support.fault_proxy import FaultProxy
+from tests.support.polling import eventually, wait_until
+from tests.support.processes import RedisProcess, ServiceProcess, run_command
 
 Start = Callable[..., ServiceProcess]
 SERVING = health_pb2.HealthCheckResponse.SERVING

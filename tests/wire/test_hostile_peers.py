@@ -13,12 +13,12 @@ import pytest
 from hyperframe.frame import ContinuationFrame, HeadersFrame
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
-from dedup_service.setting_types import EngineName
-from harness.attacks import ATTACKS, a_claim
-from harness.errors import refused
-from harness.hostile_peer import CLAIM_PATH, PREFACE, HostilePeer, data, grpc_message
-from harness.polling import wait_until
-from harness.processes import ServiceProcess
+from dedup_service.config.setting_types import EngineName
+from tests.support.attacks import ATTACKS, a_claim
+from tests.support.errors import refused
+from tests.support.hostile_peer import CLAIM_PATH, PREFACE, HostilePeer, data, grpc_message
+from tests.support.polling import wait_until
+from tests.support.processes import ServiceProcess
 
 # How much of each, and what it may cost in MiB, far above what was measured. Without a limit on streams grpcio takes
 # 300 MiB for these resets. What each engine costs at larger sizes is in docs/engines.md.

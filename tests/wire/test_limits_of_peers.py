@@ -12,12 +12,12 @@ from hyperframe.frame import PingFrame
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
 from dedup_service.claims.limits import MAX_CLAIMANT_BYTES, MAX_FINGERPRINT_BYTES, MAX_TRANSACTION_ID_BYTES
 from dedup_service.server import engines
-from dedup_service.servicer.dedup_servicer import MAX_BATCH
-from dedup_service.setting_types import EngineName
-from harness.errors import refused
-from harness.hostile_peer import HostilePeer
-from harness.polling import eventually
-from harness.processes import ServiceProcess, run_command
+from dedup_service.api.servicer import MAX_BATCH
+from dedup_service.config.setting_types import EngineName
+from tests.support.errors import refused
+from tests.support.hostile_peer import HostilePeer
+from tests.support.polling import eventually
+from tests.support.processes import ServiceProcess, run_command
 
 Claim = dedup_pb2.ClaimTransactionRequest
 Start = Callable[..., ServiceProcess]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
-from harness.processes import ServiceProcess, run_command
+from tests.support.processes import ServiceProcess, run_command
 
 StartService = Callable[..., ServiceProcess]
 KEY = "0123456789abcdef"

@@ -14,12 +14,12 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
-from dedup_service.setting_types import EngineName
-from harness import malformed
-from harness.errors import RefusedCall, refused
-from harness.hostile_peer import HostilePeer, data, grpc_message
-from harness.polling import wait_until
-from harness.processes import RedisProcess, ServiceProcess
+from dedup_service.config.setting_types import EngineName
+from tests.support import malformed
+from tests.support.errors import RefusedCall, refused
+from tests.support.hostile_peer import HostilePeer, data, grpc_message
+from tests.support.polling import wait_until
+from tests.support.processes import RedisProcess, ServiceProcess
 
 TOKEN = "token-of-sixteen"
 TTL = Duration(seconds=50)

@@ -15,12 +15,12 @@ import pytest
 import redis
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
-from harness.errors import refused
-from harness.fault_proxy import FaultProxy
-from harness.polling import eventually, wait_until
-from harness.processes import RedisProcess, ServiceProcess, run_command
-from harness.scrapes import Scrape, scraped_text
-from harness.workers import channels_to_each, pids
+from tests.support.errors import refused
+from tests.support.fault_proxy import FaultProxy
+from tests.support.polling import eventually, wait_until
+from tests.support.processes import RedisProcess, ServiceProcess, run_command
+from tests.support.scrapes import Scrape, scraped_text
+from tests.support.workers import channels_to_each, pids
 
 StartService = Callable[..., ServiceProcess]
 Claim = dedup_pb2.ClaimTransactionRequest

@@ -16,8 +16,8 @@ import pytest
 import redis.asyncio
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
-from harness.polling import eventually
-from harness.processes import RedisProcess, ServiceProcess
+from tests.support.polling import eventually
+from tests.support.processes import RedisProcess, ServiceProcess
 
 CLAIMED, DUPLICATE = dedup_pb2.CLAIM_OUTCOME_CLAIMED, dedup_pb2.CLAIM_OUTCOME_DUPLICATE
 

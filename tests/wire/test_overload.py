@@ -15,13 +15,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
-from dedup_service.servicer import endpoint
-from dedup_service.setting_types import EngineName
-from dedup_service.stores import StorePlace, make_store
-from harness.fault_proxy import FaultProxy
-from harness.in_process import serving
-from harness.polling import eventually
-from harness.processes import RedisProcess, ServiceProcess
+from dedup_service.api import endpoint
+from dedup_service.config.setting_types import EngineName
+from dedup_service.stores.registry import StoreConfig, make_store
+from tests.support.fault_proxy import FaultProxy
+from tests.support.in_process import serving
+from tests.support.polling import eventually
+from tests.support.processes import RedisProcess, ServiceProcess
 
 StartService = Callable[..., ServiceProcess]
 Claim = dedup_pb2.ClaimTransactionRequest
@@ -75,7 +75,7 @@ async def test_a_deadline_too_near_is_refused_unsent(
     """
     monkeypatch.setattr(endpoint, "ANSWER_MARGIN_S", 100)
     async with FaultProxy(redis_server.port) as proxy:
-        store = make_store(StorePlace(proxy.url, timeout_ms=5_000))
+        store = make_store(StoreConfig(proxy.url, timeout_ms=5_000))
         await store.open()
         async with serving(store, io.StringIO(), engine) as stub:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -93,7 +93,7 @@ async def test_a_store_that_is_late_is_doubt_before_the_deadline(
     Protection: the store is waited for no longer than the caller does, less the margin.
     """
     async with FaultProxy(redis_server.port) as proxy:
-        store = make_store(StorePlace(proxy.url, timeout_ms=20_000))
+        store = make_store(StoreConfig(proxy.url, timeout_ms=20_000))
         await store.open()
         async with serving(store, io.StringIO(), engine) as stub:
             proxy.hold_replies.clear()

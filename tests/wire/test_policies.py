@@ -13,9 +13,9 @@ import pytest
 import redis
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
-from harness.errors import refused
-from harness.polling import eventually, wait_until
-from harness.processes import RedisProcess, ServiceProcess, run_command
+from tests.support.errors import refused
+from tests.support.polling import eventually, wait_until
+from tests.support.processes import RedisProcess, ServiceProcess, run_command
 
 StartService = Callable[..., ServiceProcess]
 StartWithPolicies = Callable[[str], ServiceProcess]

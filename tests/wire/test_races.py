@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
-from harness.processes import RedisProcess, ServiceProcess
+from tests.support.processes import RedisProcess, ServiceProcess
 
 TTL_MS = 40
 AT_LEAST, AT_MOST = 40, 400

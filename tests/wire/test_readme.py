@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.processes import ServiceProcess
+from tests.support.processes import ServiceProcess
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = re.compile(r"```python\n(.+?)```\n\nRun twice it prints\n\n```\n(.+?)```", re.DOTALL)

@@ -6,8 +6,8 @@ from pathlib import Path
 import redis
 import trustme
 
-from harness.polling import wait_until
-from harness.processes import RedisProcess, ServiceProcess, run_command
+from tests.support.polling import wait_until
+from tests.support.processes import RedisProcess, ServiceProcess, run_command
 
 
 def write_certificates(folder: Path) -> None:

@@ -8,9 +8,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
-from harness.polling import wait_until
-from harness.processes import ServiceProcess
-from harness.sentinel import SentinelDeployment
+from tests.support.polling import wait_until
+from tests.support.processes import ServiceProcess
+from tests.support.sentinel import SentinelDeployment
 
 MINE = "token-of-the-first"
 OTHER = "token-of-another"

@@ -18,11 +18,11 @@ from grpc_status import rpc_status
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
 from dedup_service.server import app
-from dedup_service.setting_types import EngineName
-from harness.errors import refused
-from harness.fault_proxy import FaultProxy
-from harness.polling import eventually, wait_until
-from harness.processes import RedisProcess, ServiceProcess, free_port, run_command
+from dedup_service.config.setting_types import EngineName
+from tests.support.errors import refused
+from tests.support.fault_proxy import FaultProxy
+from tests.support.polling import eventually, wait_until
+from tests.support.processes import RedisProcess, ServiceProcess, free_port, run_command
 
 StartService = Callable[..., ServiceProcess]
 Claim = dedup_pb2.ClaimTransactionRequest

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
-from harness.polling import wait_until
+from tests.support.polling import wait_until
 
 CLAIMED = dedup_pb2.CLAIM_OUTCOME_CLAIMED
 DUPLICATE = dedup_pb2.CLAIM_OUTCOME_DUPLICATE

@@ -14,12 +14,12 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from dedup.v1 import dedup_pb2
-from dedup_service.setting_types import EngineName
-from dedup_service.stores import StorePlace, make_store
-from dedup_service.stores.redis_store import RedisStore
-from harness.in_process import serving
-from harness.polling import eventually
-from harness.scripted_redis import Behaviour, ScriptedRedis, says, says_and_hangs_up
+from dedup_service.config.setting_types import EngineName
+from dedup_service.stores.registry import StoreConfig, make_store
+from dedup_service.stores.redis.store import RedisStore
+from tests.support.in_process import serving
+from tests.support.polling import eventually
+from tests.support.scripted_redis import Behaviour, ScriptedRedis, says, says_and_hangs_up
 
 UNAVAILABLE, FAILED_PRECONDITION = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.FAILED_PRECONDITION
 
@@ -61,7 +61,7 @@ async def claiming(
 ) -> AsyncIterator[tuple[grpc.aio.AioRpcError, ScriptedRedis]]:
     """Claim through a service over a Redis of this behaviour, and yield the error with which that ended."""
     async with ScriptedRedis(behaviour) as server:
-        store = make_store(StorePlace(server.url, timeout_ms=300))
+        store = make_store(StoreConfig(server.url, timeout_ms=300))
         await store.open()
         try:
             async with serving(store, io.StringIO(), engine) as stub:
@@ -128,7 +128,7 @@ async def test_a_connection_that_ended_while_idle_claims_nothing(engine: EngineN
     Protection: what was written to a connection that ends is doubt, and is never written to the next one.
     """
     async with ScriptedRedis(says(b"$-1\r\n")) as server:
-        store = make_store(StorePlace(server.url, timeout_ms=5_000))
+        store = make_store(StoreConfig(server.url, timeout_ms=5_000))
         assert isinstance(store, RedisStore)
         await store.open()
         [(_, link)] = store._nodes.places()

@@ -9,10 +9,10 @@ import grpc
 import pytest
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
-from harness.certificates import Authority, replace
-from harness.errors import refused
-from harness.polling import eventually, wait_until
-from harness.processes import ServiceProcess, run_command
+from tests.support.certificates import Authority, replace
+from tests.support.errors import refused
+from tests.support.polling import eventually, wait_until
+from tests.support.processes import ServiceProcess, run_command
 
 Claim = dedup_pb2.ClaimTransactionRequest
 Start = Callable[..., ServiceProcess]

@@ -11,12 +11,12 @@ import grpc
 import pytest
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
-from harness.collector import Collector
-from harness.errors import refused
-from harness.fault_proxy import FaultProxy
-from harness.polling import wait_until
-from harness.processes import RedisProcess, ServiceProcess, free_port, run_command
-from harness.workers import channels_to_each
+from tests.support.collector import Collector
+from tests.support.errors import refused
+from tests.support.fault_proxy import FaultProxy
+from tests.support.polling import wait_until
+from tests.support.processes import RedisProcess, ServiceProcess, free_port, run_command
+from tests.support.workers import channels_to_each
 
 StartService = Callable[..., ServiceProcess]
 Claim = dedup_pb2.ClaimTransactionRequest

@@ -10,10 +10,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
-from harness.polling import wait_until
-from harness.processes import RedisProcess, ServiceProcess, run_command
-from harness.sentinel import SentinelDeployment
-from harness.walkthrough import Reader, runs_here, sections
+from tests.support.polling import wait_until
+from tests.support.processes import RedisProcess, ServiceProcess, run_command
+from tests.support.sentinel import SentinelDeployment
+from tests.support.walkthrough import Reader, runs_here, sections
 
 ROOT = Path(__file__).parents[2]
 PAGES = [

@@ -15,9 +15,9 @@ import grpc
 import pytest
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
-from harness.polling import eventually, wait_until
-from harness.processes import RedisProcess, ServiceProcess, free_port, run_command
-from harness.workers import OWN_CONNECTION, channels_to_each, pids
+from tests.support.polling import eventually, wait_until
+from tests.support.processes import RedisProcess, ServiceProcess, free_port, run_command
+from tests.support.workers import OWN_CONNECTION, channels_to_each, pids
 
 StartService = Callable[..., ServiceProcess]
 StartWorkers = Callable[..., ServiceProcess]
@@ -307,7 +307,7 @@ def test_a_worker_that_cannot_start_again_is_tried_again(start_workers: StartWor
 
 def test_the_supervisor_loads_no_grpc_and_no_driver() -> None:
     """What supervises the workers imports neither gRPC nor protobuf, a driver, the settings or the metrics library."""
-    script = "import dedup_service.workers.__main__, json, sys; print(json.dumps(sorted(sys.modules)))"
+    script = "import dedup_service.supervisor.__main__, json, sys; print(json.dumps(sorted(sys.modules)))"
     command = [sys.executable, "-c", script]
     modules = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
     heavy = {"grpc", "google.protobuf", "redis", "hiredis", "msgpack", "pydantic", "prometheus_client", "dedup"}

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 
 from dedup import Client, aio
 from dedup.testing import AsyncFakeClient, FakeClient, FakeService
-from harness.processes import RedisProcess, ServiceProcess
+from tests.support.processes import RedisProcess, ServiceProcess
 
 # A busy machine makes an example slow, which says nothing about what is tested.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -11,7 +11,7 @@ import pytest
 
 from dedup import CallFailed, Client, Unavailable, aio
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
-from harness.polling import eventually
+from tests.support.polling import eventually
 
 
 class EndingServer(dedup_pb2_grpc.DedupServiceServicer):

@@ -11,9 +11,9 @@ import pytest
 from dedup import CallFailed, Client, DuplicateTransaction, Unavailable, aio, call_metadata
 from dedup.testing import AsyncFakeClient, FakeClient
 from dedup.v1 import dedup_pb2
-from harness.fault_proxy import FaultProxy
-from harness.polling import eventually
-from harness.processes import RedisProcess, ServiceProcess, free_port
+from tests.support.fault_proxy import FaultProxy
+from tests.support.polling import eventually
+from tests.support.processes import RedisProcess, ServiceProcess, free_port
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.processes import ServiceProcess
+from tests.support.processes import ServiceProcess
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 

@@ -11,8 +11,8 @@ import trustme
 
 from dedup import CallFailed, Client, Unavailable, aio, call_metadata
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
-from harness.certificates import Authority
-from harness.processes import ServiceProcess
+from tests.support.certificates import Authority
+from tests.support.processes import ServiceProcess
 
 TOKEN = "a-token-of-twenty-21"
 

@@ -1,0 +1,229 @@
+"""Knows which master of a Redis Cluster holds a key, and keeps a link to each master.
+
+The map of the slots is asked for once a second, and mended at once by what a server says that no longer holds a key.
+Watching each other and failing over is the job of the cluster.
+"""
+
+import asyncio
+import contextlib
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from itertools import count
+from typing import Any
+
+from redis import exceptions
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
+
+from dedup_service.claims import Applied, ConnectionObserver, Reason, StoreRefused, StoreUnavailable
+from dedup_service.stores.redis.connection import new_connection, parse_info
+from dedup_service.stores.redis.link import FixedServer, RedisLink
+from dedup_service.stores.redis.url import ClusterTarget, RedisTarget
+
+_REFRESH_S = 1.0
+_HURRIED_REFRESH_S = 0.1
+_POINTED_AT_S = 10.0
+
+_REDIRECTION = re.compile(r"(?:MOVED|ASK) (\d+) (\S*):(\d+)(?:@\d+)?")
+
+SlotRange = tuple[int, int, RedisTarget]
+
+
+class ClusterNodes:
+    """The masters of a cluster; the first node that says the cluster is in order is believed."""
+
+    def __init__(
+        self, target: ClusterTarget, timeout_ms: int, min_replicas: int = 0, observer: ConnectionObserver | None = None
+    ) -> None:
+        self._target = target
+        self._timeout_ms = timeout_ms
+        self._min_replicas = min_replicas
+        self._observer = observer
+        self._links: dict[RedisTarget, RedisLink] = {}
+        self._slots: list[RedisLink | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
+        # For each master the lowest slot that it holds.
+        self._places: list[tuple[bytes, RedisLink]] = []
+        # When a redirection last pointed at each server, in loop time.
+        self._pointed_at: dict[RedisTarget, float] = {}
+        # The next question begins with the node that answered the last one.
+        self._order: Sequence[RedisTarget] = target.nodes
+        self._failure: StoreUnavailable | StoreRefused | None = None
+        self._keeper: asyncio.Task[None] | None = None
+        self._hurry = asyncio.Event()
+        self._closings: set[asyncio.Task[None]] = set()
+
+    async def open(self) -> None:
+        """See RedisNodes.open."""
+        await self._refresh()
+        self._keeper = asyncio.get_running_loop().create_task(self._keep())
+        try:
+            if isinstance(self._failure, StoreRefused):
+                raise self._failure
+            for link in list(self._links.values()):
+                with contextlib.suppress(StoreUnavailable):
+                    await link.connected()
+        except StoreRefused:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        """See RedisNodes.close."""
+        keeper, self._keeper = self._keeper, None
+        while keeper is not None and not keeper.done():
+            # As RedisLink.close: once may not be enough.
+            keeper.cancel()
+            await asyncio.wait({keeper}, timeout=0.05)
+        links, self._links = self._links, {}
+        self._slots = [None] * REDIS_CLUSTER_HASH_SLOTS
+        self._places = []
+        self._failure = StoreUnavailable(Reason.STORE_CLOSED, "the service is shutting down", Applied.NO)
+        await asyncio.gather(*(link.close() for link in links.values()), *self._closings)
+
+    def link_of(self, key: bytes) -> RedisLink:
+        """See RedisNodes.link_of."""
+        link = self._slots[key_slot(key)]
+        if link is None:
+            raise self._unserved()
+        return link
+
+    def places(self) -> Sequence[tuple[bytes, RedisLink]]:
+        """See RedisNodes.places."""
+        if not self._places:
+            raise self._unserved()
+        return self._places
+
+    def redirected(self, key: bytes, link: RedisLink, reply: str) -> RedisLink | None:
+        """See RedisNodes.redirected."""
+        found = _REDIRECTION.match(reply)
+        if found is None or link.server is None or self._keeper is None:
+            return None
+        # Without a host it is that of the server which says so.
+        server = replace(link.server, host=found[2] or link.server.host, port=int(found[3]))
+        target = self._link_to(server)
+        self._pointed_at[server] = asyncio.get_running_loop().time()
+        if reply.startswith("MOVED"):
+            self._slots[key_slot(key)] = target
+            self._hurry.set()
+        return target
+
+    def _unserved(self) -> StoreUnavailable | StoreRefused:
+        failure = self._failure
+        if isinstance(failure, StoreRefused):
+            return StoreRefused(str(failure))
+        if failure is not None:
+            return StoreUnavailable(failure.reason, str(failure), Applied.NO)
+        return StoreUnavailable(
+            Reason.STORE_CLUSTER_DOWN, "no server of the Redis cluster holds this key now", Applied.NO
+        )
+
+    async def _keep(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_REFRESH_S):
+                    await self._hurry.wait()
+                    # A reshard moves many slots at a time, and one question answers for all.
+                    await asyncio.sleep(_HURRIED_REFRESH_S)
+            self._hurry.clear()
+            await self._refresh()
+
+    async def _refresh(self) -> None:
+        failures: list[str] = []
+        refusal: StoreRefused | None = None
+        for number, node in enumerate(self._order):
+            try:
+                state, ranges = await cluster_map(node, self._timeout_ms / 1000)
+            except StoreRefused as error:
+                refusal = error
+                continue
+            except Exception as error:  # noqa: BLE001 - whatever one node does, the next one is asked
+                failures.append(f"{node.address}: {error or type(error).__name__}")
+                continue
+            if state.get("cluster_state") != "ok":
+                failures.append(f"{node.address}: it says that the cluster is not in order")
+                continue
+            self._failure = None
+            self._adopt(ranges)
+            known = dict.fromkeys((*self._order[number:], *self._order[:number], *(server for *_, server in ranges)))
+            # Nodes that left are forgotten, but for those that the URL names.
+            self._order = [node for node in known if node in self._links or node in self._target.nodes]
+            return
+        # The links are kept: a master that still answers is not left because nobody can say where it is.
+        self._failure = refusal or StoreUnavailable(
+            Reason.CLUSTER_UNREACHABLE,
+            f"none of the {len(failures)} nodes asked said where the slots of the Redis cluster are "
+            f"({'; '.join(failures)})",
+            Applied.NO,
+        )
+
+    def _adopt(self, ranges: Sequence[SlotRange]) -> None:
+        slots: list[RedisLink | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
+        lowest: dict[RedisTarget, int] = {}
+        for first, last, server in ranges:
+            slots[first : last + 1] = [self._link_to(server)] * (last + 1 - first)
+            lowest[server] = min(first, lowest.get(server, first))
+        self._slots = slots
+        self._places = [(mark_of(slot), self._links[server]) for server, slot in lowest.items()]
+        # A master that is given its first slots serves them before the map says so.
+        recently = asyncio.get_running_loop().time() - _POINTED_AT_S
+        self._pointed_at = {server: since for server, since in self._pointed_at.items() if since > recently}
+        for server in set(self._links) - set(lowest) - set(self._pointed_at):
+            link = self._links.pop(server)
+            if link.channel is not None:
+                # Not drained first: what a deposed server still says is doubt, since nobody keeps what it stores.
+                link.channel.connection_lost(ConnectionError(f"{server} is no master of the cluster any more"))
+            closing = asyncio.get_running_loop().create_task(link.close())
+            self._closings.add(closing)
+            closing.add_done_callback(self._closings.discard)
+
+    def _link_to(self, server: RedisTarget) -> RedisLink:
+        link = self._links.get(server)
+        if link is None:
+            link = RedisLink(FixedServer(server), self._timeout_ms, self._min_replicas, self._observer)
+            self._links[server] = link
+            link.start()
+        return link
+
+
+async def cluster_map(node: RedisTarget, timeout_s: float) -> tuple[dict[str, str], list[SlotRange]]:
+    """Return what a node says to CLUSTER INFO, and which master holds which slots, over a connection of its own.
+
+    Raises what redis-py raises, ValueError for an answer that is no map, and StoreRefused for a server that is no node
+    of a cluster. All of it ends within `timeout_s` seconds.
+    """
+    connection = new_connection(node, timeout_s)
+    try:
+        async with asyncio.timeout(timeout_s):
+            await connection.connect()  # type: ignore[no-untyped-call]
+            await connection.send_command("CLUSTER", "INFO")
+            state = parse_info(await connection.read_response())
+            await connection.send_command("CLUSTER", "SLOTS")
+            return state, _slot_ranges(await connection.read_response(), node)
+    except exceptions.ResponseError as error:
+        if "cluster support disabled" in str(error):
+            raise StoreRefused(
+                f"Redis at {node} is no node of a cluster: write {'rediss' if node.tls else 'redis'}:// for it"
+            ) from error
+        raise
+    finally:
+        await connection.disconnect(nowait=True)
+
+
+def _slot_ranges(reply: Any, node: RedisTarget) -> list[SlotRange]:  # noqa: ANN401 - what Redis may answer
+    try:
+        ranges = []
+        for first, last, (host, port, *_), *_ in reply:
+            # Without a name of its own a node is called by the name that reached it.
+            name = host.decode() if host and host != b"?" else node.host
+            ranges.append((first, last, replace(node, host=name, port=port)))
+    except (TypeError, ValueError, AttributeError):
+        raise ValueError("its answer is no map of slots") from None
+    if not ranges:
+        raise ValueError("it knows no slots: is the cluster not made yet?")
+    return ranges
+
+
+@cache
+def mark_of(slot: int) -> bytes:
+    """Return the hash tag with the smallest number that belongs to the slot."""
+    return next(tag for tag in (b"{%d}" % number for number in count()) if key_slot(tag) == slot)

@@ -1,0 +1,240 @@
+"""Examines a Redis over a connection of its own: asks, tries on a scratch key what claims need, and changes nothing.
+
+It never scans keys, and prefers INFO to CONFIG, which managed services forbid. What the user may not ask becomes a
+finding that says so.
+"""
+
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from redis import exceptions
+from redis.asyncio.connection import AbstractConnection
+
+from dedup_service.claims import (
+    DEFAULT_NAMESPACE,
+    Applied,
+    Finding,
+    Reason,
+    Severity,
+    StoreUnavailable,
+    Transaction,
+    system_clock_ms,
+)
+from dedup_service.stores import stored_value
+from dedup_service.stores.keys import KeyLayout, raw_layout
+from dedup_service.stores.redis.connection import new_connection, parse_info
+from dedup_service.stores.redis.findings import TimeSample, judge_info, judge_persistence, judge_time
+from dedup_service.stores.redis.scripts import RELEASE
+from dedup_service.stores.redis.url import RedisTarget
+
+_SAMPLES = 50
+# A Redis far away is judged by fewer samples, since a server that starts waits for them.
+_SAMPLING_S = 0.5
+
+_SCRATCH_TTL_MS = 10_000
+
+
+async def examine_redis(
+    target: RedisTarget,
+    layout: KeyLayout,
+    timeout_ms: int,
+    clock: Callable[[], float] = time.time,
+    *,
+    min_replicas: int = 0,
+    mark: str = "",
+) -> list[Finding]:
+    """Return what is found at `target`; each of its answers may take `timeout_ms`, and `clock` is that of this host.
+
+    `min_replicas` is what claims will ask for. With a `mark`, which is a hash tag of the server, it is the node of a
+    cluster that it is meant to be.
+
+    Raises StoreUnavailable when Redis cannot be reached, refuses the password, or goes away meanwhile.
+    """
+    try:
+        async with _connected(target, timeout_ms / 1000) as connection:
+            user = target.username or "default"
+            return await _Examination(connection, user, layout, clock, min_replicas=min_replicas, mark=mark).findings()
+    except exceptions.NoPermissionError:
+        # Only making the connection lets this one through, and of its commands only SELECT wants a right.
+        return [_missing_right(target.username or "default", "SELECT")]
+    except exceptions.AuthenticationError as error:
+        raise StoreUnavailable(
+            Reason.STORE_NOT_AUTHENTICATED,
+            f"Redis at {target} refused the user name or password of the store URL: {error}",
+            Applied.NO,
+        ) from error
+    except (exceptions.RedisError, OSError) as error:
+        raise StoreUnavailable(
+            Reason.STORE_UNREACHABLE, f"Redis at {target} cannot be examined: {error}", Applied.NO
+        ) from error
+
+
+@asynccontextmanager
+async def _connected(target: RedisTarget, timeout_s: float) -> AsyncIterator[AbstractConnection]:
+    connection = new_connection(target, timeout_s)
+    try:
+        await connection.connect()  # type: ignore[no-untyped-call]
+        yield connection
+    finally:
+        await connection.disconnect(nowait=True)
+
+
+def _missing_right(user: str, command: str) -> Finding:
+    return Finding(
+        "rights",
+        Severity.CRITICAL,
+        f"The Redis user {user} may not run {command}: calls that need it fail with STORE_NOT_PERMITTED.",
+        f"ACL SETUSER {user} +{command.lower()}",
+    )
+
+
+class _Examination:
+    """One examination, over one connection that is open."""
+
+    def __init__(
+        self,
+        connection: AbstractConnection,
+        user: str,
+        layout: KeyLayout,
+        clock: Callable[[], float],
+        *,
+        min_replicas: int,
+        mark: str,
+    ) -> None:
+        self._connection = connection
+        self._user = user
+        self._clock = clock
+        self._raw = layout is raw_layout
+        self._token = secrets.token_urlsafe(16)
+        # Nobody else's id, and in the default namespace, so that the layout takes it.
+        self._id = f"dedup-doctor-{secrets.token_hex(8)}{mark}"
+        self._min_replicas = min_replicas
+        self._is_node = bool(mark)
+        self._key = layout(DEFAULT_NAMESPACE, self._id)
+        self._refused: dict[str, exceptions.ResponseError] = {}
+
+    async def findings(self) -> list[Finding]:
+        info = await self._info()
+        if info is None:
+            findings = [
+                Finding(
+                    "info",
+                    Severity.INFO,
+                    "Version, role, cluster, eviction, persistence and replicas were not checked: the Redis user "
+                    f"{self._user} may not run INFO.",
+                    f"ACL SETUSER {self._user} +info",
+                )
+            ]
+        else:
+            findings = [
+                *judge_info(info, self._min_replicas, is_node=self._is_node),
+                await self._persistence(info),
+            ]
+        samples = await self._time_samples()
+        not_measured = Finding("clock", Severity.INFO, "Clock and latency were not measured, for which TIME is needed.")
+        return [*findings, *await self._rights(info or {}), *(judge_time(samples) if samples else [not_measured])]
+
+    async def _ask(self, *command: bytes | str | int) -> Any:  # noqa: ANN401 - what Redis may answer
+        await self._connection.send_command(*command)
+        return await self._connection.read_response()
+
+    async def _info(self) -> dict[str, str] | None:
+        try:
+            reply: bytes = await self._ask("INFO")
+        except exceptions.ResponseError:
+            return None
+        return parse_info(reply)
+
+    async def _persistence(self, info: dict[str, str]) -> Finding:
+        append_only = info.get("aof_enabled") == "1"
+        setting = await self._setting("appendfsync" if append_only else "save")
+        save, appendfsync = (None, setting) if append_only else (setting, None)
+        return judge_persistence(info, save, appendfsync, self._user)
+
+    async def _setting(self, name: str) -> str | None:
+        try:
+            reply = await self._ask("CONFIG", "GET", name)
+        except exceptions.ResponseError:
+            return None
+        return reply[1].decode() if len(reply) == 2 else None
+
+    async def _time_samples(self) -> list[TimeSample]:
+        samples: list[TimeSample] = []
+        end = time.monotonic() + _SAMPLING_S
+        while len(samples) < _SAMPLES and (not samples or time.monotonic() < end):
+            began, began_s = self._clock(), time.monotonic()
+            reply = await self._try("TIME")
+            if reply is None:
+                break
+            took_s = time.monotonic() - began_s
+            redis_time = int(reply[0]) + int(reply[1]) / 1_000_000
+            samples.append(TimeSample(took_s, redis_time - (began + took_s / 2)))
+        return samples
+
+    async def _try(self, *command: bytes | str | int) -> Any:  # noqa: ANN401 - as _ask
+        try:
+            return await self._ask(*command)
+        except exceptions.NoScriptError:
+            # The right is there, and that is what was tried.
+            return None
+        except exceptions.ResponseError as error:
+            self._refused[str(command[0])] = error
+            return None
+
+    async def _rights(self, info: dict[str, str]) -> list[Finding]:
+        """Try each command that claims need on a key of the layout that nobody else uses and that expires by itself."""
+        now_ms = system_clock_ms()
+        scratch = Transaction(
+            DEFAULT_NAMESPACE, self._id, self._token, "dedup-service doctor", now_ms, now_ms + _SCRATCH_TTL_MS
+        )
+        await self._try("SET", self._key, stored_value.encode(scratch), "NX", "GET", "PX", _SCRATCH_TTL_MS)
+        await self._try("GET", self._key)
+        await self._try("PEXPIRETIME", self._key)
+        await self._try("PEXPIREAT", self._key, now_ms + _SCRATCH_TTL_MS)
+        if self._min_replicas:
+            # For no replica, it answers at once.
+            await self._try("WAIT", 0, 1)
+        # With another token it releases nothing, so that EVAL still finds what to release.
+        await self._try("EVALSHA", RELEASE.sha, 1, self._key, secrets.token_urlsafe(16))
+        await self._try("EVAL", RELEASE.text, 1, self._key, self._token)
+        # The script has removed the key, or may not: the right to DEL shows itself more clearly outside of it.
+        await self._try("DEL", self._key)
+        denied = {
+            name: str(error) for name, error in self._refused.items() if isinstance(error, exceptions.NoPermissionError)
+        }
+        findings = [_missing_right(self._user, name) for name, text in denied.items() if " key" not in text]
+        if len(findings) < len(denied):
+            findings.append(self._keys_denied())
+        # On a replica and in a cluster the refusal is what those findings already say.
+        elsewhere = info.get("role") == "slave" or (info.get("redis_mode") == "cluster" and not self._is_node)
+        if self._refused and not denied and not elsewhere:
+            name, error = next(iter(self._refused.items()))
+            findings.append(
+                Finding(
+                    "write",
+                    Severity.CRITICAL,
+                    f"Redis refuses {name} now, which claims need: {error}",
+                    "see the section on outcomes and errors of the README, and the log of Redis",
+                )
+            )
+        return findings or [Finding("rights", Severity.OK, "The Redis user may run every command that claims need.")]
+
+    def _keys_denied(self) -> Finding:
+        if self._raw:
+            return Finding(
+                "rights",
+                Severity.INFO,
+                f"The Redis user {self._user} may not use the scratch key {self._key.decode()}, so that not every "
+                "right was tried. In the raw layout its key pattern has to cover the ids of the transactions.",
+                f"ACL SETUSER {self._user} ~dedup-doctor-*",
+            )
+        prefix = self._key.decode().removesuffix(f"{DEFAULT_NAMESPACE}:{self._id}")
+        return Finding(
+            "rights",
+            Severity.CRITICAL,
+            f"The Redis user {self._user} may not use keys that begin with {prefix}: every claim is refused.",
+            f"ACL SETUSER {self._user} ~{prefix}*",
+        )

@@ -1,0 +1,71 @@
+"""Asks Redis Sentinels which server is the master now; watching it and failing over is their job."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+
+from redis import exceptions
+
+from dedup_service.claims import Applied, Reason, StoreRefused, StoreUnavailable
+from dedup_service.stores.redis.connection import new_connection
+from dedup_service.stores.redis.url import RedisTarget, SentinelTarget
+
+# A master that is cut off from its Sentinels still takes claims, which are lost when the cut ends.
+_RECHECK_S = 1.0
+
+
+class SentinelLocator:
+    """The locator of a master that Sentinels watch: the first Sentinel that names it is believed."""
+
+    recheck_s = _RECHECK_S
+
+    def __init__(self, target: SentinelTarget, timeout_ms: int) -> None:
+        self._target = target
+        self._timeout_s = timeout_ms / 1000
+        # The next question begins with the Sentinel that answered the last one.
+        self._order: Sequence[RedisTarget] = target.sentinels
+
+    async def locate(self) -> RedisTarget:
+        """Return the master; see RedisLocator.locate. Each Sentinel has the store time-out to answer."""
+        unknown_to = None
+        failures: list[str] = []
+        for number, sentinel in enumerate(self._order):
+            try:
+                address = await self._ask(sentinel)
+            # ValueError: a host name that cannot be one, and an answer that is no address.
+            except (exceptions.RedisError, OSError, ValueError) as error:
+                failures.append(f"{sentinel.address}: {error or type(error).__name__}")
+                continue
+            if address is None:
+                # It may have lost what it knew while the others still know.
+                unknown_to = unknown_to or sentinel
+                continue
+            self._order = (*self._order[number:], *self._order[:number])
+            host, port = address
+            return replace(self._target.server, host=host, port=port)
+        if unknown_to is not None:
+            raise StoreRefused(
+                f"Sentinel {unknown_to.address} knows no master {self._target.master_name!r}: "
+                "write the name of its `sentinel monitor` line into the store URL"
+            )
+        raise StoreUnavailable(
+            Reason.SENTINEL_UNREACHABLE,
+            f"none of the {len(failures)} Sentinels asked said where the Redis master "
+            f"{self._target.master_name!r} is ({'; '.join(failures)})",
+            Applied.NO,
+        )
+
+    async def _ask(self, sentinel: RedisTarget) -> tuple[str, int] | None:
+        connection = new_connection(sentinel, self._timeout_s)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await connection.connect()  # type: ignore[no-untyped-call]
+                await connection.send_command("SENTINEL", "get-master-addr-by-name", self._target.master_name)
+                reply = await connection.read_response()
+        finally:
+            await connection.disconnect(nowait=True)
+        if reply is None:
+            return None
+        if not isinstance(reply, list) or len(reply) != 2 or not all(isinstance(part, bytes) for part in reply):
+            raise ValueError("its answer is no address")
+        return reply[0].decode(), int(reply[1])

@@ -1,0 +1,177 @@
+"""The embedded store: claims in one SQLite file, for trying it out, tests and use on a single host."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dedup_service.claims import (
+    Applied,
+    Completion,
+    Expiry,
+    Extension,
+    FieldViolation,
+    InvalidRequest,
+    Reason,
+    Release,
+    StoreNotice,
+    StoreRefused,
+    StoreUnavailable,
+    Transaction,
+    system_clock_ms,
+)
+from dedup_service.stores.keys import KeyLayout
+from dedup_service.stores.sqlite.file import ClaimFile
+from dedup_service.stores.sqlite.thread import FORGET, BatchThread, Row, Step
+from dedup_service.stores.stored_value import decode, encode
+
+# What a column of SQLite holds.
+_MAX_TIME_MS = 2**63 - 1
+
+
+class SqliteStore:
+    """Keeps claims in one SQLite file that several processes of one host may share.
+
+    A claim is on the disk when it is acknowledged. Every call ends within about `timeout_ms` milliseconds with its
+    answer or StoreUnavailable; more than `queue_limit` waiting calls are refused at once. Expired claims are deleted
+    with later ones, and every `idle_ms` milliseconds when nothing is asked.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        key_layout: KeyLayout,
+        *,
+        clock_ms: Callable[[], int] = system_clock_ms,
+        timeout_ms: int = 1_000,
+        queue_limit: int = 10_000,
+        idle_ms: int = 1_000,
+    ) -> None:
+        self._path = path.absolute()
+        self._key_layout = key_layout
+        self._clock_ms = clock_ms
+        self._timeout_s = timeout_ms / 1_000
+        self._queue_limit = queue_limit
+        self._idle_s = idle_ms / 1_000
+        self._thread: BatchThread | None = None
+
+    @property
+    def description(self) -> str:
+        """Where the claims are, for people."""
+        return f"sqlite file {self._path} (only this host sees its claims)"
+
+    async def open(self) -> None:
+        """Create the file where needed, and begin to serve. One that cannot be used yet is tried again by every call.
+
+        Raises StoreRefused when it never can be: no permission, not a database, another application's database, a
+        newer version's, or damaged. Such a file is left as it is.
+        """
+        if self._thread is None:
+            file = ClaimFile(self._path, self._clock_ms)
+            self._thread = BatchThread(file, file.name, self._timeout_s, self._queue_limit, self._idle_s)
+            self._thread.start()
+        try:
+            await self.check()
+        except StoreUnavailable:
+            pass
+        except StoreRefused:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        """Answer what is queued, for at most the time-out, and close the file; may be called twice."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            await thread.close()
+
+    async def check(self) -> Sequence[StoreNotice]:
+        """Return when the file could be written and synced; nothing else is noticed.
+
+        Raises StoreUnavailable when it could not, and StoreRefused as `open` does.
+        """
+        await self._running().submit()
+        return ()
+
+    async def claim(self, claim: Transaction, expiry: Expiry) -> Transaction | None:
+        """Store `claim` durably unless its transaction is held, in one transaction, and return the holder or None.
+
+        It expires `ttl_ms` from now by this host's clock, or at `claim.expire_time_ms` when `ttl_ms` is None. Raises
+        InvalidRequest when that moment is in the past or beyond 64 bits, StoreUnavailable and UnreadableValue.
+        """
+        value = encode(claim)
+
+        def step(held: bytes | None, now_ms: int) -> tuple[bytes | None, Row | None]:
+            return (held, None) if held is not None else (None, (value, _end(expiry, now_ms)))
+
+        holder = await self._ask(claim.namespace, claim.transaction_id, step)
+        return None if holder is None else decode(holder, claim.namespace, claim.transaction_id)
+
+    async def claim_all(self, claims: Sequence[tuple[Transaction, Expiry]]) -> Sequence[Transaction | Exception | None]:
+        """Make many claims; see ClaimStore.claim_all. They share transactions as all that is ready does."""
+
+        async def one(claim: Transaction, expiry: Expiry) -> Transaction | Exception | None:
+            try:
+                return await self.claim(claim, expiry)
+            except Exception as error:  # noqa: BLE001 - whatever becomes of one claim, the others are made
+                return error
+
+        return await asyncio.gather(*(one(*asked) for asked in claims))
+
+    async def complete(self, completion: Completion) -> Transaction | None:
+        """Complete what the token holds, durably; see ClaimStore.complete."""
+        return await self._change(completion)
+
+    async def extend(self, extension: Extension) -> Transaction | None:
+        """Move the end of what the token holds, durably; see ClaimStore.extend."""
+        return await self._change(extension)
+
+    async def release(self, release: Release) -> bool:
+        """Forget what the token holds, durably; see ClaimStore.release."""
+
+        def step(held: bytes | None, _: int) -> tuple[bytes | None, Row | None]:
+            if held is None or not release.releases(decode(held, release.namespace, release.transaction_id)):
+                return None, None
+            return held, FORGET
+
+        return await self._ask(release.namespace, release.transaction_id, step) is not None
+
+    async def get(self, namespace: str, transaction_id: str) -> Transaction | None:
+        """Return the holder of a transaction, or None. Raises StoreUnavailable and UnreadableValue."""
+        held = await self._ask(namespace, transaction_id, _look, may_change=False)
+        return None if held is None else decode(held, namespace, transaction_id)
+
+    async def _change(self, change: Completion | Extension) -> Transaction | None:
+        def step(held: bytes | None, now_ms: int) -> tuple[bytes | None, Row | None]:
+            if held is None:
+                return None, None
+            holder = decode(held, change.namespace, change.transaction_id)
+            changed = change.of(holder)
+            if changed is None or changed is holder:
+                return (None if changed is None else held), None
+            value = encode(changed, over=held)
+            return value, (value, _end(change.expiry, now_ms))
+
+        value = await self._ask(change.namespace, change.transaction_id, step)
+        return None if value is None else decode(value, change.namespace, change.transaction_id)
+
+    async def _ask(self, namespace: str, transaction_id: str, step: Step, *, may_change: bool = True) -> bytes | None:
+        key = self._key_layout(namespace, transaction_id)
+        try:
+            return await self._running().submit(key, step, may_change=may_change)
+        except StoreRefused as refusal:
+            raise StoreUnavailable(Reason.STORE_REFUSED, str(refusal), Applied.NO) from refusal
+
+    def _running(self) -> BatchThread:
+        if self._thread is None:
+            raise StoreUnavailable(Reason.STORE_CLOSED, f"the sqlite file {self._path} is not open", Applied.NO)
+        return self._thread
+
+
+def _look(held: bytes | None, _: int) -> tuple[bytes | None, Row | None]:
+    return held, None
+
+
+def _end(expiry: Expiry, now_ms: int) -> int:
+    expire_time_ms = expiry.time_ms if expiry.ttl_ms is None else now_ms + expiry.ttl_ms
+    if not now_ms < expire_time_ms <= _MAX_TIME_MS:
+        raise InvalidRequest(FieldViolation("expire_time", "is not in the future: send a later time, or a ttl"))
+    return expire_time_ms

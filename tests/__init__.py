@@ -1,0 +1,1 @@
+"""The tests, importable as a package: `python -m tests.stress.chaos.run` works from the root of the repository."""
