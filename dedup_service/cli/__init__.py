@@ -7,8 +7,8 @@ from dedup_service.config.errors import FatalError
 
 def main() -> None:
     """Run the command line; the exit code is 2 for a bad command or setting, 1 for a server that cannot start."""
-    # Imported by need: a server starts without the libraries of the other commands, a third of its start and its memory,
-    # and the supervisor without those of the server.
+    # Imported by need: a server starts without the libraries of the other commands, a third of its start-up time and
+    # memory, and the supervisor without those of the server.
     try:
         match sys.argv[1:2]:
             case ["serve"]:

@@ -6,7 +6,7 @@ import gc
 import signal
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
@@ -58,7 +58,7 @@ async def serve(settings: Settings, announce: Announce, worker: WorkerMetricFile
 
     `announce` is called once with the bound addresses, when calls are accepted. SIGHUP reloads policies and tokens. At
     the shutdown health reports NOT_SERVING, new calls are rejected, waiting calls are answered, and in-flight calls get
-    the grace period; a second signal ends it. Raises FatalError when the server cannot start or a background task fails.
+    the grace period; a second signal ends it. Raises FatalError if the server cannot start or a background task fails.
     """
     log = logger()
     async with AsyncExitStack() as undo:
@@ -106,7 +106,8 @@ async def serve(settings: Settings, announce: Announce, worker: WorkerMetricFile
         await engine.start()
         undo.push_async_callback(_stop, engine)
         stop = _stop_signals()
-        undo.push_async_callback(_drain, settings, state, admission, claims, store, stop, log)
+        drain = _Drain(state, admission, claims, store)
+        undo.push_async_callback(drain, settings.shutdown_grace, stop, log)
 
         _tune_garbage_collection()
         log_policies(settings, claims, log)
@@ -201,33 +202,32 @@ def _log_started(
         log.warning("embedded_store_used", message="no store URL is set: only this host sees these claims")
 
 
-async def _drain(
-    settings: Settings,
-    state: Health,
-    admission: Admission,
-    claims: ClaimService,
-    store: ClaimStore,
-    stop: asyncio.Queue[signal.Signals],
-    log: Logger,
-) -> None:
-    """Reject new calls, and give those in flight the grace period; a second signal ends it."""
-    log.info("shutdown_started", grace_ms=settings.shutdown_grace)
-    await state.stop_serving()
-    # gRPC would cancel calls it has received and not handed over, which tells their callers nothing. So calls are
-    # rejected with a reason first, until callers have had time to go elsewhere.
-    admission.close()
-    # Waiting calls would otherwise use up the grace period and then be cancelled.
-    await claims.close()
-    grace = asyncio.create_task(_until_idle(admission, settings.shutdown_grace / 1000))
-    second_signal = asyncio.create_task(stop.get())
-    await asyncio.wait((grace, second_signal), return_when=asyncio.FIRST_COMPLETED)
-    for task in (grace, second_signal):
-        task.cancel()
-    # Calls the store still owes an answer end with doubt, where gRPC would only cancel them.
-    await store.close()
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_STOP_SLACK_S):
-            await admission.idle()
+class _Drain(NamedTuple):
+    """The shutdown: reject new calls, and give those in flight the grace period; a second signal ends it."""
+
+    state: Health
+    admission: Admission
+    claims: ClaimService
+    store: ClaimStore
+
+    async def __call__(self, grace_ms: int, stop: asyncio.Queue[signal.Signals], log: Logger) -> None:
+        log.info("shutdown_started", grace_ms=grace_ms)
+        await self.state.stop_serving()
+        # gRPC would cancel calls it has received and not handed over, which tells their callers nothing. So calls are
+        # rejected with a reason first, until callers have had time to go elsewhere.
+        self.admission.close()
+        # Waiting calls would otherwise use up the grace period and then be cancelled.
+        await self.claims.close()
+        grace = asyncio.create_task(_until_idle(self.admission, grace_ms / 1000))
+        second_signal = asyncio.create_task(stop.get())
+        await asyncio.wait((grace, second_signal), return_when=asyncio.FIRST_COMPLETED)
+        for task in (grace, second_signal):
+            task.cancel()
+        # Calls the store still owes an answer end with doubt, where gRPC would only cancel them.
+        await self.store.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_STOP_SLACK_S):
+                await self.admission.idle()
 
 
 async def _until_idle(admission: Admission, grace_s: float) -> None:

@@ -89,7 +89,7 @@ async def reload_when_requested(
             try:
                 digests = await asyncio.to_thread(read_tokens, settings.auth_tokens)
             except BadSettings as error:
-                log.error("tokens_reload_failed", file=str(settings.auth_tokens), message=str(error))
+                log.error("tokens_reload_failed", file=str(settings.auth_tokens), message=str(error))  # noqa: TRY400 - one sentence
             else:
                 authorization.tokens = BearerTokens(digests.items())
                 log.info("tokens_loaded", file=str(settings.auth_tokens), tokens=len(authorization.tokens))
@@ -97,7 +97,7 @@ async def reload_when_requested(
             try:
                 claims.policies = await asyncio.to_thread(load_policies, settings)
             except BadSettings as error:
-                log.error("policy_reload_failed", file=str(settings.policy_file), message=str(error))
+                log.error("policy_reload_failed", file=str(settings.policy_file), message=str(error))  # noqa: TRY400 - as above
             else:
                 log_policies(settings, claims, log)
         elif settings.auth_tokens is None:

@@ -27,7 +27,8 @@ def run_server(settings: Settings, *, show_banner: bool = False) -> None:
 
     def announce(addresses: Sequence[str]) -> None:
         if show_banner:
-            print(banner(addresses), end="", flush=True)
+            sys.stdout.write(banner(addresses))
+            sys.stdout.flush()
 
     uvloop.run(serve(settings, announce))
 

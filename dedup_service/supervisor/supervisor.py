@@ -1,4 +1,4 @@
-"""Keeps the configured number of workers alive, replaces them one by one on request, and ends after the last of them."""
+"""Keeps the configured number of workers alive, replaces them on request, and ends after the last of them."""
 
 import asyncio
 import json
@@ -79,7 +79,7 @@ class Supervisor:
         """Supervise until SIGTERM or SIGINT, or until the workers cannot serve; return why they cannot.
 
         `announce` is called once with the addresses, when every worker is ready. Workers receive each SIGTERM, SIGINT
-        and SIGHUP. SIGUSR2 replaces them one by one, each new one ready before the old one drains. A worker that dies is
+        and SIGHUP. SIGUSR2 replaces them one by one, each new one ready before the old one drains. A dead worker is
         restarted. Returns after the last worker has ended or was killed.
         """
         loop = asyncio.get_running_loop()
