@@ -17,17 +17,18 @@ from dedup_service.claims import (
     Applied,
     Completion,
     Extension,
+    Reason,
     Release,
     StoreUnavailable,
     Transaction,
     TransactionState,
     system_clock_ms,
 )
-from dedup_service.stores.registry import StoreConfig, make_store
 from dedup_service.stores.keys import prefixed_layout
 from dedup_service.stores.redis.canary import RedisCanary
 from dedup_service.stores.redis.store import RedisStore
-from tests.support.claims import a_claim
+from dedup_service.stores.registry import StoreConfig, make_store
+from tests.support.claims import MINUTE, a_claim, lasting
 from tests.support.cluster import ClusterDeployment
 from tests.support.polling import eventually, wait_until
 from tests.support.processes import RedisProcess
@@ -117,23 +118,23 @@ async def test_a_claim_without_its_replica_is_doubt(open_store: OpenStore, pair:
     connection, which has written nothing itself: that is what the confirming write is for.
     """
     store = await open_store(pair.master.url)
-    assert await store.claim(a_claim(f"{unique}-before"), 60_000) is None
+    assert await store.claim(a_claim(f"{unique}-before"), MINUTE) is None
     claim = a_claim(unique, token=MINE)
     with paused(pair.replica):
-        assert await failure_of(store.claim(claim, 60_000)) == ("STORE_NOT_REPLICATED", Applied.UNKNOWN)
-        assert await failure_of(store.claim(claim, 60_000)) == ("STORE_NOT_REPLICATED", Applied.UNKNOWN)
+        assert await failure_of(store.claim(claim, MINUTE)) == ("STORE_NOT_REPLICATED", Applied.UNKNOWN)
+        assert await failure_of(store.claim(claim, MINUTE)) == ("STORE_NOT_REPLICATED", Applied.UNKNOWN)
         second = await open_store(pair.master.url)
-        assert await failure_of(second.claim(claim, 60_000)) == ("STORE_NOT_REPLICATED", Applied.UNKNOWN)
+        assert await failure_of(second.claim(claim, MINUTE)) == ("STORE_NOT_REPLICATED", Applied.UNKNOWN)
         # A duplicate needs no replica: it starts no work.
-        duplicate = await store.claim(a_claim(unique, token=OTHER), 60_000)
+        duplicate = await store.claim(a_claim(unique, token=OTHER), MINUTE)
         assert duplicate is not None
         assert duplicate.claim_token == MINE
-    replayed = await told(lambda: store.claim(claim, 60_000))
+    replayed = await told(lambda: store.claim(claim, MINUTE))
     assert replayed is not None
     assert replayed.claim_token == MINE
     pair.promote()
     survivor = await open_store(pair.replica.url, min_replicas=0)
-    held = await survivor.claim(a_claim(unique, token=OTHER), 60_000)
+    held = await survivor.claim(a_claim(unique, token=OTHER), MINUTE)
     assert held is not None
     assert held.claim_token == MINE
 
@@ -145,10 +146,9 @@ async def test_completions_and_extensions_wait_too(open_store: OpenStore, pair: 
     """
     store = await open_store(pair.master.url)
     claim = a_claim(unique, token=MINE)
-    assert await store.claim(claim, 60_000) is None
-    end_ms = system_clock_ms() + 120_000
-    extension = Extension("default", unique, MINE, end_ms, None, allow_shortening=False)
-    completion = Completion("default", unique, MINE, b"paid", system_clock_ms(), end_ms, 120_000)
+    assert await store.claim(claim, MINUTE) is None
+    extension = Extension("default", unique, MINE, lasting(120_000), allow_shortening=False)
+    completion = Completion("default", unique, MINE, b"paid", system_clock_ms(), lasting(120_000))
 
     def extend(by: RedisStore) -> Awaitable[Transaction | None]:
         return by.extend(extension)
@@ -172,7 +172,7 @@ async def test_completions_and_extensions_wait_too(open_store: OpenStore, pair: 
 async def test_a_release_needs_no_replica(open_store: OpenStore, pair: Pair, unique: str) -> None:
     """A release is told without one: a failover that forgets it costs time, and never pays twice."""
     store = await open_store(pair.master.url)
-    assert await store.claim(a_claim(unique, token=MINE), 60_000) is None
+    assert await store.claim(a_claim(unique, token=MINE), MINUTE) is None
     with paused(pair.replica):
         assert await store.release(Release("default", unique, MINE))
 
@@ -180,7 +180,7 @@ async def test_a_release_needs_no_replica(open_store: OpenStore, pair: Pair, uni
 async def test_more_replicas_than_there_are(open_store: OpenStore, pair: Pair, unique: str) -> None:
     """Two replicas cannot acknowledge where there is one."""
     store = await open_store(pair.master.url, min_replicas=2)
-    assert await failure_of(store.claim(a_claim(unique), 60_000)) == ("STORE_NOT_REPLICATED", Applied.UNKNOWN)
+    assert await failure_of(store.claim(a_claim(unique), MINUTE)) == ("STORE_NOT_REPLICATED", Applied.UNKNOWN)
 
 
 async def test_a_user_without_the_right_to_wait(open_store: OpenStore, pair: Pair, unique: str) -> None:
@@ -188,7 +188,7 @@ async def test_a_user_without_the_right_to_wait(open_store: OpenStore, pair: Pai
     with redis.Redis(port=pair.master.port, protocol=2) as admin:
         admin.execute_command("ACL", "SETUSER", "limited", "on", ">pw", "~*", "+@all", "-wait")
     store = await open_store(f"redis://limited:pw@127.0.0.1:{pair.master.port}")
-    assert await failure_of(store.claim(a_claim(unique), 60_000)) == ("STORE_NOT_PERMITTED", Applied.UNKNOWN)
+    assert await failure_of(store.claim(a_claim(unique), MINUTE)) == ("STORE_NOT_PERMITTED", Applied.UNKNOWN)
 
 
 async def test_one_wait_answers_for_many_claims(open_store: OpenStore, pair: Pair, unique: str) -> None:
@@ -200,7 +200,7 @@ async def test_one_wait_answers_for_many_claims(open_store: OpenStore, pair: Pai
     with redis.Redis(port=pair.master.port, protocol=2) as admin:
         admin.config_resetstat()
         crowd = [
-            store.claim(a_claim(f"{unique}-{number}", token=f"{token}-{attempt}"), 60_000)
+            store.claim(a_claim(f"{unique}-{number}", token=f"{token}-{attempt}"), MINUTE)
             for number in range(50)
             for attempt, token in enumerate((MINE, OTHER, OTHER, OTHER))
         ]
@@ -215,10 +215,10 @@ async def test_a_caller_that_has_gone_is_not_sent(open_store: OpenStore, pair: P
     """What waits for its round and whose caller goes is never sent."""
     store = await open_store(pair.master.url)
     with paused(pair.replica):
-        first = asyncio.create_task(store.claim(a_claim(f"{unique}-first"), 60_000))
+        first = asyncio.create_task(store.claim(a_claim(f"{unique}-first"), MINUTE))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
-        second = asyncio.create_task(store.claim(a_claim(f"{unique}-second"), 60_000))
+        second = asyncio.create_task(store.claim(a_claim(f"{unique}-second"), MINUTE))
         await asyncio.sleep(0)
         second.cancel()
         assert await failure_of(first) == ("STORE_NOT_REPLICATED", Applied.UNKNOWN)
@@ -234,11 +234,11 @@ async def claims_lost(deployment: SentinelDeployment, min_replicas: int) -> tupl
 
     async def claim(store: RedisStore, number: int) -> None:
         with contextlib.suppress(StoreUnavailable):
-            if await store.claim(a_claim(f"lost-{number}", token=MINE), 60_000) is None:
+            if await store.claim(a_claim(f"lost-{number}", token=MINE), MINUTE) is None:
                 claimed.append(number)
 
     async def is_lost(store: RedisStore, number: int) -> bool:
-        holder = await told(lambda: store.claim(a_claim(f"lost-{number}", token=OTHER), 60_000))
+        holder = await told(lambda: store.claim(a_claim(f"lost-{number}", token=OTHER), MINUTE))
         return holder is None or holder.claim_token != MINE
 
     async with contextlib.AsyncExitStack() as opened:
@@ -290,10 +290,10 @@ async def test_in_a_cluster(open_store: OpenStore, tmp_path: Path, unique: str) 
         await asyncio.to_thread(deployment.start)
         store = await open_store(deployment.url)
         for number in range(30):
-            await told(lambda number=number: store.claim(a_claim(f"{unique}-{number}", token=MINE), 60_000))  # type: ignore[misc]
+            await told(lambda number=number: store.claim(a_claim(f"{unique}-{number}", token=MINE), MINUTE))  # type: ignore[misc]
         for replica in deployment.replicas:
             replica.pause()
-        failures = {await failure_of(store.claim(a_claim(f"{unique}-x{number}"), 60_000)) for number in range(6)}
+        failures = {await failure_of(store.claim(a_claim(f"{unique}-x{number}"), MINUTE)) for number in range(6)}
         assert failures == {("STORE_NOT_REPLICATED", Applied.UNKNOWN)}
     finally:
         deployment.stop()
@@ -305,7 +305,7 @@ async def test_what_fails_after_a_redirected_write_is_doubt() -> None:
     Protection: what follows a write never says "not applied". No server here loses a connection at that very moment.
     """
     moved = hiredis.ReplyError("MOVED 1 127.0.0.1:7000")
-    away = StoreUnavailable("STORE_CONNECTION_LOST", "the connection was lost", Applied.NO)
+    away = StoreUnavailable(Reason.STORE_CONNECTION_LOST, "the connection was lost", Applied.NO)
     written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     written.set_result(None)
     link = SimpleNamespace(
@@ -314,4 +314,4 @@ async def test_what_fails_after_a_redirected_write_is_doubt() -> None:
     )
     nodes = Mock(link_of=Mock(return_value=link), redirected=Mock(return_value=link))
     store = RedisStore(nodes, prefixed_layout("dedup:"), "a test", canary=RedisCanary(b"canary:"), min_replicas=1)
-    assert await failure_of(store.claim(a_claim("x"), 60_000)) == ("STORE_CONNECTION_LOST", Applied.UNKNOWN)
+    assert await failure_of(store.claim(a_claim("x"), MINUTE)) == ("STORE_CONNECTION_LOST", Applied.UNKNOWN)

@@ -20,12 +20,13 @@ from dedup_service.claims import (
     InvalidRequest,
     Policies,
     Policy,
+    RequestedExpiry,
     Transaction,
     TransactionState,
     system_clock_ms,
 )
 from dedup_service.claims import waiting as waiting_module
-from tests.support.claims import a_claim
+from tests.support.claims import MINUTE, a_claim
 from tests.support.polling import eventually
 
 pytestmark = pytest.mark.parametrize("store", ["redis", "redis-unix-socket", "redis-cluster", "sqlite"], indirect=True)
@@ -42,9 +43,8 @@ def claims(store: ClaimStore) -> ClaimService:
 
 async def hold(claims: ClaimService, unique: str, ttl_ms: int = 60_000) -> Transaction:
     """Claim an id with TOKEN and return the transaction."""
-    answer = await claims.claim(
-        ClaimRequest(unique, claim_token=TOKEN, claimant="é", ttl_ms=ttl_ms, payload_fingerprint=b"\xff\x00")
-    )
+    request = ClaimRequest(unique, claim_token=TOKEN, claimant="é", payload_fingerprint=b"\xff\x00")
+    answer = await claims.claim(request._replace(expiry=RequestedExpiry(ttl_ms)))
     assert answer.outcome is ClaimOutcome.CLAIMED
     return answer.transaction
 
@@ -62,9 +62,12 @@ async def taken_over(claims: ClaimService, unique: str) -> Transaction:
     return answers[-1].transaction
 
 
-def asks(unique: str, token: str = TOKEN, **fields: Any) -> HolderRequest:
-    """Return what a holder asks."""
-    return HolderRequest(unique, claim_token=token)._replace(**fields)
+def asks(
+    unique: str, token: str = TOKEN, *, ttl_ms: int | None = None, expire_time_ms: int | None = None, **fields: Any
+) -> HolderRequest:
+    """Return a request of a holder."""
+    expiry = RequestedExpiry(ttl_ms, expire_time_ms)
+    return HolderRequest(unique, claim_token=token, expiry=expiry)._replace(**fields)
 
 
 async def test_completing_keeps_the_result_and_the_rest(claims: ClaimService, unique: str) -> None:
@@ -82,7 +85,7 @@ async def test_completing_keeps_the_result_and_the_rest(claims: ClaimService, un
         completion_time_ms=completed.completion_time_ms,
         expire_time_ms=completed.expire_time_ms,
     )
-    assert await claims.get("", unique) == completed
+    assert await claims.get("default", unique) == completed
     for token in (TOKEN, STRANGER, ""):
         answer = await claims.claim(ClaimRequest(unique, claim_token=token))
         assert (answer.outcome, answer.transaction) == (ClaimOutcome.DUPLICATE, completed)
@@ -95,7 +98,7 @@ async def test_results_of_every_size_come_back(claims: ClaimService, unique: str
     result = bytes(range(256)) * 16
     completed = await claims.complete(asks(unique, result=result[:size]))
     assert completed is not None
-    assert (await claims.get("", unique)).result == result[:size]
+    assert (await claims.get("default", unique)).result == result[:size]
 
 
 async def test_repeating_a_completion_changes_nothing(claims: ClaimService, unique: str) -> None:
@@ -104,7 +107,7 @@ async def test_repeating_a_completion_changes_nothing(claims: ClaimService, uniq
     first = await claims.complete(asks(unique, result=b"paid"))
     assert await claims.complete(asks(unique, result=b"paid", ttl_ms=1_000)) == first
     assert await claims.complete(asks(unique, result=b"other")) is None
-    assert await claims.get("", unique) == first
+    assert await claims.get("default", unique) == first
 
 
 async def test_a_completed_transaction_is_neither_released_nor_extended(claims: ClaimService, unique: str) -> None:
@@ -114,7 +117,7 @@ async def test_a_completed_transaction_is_neither_released_nor_extended(claims: 
     assert not await claims.release(asks(unique))
     assert await claims.extend(asks(unique, ttl_ms=86_400_000)) is None
     assert await claims.complete(asks(unique, STRANGER, result=b"paid")) is None
-    assert await claims.get("", unique) == completed
+    assert await claims.get("default", unique) == completed
 
 
 async def test_another_fingerprint_is_a_mismatch_also_when_completed(claims: ClaimService, unique: str) -> None:
@@ -169,7 +172,7 @@ async def test_an_extension_moves_the_end_and_nothing_else(claims: ClaimService,
         return system_clock_ms() > (held.expire_time_ms or 0) + 20
 
     await eventually(first_end_has_passed)
-    assert await claims.get("", unique) == extended
+    assert await claims.get("default", unique) == extended
 
 
 async def test_an_extension_never_shortens_unless_asked(claims: ClaimService, unique: str) -> None:
@@ -178,7 +181,7 @@ async def test_an_extension_never_shortens_unless_asked(claims: ClaimService, un
     sooner = system_clock_ms() + 10_000
     assert await claims.extend(asks(unique, ttl_ms=1_000)) == held
     assert await claims.extend(asks(unique, expire_time_ms=sooner)) == held
-    assert await claims.get("", unique) == held
+    assert await claims.get("default", unique) == held
     shortened = await claims.extend(asks(unique, expire_time_ms=sooner, allow_shortening=True))
     assert shortened == held._replace(expire_time_ms=sooner)
     ended = await claims.extend(asks(unique, ttl_ms=20, allow_shortening=True))
@@ -204,7 +207,7 @@ async def test_what_expired_and_was_taken_is_left_alone(claims: ClaimService, un
     assert await claims.complete(asks(unique, result=b"late")) is None
     assert not await claims.release(asks(unique))
     assert await claims.extend(asks(unique, ttl_ms=86_400_000)) is None
-    assert await claims.get("", unique) == theirs
+    assert await claims.get("default", unique) == theirs
 
 
 async def test_nothing_is_held_where_nothing_was_claimed(claims: ClaimService, unique: str) -> None:
@@ -237,7 +240,7 @@ async def test_bad_changes_are_refused_with_their_field(
         with pytest.raises(InvalidRequest) as caught:
             await change(asks(unique, **fields))
         assert [violation.field for violation in caught.value.violations] == [field]
-    assert await claims.get("", unique) == held
+    assert await claims.get("default", unique) == held
 
 
 async def test_of_concurrent_changes_one_decides(claims: ClaimService, unique: str) -> None:
@@ -251,14 +254,14 @@ async def test_of_concurrent_changes_one_decides(claims: ClaimService, unique: s
         winners = [result for result, answer in zip(results, completed, strict=True) if answer is not None]
         assert len(winners) + released == 1
         if winners:
-            assert (await claims.get("", name)).result == winners[0]
+            assert (await claims.get("default", name)).result == winners[0]
 
 
 async def waiting(claims: ClaimService, count: int) -> None:
     """Return when that many callers wait."""
 
     async def all_wait() -> bool:
-        return sum(map(len, claims._waiting._waiters.values())) == count
+        return sum(map(len, claims._waiters._waiters.values())) == count
 
     await eventually(all_wait, what="the waiters")
 
@@ -318,7 +321,7 @@ async def test_waiters_leave_at_once_when_cancelled_and_at_the_shutdown(claims: 
     await claims.close()
     answers = await asyncio.gather(*waiters[1::2])
     assert {answer.transaction for answer in answers} == {held}
-    assert not claims._waiting._waiters
+    assert not claims._waiters._waiters
     late = await claims.claim(ClaimRequest(unique, wait_ms=300_000))
     assert late.outcome is ClaimOutcome.DUPLICATE
 
@@ -375,7 +378,7 @@ async def test_policies_apply_by_namespace_and_may_be_replaced(store: ClaimStore
     assert completed is not None
     assert completed.expire_time_ms == (completed.completion_time_ms or 0) + 7_000
     with pytest.raises(InvalidRequest, match="maximum of 9s"):
-        await claims.claim(ClaimRequest(unique, "pay", ttl_ms=9_001))
+        await claims.claim(ClaimRequest(unique, "pay", expiry=RequestedExpiry(9_001)))
     for call in (
         claims.claim(ClaimRequest(unique, "other")),
         claims.get("other", unique),
@@ -390,7 +393,7 @@ async def test_policies_apply_by_namespace_and_may_be_replaced(store: ClaimStore
 async def test_the_life_of_a_claim_made_by_somebody_else_is_not_ours(store: ClaimStore, unique: str) -> None:
     """The holder's token is compared in full: a prefix, or an empty one, holds nothing."""
     claim = a_claim(unique, token=TOKEN)
-    await store.claim(claim, 60_000)
+    await store.claim(claim, MINUTE)
     claims = ClaimService(store, Policies(POLICY))
     for token in (TOKEN[:-1] + "x", TOKEN + "x", "x" + TOKEN):
         assert not await claims.release(asks(unique, token))

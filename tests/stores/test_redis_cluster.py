@@ -24,12 +24,11 @@ from dedup_service.claims import (
     StoreRefused,
     StoreUnavailable,
     Transaction,
-    system_clock_ms,
 )
 from dedup_service.claims.findings import Severity
-from dedup_service.stores.registry import StoreConfig, examine_store, make_store
 from dedup_service.stores.redis.store import RedisStore
-from tests.support.claims import a_claim
+from dedup_service.stores.registry import StoreConfig, examine_store, make_store
+from tests.support.claims import MINUTE, a_claim, lasting
 from tests.support.cluster import ClusterDeployment, ClusterNode
 from tests.support.polling import eventually, wait_until
 from tests.support.processes import RedisProcess
@@ -82,7 +81,7 @@ async def answered(store: RedisStore, claim: Transaction) -> Transaction | None:
 
     async def claimed() -> bool:
         with contextlib.suppress(StoreUnavailable):
-            answers.append(await store.claim(claim, 60_000))
+            answers.append(await store.claim(claim, MINUTE))
         return bool(answers)
 
     await eventually(claimed, what="an answer")
@@ -122,7 +121,7 @@ class Claimers:
         while not self._over.is_set():
             for transaction_id in self._ids:
                 try:
-                    holder = await self._store.claim(a_claim(transaction_id, token=token), 60_000)
+                    holder = await self._store.claim(a_claim(transaction_id, token=token), MINUTE)
                     self.holders[holder.claim_token if holder else None] += 1
                 except StoreUnavailable as error:
                     self.errors[error.reason, error.applied] += 1
@@ -174,11 +173,11 @@ async def test_the_whole_life_of_a_claim(open_store: OpenStore, masters: Cluster
     store = await open_store(masters.url)
     for transaction_id in ids_of(unique):
         claim = a_claim(transaction_id, token=MINE)
-        assert await store.claim(claim, 60_000) is None
+        assert await store.claim(claim, MINUTE) is None
         found = await store.get("default", transaction_id)
         assert found is not None
         assert found.claim_token == MINE
-        completion = Completion("default", transaction_id, MINE, b"paid", 1, system_clock_ms() + 60_000, 60_000)
+        completion = Completion("default", transaction_id, MINE, b"paid", 1, lasting(60_000))
         completed = await store.complete(completion)
         assert completed is not None
         assert completed.result == b"paid"
@@ -189,7 +188,7 @@ async def test_ids_with_braces_stay_apart(open_store: OpenStore, masters: Cluste
     """What Redis reads as a hash tag in an id chooses the node and nothing else."""
     store = await open_store(masters.url)
     for transaction_id in (f"{{{unique}}}a", f"{{{unique}}}b", f"{unique}{{}}", f"{unique}}}{{"):
-        assert await store.claim(a_claim(transaction_id), 60_000) is None
+        assert await store.claim(a_claim(transaction_id), MINUTE) is None
 
 
 async def test_slots_that_move_make_no_second_winner(
@@ -202,7 +201,7 @@ async def test_slots_that_move_make_no_second_winner(
     store = await open_store(six_nodes.url)
     ids = ids_of(unique)
     for transaction_id in ids:
-        assert await store.claim(a_claim(transaction_id, token=MINE), 60_000) is None
+        assert await store.claim(a_claim(transaction_id, token=MINE), MINUTE) is None
     new = await asyncio.to_thread(six_nodes.add_master)
     source = six_nodes.masters[0]
     slots = sorted({slot for name in ids if (slot := key_slot(key_of(name))) < 5462})
@@ -215,7 +214,7 @@ async def test_slots_that_move_make_no_second_winner(
         await claimers.more(400)
     assert set(claimers.holders) == {MINE}
     assert not claimers.errors
-    assert await store.claim(a_claim(f"{unique}-new"), 60_000) is None
+    assert await store.claim(a_claim(f"{unique}-new"), MINUTE) is None
 
 
 async def test_a_slot_between_two_nodes_takes_claims_once(
@@ -230,16 +229,16 @@ async def test_a_slot_between_two_nodes_takes_claims_once(
     ids = [f"{{{unique}-{n}}}" for n in range(100) if key_slot(key_of(f"{{{unique}-{n}}}")) < 5462][:1]
     slot = key_slot(key_of(ids[0]))
     old, new = (f"{ids[0]}-{age}" for age in ("old", "new"))
-    assert await store.claim(a_claim(old, token=MINE), 60_000) is None
+    assert await store.claim(a_claim(old, token=MINE), MINUTE) is None
     source_id, target_id = source.node_id, target.node_id
     target.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", source_id)
     source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", target_id)
     try:
-        crowd = [store.claim(a_claim(new, token=f"{OTHER}-{number}"), 60_000) for number in range(50)]
+        crowd = [store.claim(a_claim(new, token=f"{OTHER}-{number}"), MINUTE) for number in range(50)]
         answers = await asyncio.gather(*crowd)
         assert answers.count(None) == 1
         assert len({answer.claim_token for answer in answers if answer is not None}) == 1
-        held = await store.claim(a_claim(old, token=OTHER), 60_000)
+        held = await store.claim(a_claim(old, token=OTHER), MINUTE)
         assert held is not None
         assert held.claim_token == MINE
         with redis.Redis(port=target.port, protocol=2) as client:
@@ -266,7 +265,7 @@ async def test_a_new_master_is_kept_while_its_first_slot_is_handed_over(
         slot = key_slot(key_of(transaction_id))
         new.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", source.node_id)
         source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", new.node_id)
-        assert await store.claim(a_claim(transaction_id, token=MINE), 60_000) is None
+        assert await store.claim(a_claim(transaction_id, token=MINE), MINUTE) is None
         [link] = [link for server, link in store._nodes._links.items() if server.port == new.port]  # type: ignore[attr-defined]
         channel = link.channel
 
@@ -277,7 +276,7 @@ async def test_a_new_master_is_kept_while_its_first_slot_is_handed_over(
 
         before = maps_read()
         await asyncio.to_thread(wait_until, lambda: maps_read() >= before + 3, what="the map to be read again")
-        holder = await store.claim(a_claim(transaction_id, token=OTHER), 60_000)
+        holder = await store.claim(a_claim(transaction_id, token=OTHER), MINUTE)
         assert holder is not None
         assert holder.claim_token == MINE
         assert channel is not None
@@ -298,7 +297,7 @@ async def test_a_node_that_is_cut_off_is_not_believed(
         lone.ask("CLUSTER", "ADDSLOTSRANGE", 0, 16000)
         store = await open_store(f"redis+cluster://127.0.0.1:{lone.port},127.0.0.1:{masters.masters[0].port}")
         for transaction_id in ids_of(unique):
-            assert await store.claim(a_claim(transaction_id), 60_000) is None
+            assert await store.claim(a_claim(transaction_id), MINUTE) is None
         assert lone.ask("DBSIZE") == 0
     finally:
         lone.stop()
@@ -314,7 +313,7 @@ async def test_a_node_that_dies_is_replaced_without_help(
     store = await open_store(six_nodes.url)
     ids = ids_of(unique)
     for transaction_id in ids:
-        assert await store.claim(a_claim(transaction_id, token=MINE), 60_000) is None
+        assert await store.claim(a_claim(transaction_id, token=MINE), MINUTE) is None
     await asyncio.to_thread(replicate, six_nodes)
     async with Claimers(store, ids) as claimers:
         await claimers.more(200)
@@ -341,7 +340,7 @@ async def test_a_cluster_that_is_away_is_certainly_not_asked(
     server.stop()
     store = await open_store(url)
     with pytest.raises(StoreUnavailable) as caught:
-        await store.claim(a_claim(unique), 60_000)
+        await store.claim(a_claim(unique), MINUTE)
     assert (caught.value.reason, caught.value.applied) == ("CLUSTER_UNREACHABLE", Applied.NO)
     with pytest.raises(StoreUnavailable):
         await store.check()
@@ -354,7 +353,7 @@ async def test_a_node_by_the_url_of_a_single_server_is_refused_by_key(
     store = await open_store(masters.masters[0].url)
     refused = next(name for name in ids_of(unique) if key_slot(key_of(name)) > 5462)
     with pytest.raises(StoreUnavailable) as caught:
-        await store.claim(a_claim(refused), 60_000)
+        await store.claim(a_claim(refused), MINUTE)
     assert (caught.value.reason, "redis+cluster://" in str(caught.value)) == ("STORE_MOVED", True)
 
 
@@ -378,10 +377,10 @@ async def test_over_tls(open_store: OpenStore, tmp_path: Path, unique: str) -> N
         await asyncio.to_thread(deployment.start)
         store = await open_store(f"{deployment.url}?ssl_ca_certs={authority_file}")
         for transaction_id in ids_of(unique):
-            assert await store.claim(a_claim(transaction_id), 60_000) is None
+            assert await store.claim(a_claim(transaction_id), MINUTE) is None
         untrusting = await open_store(deployment.url)
         with pytest.raises(StoreUnavailable) as caught:
-            await untrusting.claim(a_claim(unique), 60_000)
+            await untrusting.claim(a_claim(unique), MINUTE)
         assert caught.value.reason == "CLUSTER_UNREACHABLE"
     finally:
         deployment.stop()

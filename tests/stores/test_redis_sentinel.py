@@ -10,11 +10,11 @@ import redis
 import trustme
 
 from dedup_service.claims import Applied, StoreRefused, StoreUnavailable, Transaction
-from dedup_service.stores.registry import StoreConfig, make_store
 from dedup_service.stores.redis.sentinel import SentinelLocator
 from dedup_service.stores.redis.store import RedisStore
 from dedup_service.stores.redis.url import parse_sentinel_url
-from tests.support.claims import a_claim
+from dedup_service.stores.registry import StoreConfig, make_store
+from tests.support.claims import MINUTE, a_claim
 from tests.support.polling import eventually, wait_until
 from tests.support.processes import RedisProcess, free_port
 from tests.support.sentinel import SentinelDeployment, SentinelProcess, sentinel_url
@@ -88,7 +88,7 @@ async def answered(store: RedisStore, claim: Transaction) -> Transaction | None:
 
     async def claimed() -> bool:
         with contextlib.suppress(StoreUnavailable):
-            answers.append(await store.claim(claim, 60_000))
+            answers.append(await store.claim(claim, MINUTE))
         return bool(answers)
 
     await eventually(claimed, what="an answer")
@@ -104,7 +104,7 @@ async def holders(store: RedisStore, unique: str, token: str) -> set[str | None]
 async def claim_and_replicate(store: RedisStore, deployment: SentinelDeployment, unique: str) -> None:
     """Claim every id of the test, and return when the replica knows."""
     for number in range(IDS):
-        assert await store.claim(a_claim(f"{unique}-{number}", token=MINE), 60_000) is None
+        assert await store.claim(a_claim(f"{unique}-{number}", token=MINE), MINUTE) is None
     await asyncio.to_thread(deployment.replicate)
 
 
@@ -148,7 +148,7 @@ async def test_a_failover_under_load_makes_no_second_winner(
         while not over.is_set():
             for number in range(IDS):
                 with contextlib.suppress(StoreUnavailable):
-                    holder = await store.claim(a_claim(f"{unique}-{number}", token=token), 60_000)
+                    holder = await store.claim(a_claim(f"{unique}-{number}", token=token), MINUTE)
                     seen.append((token, holder.claim_token if holder else None))
             await asyncio.sleep(0.005)
 
@@ -196,7 +196,7 @@ async def test_a_master_that_hangs_is_left_when_sentinel_names_another(
             return any(entry["cmd"] == "role" for entry in client.client_list())
 
         await asyncio.to_thread(wait_until, moved, what="the store to connect to the new master")
-    holder = await store.claim(a_claim(f"{unique}-0", token=OTHER), 60_000)
+    holder = await store.claim(a_claim(f"{unique}-0", token=OTHER), MINUTE)
     assert holder is not None
     assert holder.claim_token == MINE
 
@@ -211,7 +211,7 @@ async def test_a_deposed_master_that_still_answers_is_left(
     old, new = start_redis(), start_redis()
     sentinel = start_sentinel(old.port)
     store = await open_store(sentinel_url(sentinel.port))
-    assert await store.claim(a_claim(f"{unique}-old"), 60_000) is None
+    assert await store.claim(a_claim(f"{unique}-old"), MINUTE) is None
     await asyncio.to_thread(sentinel.watch, new.port)
     await served_by(store, new, unique)
 
@@ -246,7 +246,7 @@ async def test_a_server_that_still_answers_is_kept_while_no_sentinel_does(
     await eventually(lambda: asked_in_vain(StoreRefused), what="the Sentinel to be asked")
     sentinel.stop()
     await eventually(lambda: asked_in_vain(StoreUnavailable), what="the Sentinel to be asked in vain")
-    assert await store.claim(a_claim(unique), 60_000) is None
+    assert await store.claim(a_claim(unique), MINUTE) is None
     assert link.channel is channel
 
 
@@ -278,7 +278,7 @@ async def test_a_sentinel_that_is_down_is_passed_over(
     sentinel = start_sentinel(server.port)
     async with silent_server() as (silent, _):
         store = await open_store(sentinel_url(free_port(), silent, sentinel.port), timeout_ms=300)
-        assert await store.claim(a_claim(unique), 60_000) is None
+        assert await store.claim(a_claim(unique), MINUTE) is None
 
 
 async def test_the_sentinel_that_answered_is_asked_first_next_time(start_sentinel: StartSentinel) -> None:
@@ -303,7 +303,7 @@ async def test_without_any_sentinel_nothing_was_applied(
     """While no Sentinel says where the master is, claims certainly were not applied, and the sentence says why."""
     server = start_redis()
     store = await open_store(sentinel_url(free_port(), server.port))
-    reason, applied, message = await reason_of(store.claim(a_claim(unique), 60_000))
+    reason, applied, message = await reason_of(store.claim(a_claim(unique), MINUTE))
     assert (reason, applied) == ("SENTINEL_UNREACHABLE", Applied.NO)
     assert "none of the 2 Sentinels asked" in message
     assert "unknown command" in message
@@ -322,7 +322,7 @@ async def test_servers_and_sentinels_have_their_own_passwords(
     )
     rest = "/mymaster/3?sentinel_username=asker&sentinel_password=s%40nt+"
     store = await open_store(sentinel_url(sentinel.port, user=":p%40ss@", rest=rest))
-    assert await store.claim(a_claim(unique), 60_000) is None
+    assert await store.claim(a_claim(unique), MINUTE) is None
     with redis.Redis(port=server.port, password="p@ss", db=3) as client:
         assert client.exists(f"dedup:default:{unique}")
     for user, rest, expected in (
@@ -356,6 +356,6 @@ async def test_sentinels_and_servers_are_asked_over_tls(
     sentinel = start_sentinel(server.tls_port, *(f"{name} {value}" for name, value in options.items()), tls=True)
     rest = f"/mymaster?ssl_ca_certs={authority_file}"
     store = await open_store(sentinel_url(sentinel.tls_port, scheme="rediss+sentinel", rest=rest))
-    assert await store.claim(a_claim(unique), 60_000) is None
+    assert await store.claim(a_claim(unique), MINUTE) is None
     untrusting = await open_store(sentinel_url(sentinel.tls_port, scheme="rediss+sentinel"))
     assert (await reason_of(untrusting.check()))[0] == "SENTINEL_UNREACHABLE"

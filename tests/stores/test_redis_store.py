@@ -20,20 +20,21 @@ from dedup_service.claims import (
     InvalidRequest,
     Policies,
     Policy,
+    RequestedExpiry,
     StoreRefused,
     StoreUnavailable,
     UnreadableValue,
 )
-from dedup_service.stores.registry import StoreConfig, make_store
-from dedup_service.stores.registry import redis_channel as channel_module
 from dedup_service.stores.keys import prefixed_layout
+from dedup_service.stores.redis import channel as channel_module
 from dedup_service.stores.redis.canary import RedisCanary
 from dedup_service.stores.redis.link import FixedServer, RedisLink
 from dedup_service.stores.redis.nodes import OneServer
 from dedup_service.stores.redis.scripts import COMPLETE, EXTEND, RELEASE
 from dedup_service.stores.redis.store import RedisStore
 from dedup_service.stores.redis.url import RedisTarget, parse_redis_url
-from tests.support.claims import a_claim
+from dedup_service.stores.registry import StoreConfig, make_store
+from tests.support.claims import MINUTE, a_claim, end_of
 from tests.support.fault_proxy import FaultProxy
 from tests.support.polling import eventually
 from tests.support.processes import RedisProcess, free_port
@@ -91,7 +92,7 @@ async def test_key_and_value_are_as_documented(open_store: OpenStore, redis_clie
     """A claim is one key `{prefix}{namespace}:{id}` with a msgpack array, version first, and an expiry."""
     store = await open_store()
     claim = a_claim(unique, namespace="pay", claimant="w", payload_fingerprint=b"\x01")
-    await store.claim(claim, 60_000)
+    await store.claim(claim, MINUTE)
     key = f"dedup:pay:{unique}"
     assert msgpack.unpackb(redis_client.get(key)) == [
         *(1, "token-of-sixteen", "w", claim.claim_time_ms, claim.expire_time_ms, 1, b"\x01", 0, b"")
@@ -153,7 +154,7 @@ async def test_what_cannot_be_read_is_neither_go_nor_duplicate(
     store = await open_store()
     redis_client.set(f"dedup:default:{unique}", value, px=60_000)
     with pytest.raises(UnreadableValue) as caught:
-        await store.claim(a_claim(unique), 60_000)
+        await store.claim(a_claim(unique), MINUTE)
     assert caught.value.reason == reason
     assert redis_client.get(f"dedup:default:{unique}") == value
 
@@ -166,7 +167,7 @@ async def test_a_key_of_another_type_is_left_alone(
     key = f"dedup:default:{unique}"
     redis_client.hset(key, "field", "value")
     redis_client.expire(key, 60)
-    for call in (store.claim(a_claim(unique), 60_000), store.get("default", unique)):
+    for call in (store.claim(a_claim(unique), MINUTE), store.get("default", unique)):
         with pytest.raises(UnreadableValue) as caught:
             await call
         assert caught.value.reason == "KEY_OF_ANOTHER_TYPE"
@@ -197,7 +198,7 @@ async def test_fields_of_a_newer_version_survive_a_change(
     key = f"dedup:default:{unique}"
     newer = [*msgpack.unpackb(redis_client.get(key)), "added", b"\xfe", 7]
     redis_client.set(key, msgpack.packb(newer), keepttl=True)
-    holder = HolderRequest(unique, claim_token=TOKEN, result=b"paid", ttl_ms=70_000)
+    holder = HolderRequest(unique, claim_token=TOKEN, result=b"paid", expiry=RequestedExpiry(70_000))
     assert await service.extend(holder) is not None
     assert await service.complete(holder) is not None
     fields = msgpack.unpackb(redis_client.get(key))
@@ -243,9 +244,10 @@ async def test_an_expire_time_past_by_the_clock_of_redis_is_refused(open_store: 
     store = await open_store()
     await store.check()
     store._clock_ahead_ms = 30_000
+    early, late = (a_claim(unique, ttl_ms=ttl_ms) for ttl_ms in (20_000, 40_000))
     with pytest.raises(InvalidRequest, match="clock of Redis"):
-        await store.claim(a_claim(unique, ttl_ms=20_000), None)
-    assert await store.claim(a_claim(unique, ttl_ms=40_000), None) is None
+        await store.claim(early, end_of(early))
+    assert await store.claim(late, end_of(late)) is None
 
 
 async def test_the_connection_says_nothing_by_itself(
@@ -257,8 +259,8 @@ async def test_the_connection_says_nothing_by_itself(
     """
     async with FaultProxy(redis_server.port) as proxy:
         store = await open_store(proxy.url)
-        assert await store.claim(a_claim(unique), 60_000) is None
-        assert await store.claim(a_claim(unique), 60_000) is not None
+        assert await store.claim(a_claim(unique), MINUTE) is None
+        assert await store.claim(a_claim(unique), MINUTE) is not None
         sent = proxy.sent_upstream.split(b"\r\n")
         # A command begins with the number of its parts and the length of its name.
         names = [sent[at + 2] for at, line in enumerate(sent) if line.startswith(b"*")]
@@ -347,7 +349,7 @@ async def test_nonsense_from_redis_ends_the_connection(
     async with FaultProxy(redis_server.port) as proxy:
         store = await open_store(proxy.url)
         proxy.hold_replies.clear()
-        waiting = asyncio.create_task(store.claim(a_claim(unique), 60_000))
+        waiting = asyncio.create_task(store.claim(a_claim(unique), MINUTE))
 
         async def sent() -> bool:
             return b"\r\nSET\r\n" in proxy.sent_upstream
@@ -374,8 +376,8 @@ async def test_random_cancels_cost_no_connection_and_mix_nothing_up(
         async def claim(number: int) -> None:
             mine = a_claim(f"{unique}-{number}", token=f"token-number-{number:04}")
             held = mine._replace(claim_token="another-token-16")
-            assert await store.claim(mine, 60_000) is None
-            assert await store.claim(held, 60_000) == mine
+            assert await store.claim(mine, MINUTE) is None
+            assert await store.claim(held, MINUTE) == mine
 
         tasks: list[asyncio.Task[None]] = []
         for number in range(3_000):
@@ -402,7 +404,7 @@ async def test_too_many_unanswered_commands_are_refused_unsent(
     async with FaultProxy(redis_server.port) as proxy:
         store = await open_store(proxy.url)
         proxy.hold_replies.clear()
-        claims = [asyncio.create_task(store.claim(a_claim(f"{unique}-{n}"), 60_000)) for n in range(11)]
+        claims = [asyncio.create_task(store.claim(a_claim(f"{unique}-{n}"), MINUTE)) for n in range(11)]
         done, waiting = await asyncio.wait(claims, return_when=asyncio.FIRST_COMPLETED)
         error = done.pop().exception()
         assert isinstance(error, StoreUnavailable)
@@ -418,7 +420,7 @@ async def test_a_redis_that_comes_later_is_used_by_itself(
     port = free_port()
     store = await open_store(f"redis://127.0.0.1:{port}")
     with pytest.raises(StoreUnavailable) as caught:
-        await store.claim(a_claim(unique), 60_000)
+        await store.claim(a_claim(unique), MINUTE)
     assert (caught.value.reason, caught.value.applied) == ("STORE_UNREACHABLE", Applied.NO)
     own_redis.start(port)
     assert await answered(service_over(store), ClaimRequest(unique)) is ClaimOutcome.CLAIMED
@@ -449,7 +451,7 @@ async def test_a_fault_of_ours_while_connecting_leaves_nobody_waiting(redis_serv
     store = store_over(Forgetful(target))
     await store.open()
     with pytest.raises(StoreUnavailable) as caught:
-        await store.claim(a_claim(unique), 60_000)
+        await store.claim(a_claim(unique), MINUTE)
     assert (caught.value.reason, caught.value.applied) == ("STORE_UNREACHABLE", Applied.NO)
     assert "hunter2" not in str(caught.value)
     assert await answered(service_over(store), ClaimRequest(unique)) is ClaimOutcome.CLAIMED
@@ -505,7 +507,7 @@ async def test_what_redis_refuses_was_not_applied(
         for name, value in configuration.items():
             admin.config_set(name, value)
     with pytest.raises(StoreUnavailable) as caught:
-        await store.claim(a_claim(unique), 60_000)
+        await store.claim(a_claim(unique), MINUTE)
     assert (caught.value.reason, caught.value.applied) == (reason, Applied.NO)
 
 
@@ -521,7 +523,7 @@ async def test_a_read_only_replica_refuses_and_the_connection_is_replaced(
     with redis.Redis(port=own_redis.port) as admin:
         admin.replicaof("127.0.0.1", free_port())
         with pytest.raises(StoreUnavailable) as caught:
-            await store.claim(a_claim(unique), 60_000)
+            await store.claim(a_claim(unique), MINUTE)
         assert (caught.value.reason, caught.value.applied) == ("STORE_READ_ONLY", Applied.NO)
         admin.replicaof("NO", "ONE")
     assert await answered(service_over(store), ClaimRequest(unique)) is ClaimOutcome.CLAIMED
@@ -554,7 +556,7 @@ async def test_user_password_and_database_come_from_the_url(
         )
         store = await open_store(f"redis://dedup:p%40ss%2Fword@127.0.0.1:{own_redis.port}/3")
         await store.check()
-        assert await store.claim(a_claim(unique), 60_000) is None
+        assert await store.claim(a_claim(unique), MINUTE) is None
         assert admin.exists(f"dedup:default:{unique}")
         holder = HolderRequest(unique, claim_token=TOKEN)
         assert await service_over(store).extend(holder)
@@ -569,7 +571,7 @@ async def test_user_password_and_database_come_from_the_url(
 
         admin.execute_command("ACL", "SETUSER", "dedup", "-set")
         with pytest.raises(StoreUnavailable) as caught:
-            await store.claim(a_claim(f"{unique}-2"), 60_000)
+            await store.claim(a_claim(f"{unique}-2"), MINUTE)
         assert (caught.value.reason, caught.value.applied) == ("STORE_NOT_PERMITTED", Applied.NO)
 
 

@@ -11,7 +11,7 @@ import pytest
 from dedup_service.claims import Applied, StoreUnavailable
 from dedup_service.stores.keys import prefixed_layout
 from dedup_service.stores.sqlite.store import SqliteStore
-from tests.support.claims import a_claim
+from tests.support.claims import MINUTE, a_claim
 from tests.support.polling import eventually
 
 LAYOUT = prefixed_layout("dedup:")
@@ -49,7 +49,7 @@ async def test_a_full_disk_is_never_a_claim(small_disk: Path) -> None:
 
     async def claim(transaction_id: str) -> None:
         try:
-            assert await store.claim(a_claim(transaction_id), 60_000) is None
+            assert await store.claim(a_claim(transaction_id), MINUTE) is None
         except StoreUnavailable as failure:
             failures.append(failure)
             if failure.applied is Applied.NO:

@@ -27,11 +27,11 @@ from dedup_service.claims import (
     UnreadableValue,
     system_clock_ms,
 )
-from dedup_service.stores.registry import sqlite_file
 from dedup_service.stores.keys import prefixed_layout
+from dedup_service.stores.sqlite import file as sqlite_file
 from dedup_service.stores.sqlite.store import SqliteStore
 from dedup_service.stores.sqlite.thread import MAX_BATCH, Operation
-from tests.support.claims import a_claim
+from tests.support.claims import MINUTE, a_claim, claim_to_end, lasting
 from tests.support.polling import eventually, wait_until
 
 LAYOUT = prefixed_layout("dedup:")
@@ -40,7 +40,7 @@ LAYOUT = prefixed_layout("dedup:")
 CHILD = """
 import asyncio, os, random, resource, sys
 from pathlib import Path
-from tests.support.claims import a_claim
+from tests.support.claims import MINUTE, a_claim
 from dedup_service.claims import StoreRefused, StoreUnavailable
 from dedup_service.stores.keys import prefixed_layout
 from dedup_service.stores.sqlite.store import SqliteStore
@@ -59,7 +59,7 @@ async def main():
         while numbers:
             number = numbers.pop()
             claim = a_claim(f"lucky_box:{number}", token=f"process-{os.getpid():010}")
-            if await store.claim(claim, 60_000) is None:
+            if await store.claim(claim, MINUTE) is None:
                 print(number, flush=True)
     await asyncio.gather(*(worker() for _ in range(8)))
     await store.close()
@@ -70,7 +70,7 @@ async def main():
     await store.open()
     async def one(worker):
         for number in range(10**9):
-            if await store.claim(a_claim(f"{worker}:{number}"), 60_000) is None:
+            if await store.claim(a_claim(f"{worker}:{number}"), MINUTE) is None:
                 print(f"{worker}:{number}", flush=True)
     await asyncio.gather(*(one(worker) for worker in range(16)))
 """
@@ -103,8 +103,8 @@ def limit(size):
 
 async def main():
     await store.open()
-    await store.claim(a_claim("before"), 60_000)
-    for call in (store.claim(a_claim("during"), 60_000), store.check()):
+    await store.claim(a_claim("before"), MINUTE)
+    for call in (store.claim(a_claim("during"), MINUTE), store.check()):
         await store.check()
         limit(os.stat(sys.argv[1] + "-wal").st_size)
         try:
@@ -112,8 +112,8 @@ async def main():
         except StoreUnavailable as error:
             print(error.reason, error.applied.value)
         limit(resource.RLIM_INFINITY)
-    print((await store.claim(a_claim("before"), 60_000)) is not None)
-    print(await store.claim(a_claim("after"), 60_000))
+    print((await store.claim(a_claim("before"), MINUTE)) is not None)
+    print(await store.claim(a_claim("after"), MINUTE))
     await store.close()
 """
 
@@ -343,7 +343,7 @@ def test_a_file_without_permission_is_refused(forbidden: str) -> None:
 
 async def test_only_the_owner_may_read_the_claims(store: SqliteStore, path: Path) -> None:
     """The folder that the store creates has mode 0700, the file and its log 0600."""
-    await store.claim(claim_for(1), None)
+    await claim_to_end(store, claim_for(1))
     modes = [stat.S_IMODE(one.stat().st_mode) for one in (path.parent, path, Path(f"{path}-wal"))]
     assert modes == [0o700, 0o600, 0o600]
 
@@ -354,13 +354,13 @@ async def test_a_lock_of_another_process_is_busy_and_not_applied(path: Path) -> 
     await store.open()
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
-        calls = [store.claim(a_claim(f"{number}"), 60_000) for number in range(3)]
+        calls = [store.claim(a_claim(f"{number}"), MINUTE) for number in range(3)]
         failures = [await unavailable(asyncio.ensure_future(call)) for call in calls]
         assert failures == [("STORE_BUSY", Applied.NO)] * 3
         other.execute("COMMIT")
     await store.check()
     assert not rows(path)
-    assert await store.claim(a_claim("0"), 60_000) is None
+    assert await store.claim(a_claim("0"), MINUTE) is None
     await store.close()
 
 
@@ -389,10 +389,10 @@ async def test_time_spent_waiting_for_the_lock_does_not_shorten_a_claim(
     store: SqliteStore, path: Path, clock: Clock
 ) -> None:
     """The ttl of a claim begins when its batch holds the write lock, and so does the present of its answer."""
-    await store.claim(claim_for(1, clock.now_ms + 10), None)
+    await claim_to_end(store, claim_for(1, clock.now_ms + 10))
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
-        calls = [asyncio.create_task(store.claim(claim_for(number), 50)) for number in (1, 2)]
+        calls = [asyncio.create_task(store.claim(claim_for(number), lasting(50))) for number in (1, 2)]
         await eventually(lambda: _later(store._thread is not None and store._thread._locked_out))
         clock.now_ms += 20
         other.execute("COMMIT")
@@ -402,7 +402,7 @@ async def test_time_spent_waiting_for_the_lock_does_not_shorten_a_claim(
 
 async def test_an_idle_store_empties_itself(store: SqliteStore, path: Path, clock: Clock) -> None:
     """Expired claims are deleted although nobody asks anything, and live ones stay."""
-    await asyncio.gather(*(store.claim(claim_for(n, clock.now_ms + 10 + n), None) for n in range(1_000)))
+    await asyncio.gather(*(claim_to_end(store, claim_for(n, clock.now_ms + 10 + n)) for n in range(1_000)))
     assert len(rows(path)) == 1_000
     clock.now_ms += 10 + 998
     await eventually(lambda: _later(len(rows(path)) == 1))
@@ -418,7 +418,7 @@ async def test_claims_are_answered_between_the_steps_that_reclaim(
     monkeypatch.setattr(sqlite_file, "_FIRST_STEP_ROWS", 20)
     store = SqliteStore(path, LAYOUT, clock_ms=clock, idle_ms=10)
     await store.open()
-    await asyncio.gather(*(store.claim(claim_for(number), 10) for number in range(500)))
+    await asyncio.gather(*(store.claim(claim_for(number), lasting(10)) for number in range(500)))
     take_step, loop = sqlite_file.ClaimFile.upkeep, asyncio.get_running_loop()
     deleted: list[int] = []
     calls: list[asyncio.Task[Transaction | None]] = []
@@ -426,7 +426,7 @@ async def test_claims_are_answered_between_the_steps_that_reclaim(
     queued = threading.Event()
 
     def claim() -> None:
-        calls.append(loop.create_task(store.claim(claim_for("meanwhile"), 60_000)))
+        calls.append(loop.create_task(store.claim(claim_for("meanwhile"), MINUTE)))
         loop.call_soon(queued.set)
 
     def step(file: sqlite_file.ClaimFile) -> bool:
@@ -482,9 +482,9 @@ async def test_a_busy_store_gets_rid_of_expired_claims_too(path: Path, clock: Cl
     """Claims delete expired ones, at least as many as they add."""
     store = SqliteStore(path, LAYOUT, clock_ms=clock, idle_ms=1_000_000)
     await store.open()
-    await asyncio.gather(*(store.claim(claim_for(f"old {n}"), 10) for n in range(200)))
+    await asyncio.gather(*(store.claim(claim_for(f"old {n}"), lasting(10)) for n in range(200)))
     clock.now_ms += 10
-    await asyncio.gather(*(store.claim(claim_for(f"new {n}"), 10) for n in range(100)))
+    await asyncio.gather(*(store.claim(claim_for(f"new {n}"), lasting(10)) for n in range(100)))
     assert all(b"new" in key.encode() for key in rows(path))
     await store.close()
 
@@ -494,13 +494,13 @@ async def test_an_expired_claim_is_absent_before_it_is_deleted(path: Path, clock
     store = SqliteStore(path, LAYOUT, clock_ms=clock, idle_ms=1_000_000)
     await store.open()
     first, second = (a_claim("lucky_box:1", token=f"token-of-attempt-{number}") for number in (1, 2))
-    assert await store.claim(first, 10) is None
+    assert await store.claim(first, lasting(10)) is None
     clock.now_ms += 9
-    assert await store.claim(second, 10) == first
+    assert await store.claim(second, lasting(10)) == first
     clock.now_ms += 1
     assert await store.get("default", "lucky_box:1") is None
     assert list(rows(path).values()) == [1_000_010]
-    assert await store.claim(second, 10) is None
+    assert await store.claim(second, lasting(10)) is None
     assert await store.get("default", "lucky_box:1") == second
     assert list(rows(path).values()) == [1_000_020]
     await store.close()
@@ -512,12 +512,12 @@ async def test_one_bad_operation_leaves_its_neighbours_alone(store: SqliteStore,
         other.execute("INSERT INTO claims VALUES (?, ?, ?)", (LAYOUT("default", "odd"), b"\x92\x63\x01", 2_000_000))
     stalled = await clock.stall(store)
     calls = [
-        store.claim(claim_for(1), 10),
-        store.claim(a_claim("odd"), 10),
+        store.claim(claim_for(1), lasting(10)),
+        store.claim(a_claim("odd"), lasting(10)),
         store.get("default", "odd"),
-        store.claim(claim_for(2, clock.now_ms), None),
-        store.claim(claim_for(3), 2**63),
-        store.claim(claim_for(4), 10),
+        claim_to_end(store, claim_for(2, clock.now_ms)),
+        store.claim(claim_for(3), lasting(2**63)),
+        store.claim(claim_for(4), lasting(10)),
     ]
     answers = asyncio.gather(*calls, return_exceptions=True)
     await asyncio.sleep(0)
@@ -532,7 +532,7 @@ async def test_callers_of_one_id_in_one_batch_have_one_winner(store: SqliteStore
     """Callers that claim one id within one transaction are decided in the order in which they came."""
     stalled = await clock.stall(store)
     claims = [a_claim("lucky_box:1", token=f"token-of-caller-{number:03}") for number in range(100)]
-    answers = asyncio.gather(*(store.claim(claim, 10) for claim in claims))
+    answers = asyncio.gather(*(store.claim(claim, lasting(10)) for claim in claims))
     await asyncio.sleep(0)
     clock.running.set()
     await stalled
@@ -545,9 +545,9 @@ async def test_a_stalled_disk_does_not_hold_callers(path: Path, clock: Clock) ->
     await store.open()
     clock.running.clear()
     reads = clock.reads
-    under_way = asyncio.create_task(store.claim(claim_for("under way"), None))
+    under_way = asyncio.create_task(claim_to_end(store, claim_for("under way")))
     await eventually(lambda: _later(clock.reads > reads))
-    waiting = asyncio.create_task(store.claim(claim_for("waiting"), None))
+    waiting = asyncio.create_task(claim_to_end(store, claim_for("waiting")))
     assert await unavailable(under_way) == ("STORE_STALLED", Applied.UNKNOWN)
     assert await unavailable(waiting) == ("STORE_STALLED", Applied.NO)
     clock.running.set()
@@ -561,9 +561,9 @@ async def test_a_full_queue_refuses_at_once(path: Path, clock: Clock) -> None:
     store = SqliteStore(path, LAYOUT, clock_ms=clock, queue_limit=3)
     await store.open()
     stalled = await clock.stall(store)
-    waiting = asyncio.gather(*(store.claim(claim_for(number), None) for number in range(3)))
+    waiting = asyncio.gather(*(claim_to_end(store, claim_for(number)) for number in range(3)))
     await asyncio.sleep(0)
-    refused = asyncio.create_task(store.claim(claim_for(3), None))
+    refused = asyncio.create_task(claim_to_end(store, claim_for(3)))
     assert await unavailable(refused) == ("STORE_QUEUE_FULL", Applied.NO)
     clock.running.set()
     await stalled
@@ -580,7 +580,7 @@ async def test_cancelled_callers_leave_the_store_in_order(store: SqliteStore, pa
 
     async def one(number: int) -> bool:
         claim = claim_for(number)
-        assert await store.claim(claim, None) is None
+        assert await claim_to_end(store, claim) is None
         return await store.get("default", claim.transaction_id) == claim
 
     answers: list[object] = []
@@ -602,7 +602,7 @@ async def test_cancelled_callers_leave_the_store_in_order(store: SqliteStore, pa
 async def test_a_cancelled_call_that_still_waited_makes_no_claim(store: SqliteStore, path: Path, clock: Clock) -> None:
     """A claim whose caller has gone before its turn came is not made, so it is in nobody's way."""
     stalled = await clock.stall(store)
-    call = asyncio.create_task(store.claim(claim_for(1), None))
+    call = asyncio.create_task(claim_to_end(store, claim_for(1)))
     await asyncio.sleep(0)
     call.cancel()
     await asyncio.sleep(0)
@@ -616,7 +616,7 @@ async def test_close_answers_what_is_queued(store: SqliteStore, path: Path, cloc
     """Calls that wait when the store is closed are carried out first, later ones fail, and closing again is nothing."""
     stalled = await clock.stall(store)
     count = 2 * MAX_BATCH + 1
-    queued = asyncio.gather(*(store.claim(claim_for(number), None) for number in range(count)))
+    queued = asyncio.gather(*(claim_to_end(store, claim_for(number)) for number in range(count)))
     await asyncio.sleep(0)
     closing = asyncio.create_task(store.close())
     await asyncio.sleep(0)
@@ -635,7 +635,7 @@ async def test_close_is_bounded(path: Path, clock: Clock) -> None:
     await store.open()
     clock.running.clear()
     reads = clock.reads
-    calls = [asyncio.create_task(store.claim(claim_for(number), None)) for number in range(2)]
+    calls = [asyncio.create_task(claim_to_end(store, claim_for(number))) for number in range(2)]
     await eventually(lambda: _later(clock.reads > reads))
     await asyncio.wait_for(store.close(), 10)
     reasons = [await unavailable(call) for call in calls]
@@ -647,7 +647,7 @@ async def test_close_is_bounded(path: Path, clock: Clock) -> None:
 
 async def test_a_closed_store_can_be_opened_again(store: SqliteStore) -> None:
     """What was claimed before is held after."""
-    await store.claim(claim_for(1), None)
+    await claim_to_end(store, claim_for(1))
     await store.close()
     await store.open()
     assert await store.get("default", "lucky_box:1")
@@ -655,12 +655,12 @@ async def test_a_closed_store_can_be_opened_again(store: SqliteStore) -> None:
 
 async def test_a_removed_file_is_noticed(store: SqliteStore, path: Path) -> None:
     """A claim is not made in a file that others no longer find; the next one is made in the file they would find."""
-    await store.claim(claim_for(1), None)
+    await claim_to_end(store, claim_for(1))
     for name in path.parent.iterdir():
         name.unlink()
-    call = asyncio.create_task(store.claim(claim_for(2), None))
+    call = asyncio.create_task(claim_to_end(store, claim_for(2)))
     assert await unavailable(call) == ("STORE_FILE_REPLACED", Applied.NO)
-    assert await store.claim(claim_for(3), None) is None
+    assert await claim_to_end(store, claim_for(3)) is None
     assert set(rows(path)) == {"dedup:default:lucky_box:3"}
 
 
@@ -695,7 +695,7 @@ async def test_the_log_is_copied_and_cut(path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sqlite_file, "_WAL_BYTES", 100_000)
     store = SqliteStore(path, LAYOUT)
     await store.open()
-    await asyncio.gather(*(store.claim(a_claim(f"{number}"), 60_000) for number in range(1_000)))
+    await asyncio.gather(*(store.claim(a_claim(f"{number}"), MINUTE) for number in range(1_000)))
     await eventually(lambda: _later(Path(f"{path}-wal").stat().st_size <= 100_000))
     await store.close()
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from dedup_service.stores.registry import StoreConfig, make_store, sqlite_path
 from dedup_service.stores.redis.url import (
     RedisTarget,
     SentinelTarget,
@@ -13,6 +12,7 @@ from dedup_service.stores.redis.url import (
     parse_redis_url,
     parse_sentinel_url,
 )
+from dedup_service.stores.registry import StoreConfig, make_store, sqlite_path
 
 
 @pytest.mark.parametrize(
