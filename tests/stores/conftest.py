@@ -8,7 +8,7 @@ import pytest
 from dedup_service.claims import ClaimStore
 from dedup_service.stores.keys import prefixed_layout
 from dedup_service.stores.redis.canary import RedisCanary
-from dedup_service.stores.redis.nodes import OneServer
+from dedup_service.stores.redis.link import OneServer
 from dedup_service.stores.redis.store import RedisStore
 from dedup_service.stores.registry import StoreConfig, make_store
 from tests.support.cluster import ClusterDeployment

@@ -26,6 +26,7 @@ from dedup_service.claims import (
 )
 from dedup_service.stores.keys import prefixed_layout
 from dedup_service.stores.redis.canary import RedisCanary
+from dedup_service.stores.redis.channel import ReplicaQuorum
 from dedup_service.stores.redis.store import RedisStore
 from dedup_service.stores.registry import StoreConfig, make_store
 from tests.support.claims import MINUTE, a_claim, lasting
@@ -209,6 +210,20 @@ async def test_one_wait_answers_for_many_claims(open_store: OpenStore, pair: Pai
     assert answers.count(None) == 50
     assert calls["cmdstat_set"]["calls"] >= 200
     assert calls["cmdstat_wait"]["calls"] <= 5
+
+
+async def test_a_bug_in_a_round_leaves_no_caller_waiting() -> None:
+    """When sending a round fails unexpectedly its callers receive an error, and the next round is sent.
+
+    Protection: the rounds outlive any exception.
+    """
+    answer: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+    answer.set_result(1)
+    channel = Mock(send=Mock(side_effect=[KeyError("hunter2"), answer, answer]))
+    quorum = ReplicaQuorum(channel, replicas=1, wait_ms=10)
+    async with asyncio.timeout(5):
+        assert await failure_of(quorum.send("SET")) == ("STORE_ERROR", Applied.UNKNOWN)
+        assert await quorum.send("SET") == (1, 1)
 
 
 async def test_a_caller_that_has_gone_is_not_sent(open_store: OpenStore, pair: Pair, unique: str) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -26,7 +26,9 @@ from dedup_service.claims import (
     Transaction,
 )
 from dedup_service.claims.findings import Severity
+from dedup_service.stores.redis.cluster import ClusterNodes, SlotRange, _slot_ranges
 from dedup_service.stores.redis.store import RedisStore
+from dedup_service.stores.redis.url import RedisTarget
 from dedup_service.stores.registry import StoreConfig, examine_store, make_store
 from tests.support.claims import MINUTE, a_claim, lasting
 from tests.support.cluster import ClusterDeployment, ClusterNode
@@ -329,12 +331,56 @@ async def test_a_node_that_dies_is_replaced_without_help(
     assert await answered(store, a_claim(f"{unique}-new")) is None
 
 
+async def test_a_bug_in_a_refresh_does_not_end_the_refreshes(
+    open_store: OpenStore, masters: ClusterDeployment, unique: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an exception nobody expected the slot map is refreshed again, also when it happened at the start.
+
+    Protection: the keeper of the map outlives any exception of a refresh.
+    """
+    refreshes = 0
+    adopt = ClusterNodes._adopt
+
+    def fails_twice(nodes: ClusterNodes, ranges: Sequence[SlotRange]) -> None:
+        nonlocal refreshes
+        refreshes += 1
+        if refreshes <= 2:
+            raise KeyError("hunter2")
+        adopt(nodes, ranges)
+
+    monkeypatch.setattr(ClusterNodes, "_adopt", fails_twice)
+    store = await open_store(masters.url)
+    with pytest.raises(StoreUnavailable) as caught:
+        await store.claim(a_claim(unique), MINUTE)
+    assert (caught.value.reason, caught.value.applied) == ("STORE_UNREACHABLE", Applied.NO)
+    assert "hunter2" not in str(caught.value)
+    assert await answered(store, a_claim(unique)) is None
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        [],
+        [[0, 5]],
+        [[b"0", b"5", [b"host", 1]]],
+        [[0, 99_999, [b"host", 6379]]],
+        [[0, 5, [b"host", b"port"]]],
+        [[0, 5, [b"\xff", 6379]]],
+        7,
+    ],
+)
+def test_a_malformed_slot_map_is_an_error_of_its_node(reply: object) -> None:
+    """A map which is not one raises ValueError, after which the next node is asked."""
+    with pytest.raises(ValueError, match="slot"):
+        _slot_ranges(reply, RedisTarget(host="one"))
+
+
 async def test_a_cluster_that_is_away_is_certainly_not_asked(
     open_store: OpenStore, start_redis: Callable[..., RedisProcess], unique: str
 ) -> None:
     """While no node answers, claims certainly were not made; a URL of a single server is refused with a sentence."""
     server = start_redis()
-    with pytest.raises(StoreRefused, match="is no node of a cluster: write redis://"):
+    with pytest.raises(StoreRefused, match="is not a node of a cluster: write redis://"):
         await open_store(f"redis+cluster://127.0.0.1:{server.port}")
     url = f"redis+cluster://127.0.0.1:{server.port}"
     server.stop()

@@ -12,7 +12,7 @@ import trustme
 from dedup_service.claims import Applied, StoreRefused, StoreUnavailable, Transaction
 from dedup_service.stores.redis.sentinel import SentinelLocator
 from dedup_service.stores.redis.store import RedisStore
-from dedup_service.stores.redis.url import parse_sentinel_url
+from dedup_service.stores.redis.url import RedisTarget, parse_sentinel_url
 from dedup_service.stores.registry import StoreConfig, make_store
 from tests.support.claims import MINUTE, a_claim
 from tests.support.polling import eventually, wait_until
@@ -248,6 +248,37 @@ async def test_a_server_that_still_answers_is_kept_while_no_sentinel_does(
     await eventually(lambda: asked_in_vain(StoreUnavailable), what="the Sentinel to be asked in vain")
     assert await store.claim(a_claim(unique), MINUTE) is None
     assert link.channel is channel
+
+
+async def test_a_bug_in_a_recheck_does_not_end_the_rechecks(
+    open_store: OpenStore,
+    start_redis: StartRedis,
+    start_sentinel: StartSentinel,
+    unique: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After a recheck failed in a way nobody expected, the next one still detects a new master.
+
+    Protection: the recheck outlives any exception of the locator.
+    """
+    old, new = start_redis(), start_redis()
+    sentinel = start_sentinel(old.port)
+    store = await open_store(sentinel_url(sentinel.port))
+    locate = SentinelLocator.locate
+    failed = asyncio.Event()
+
+    async def fails_once(locator: SentinelLocator) -> RedisTarget:
+        if not failed.is_set():
+            failed.set()
+            raise KeyError("hunter2")
+        return await locate(locator)
+
+    monkeypatch.setattr(SentinelLocator, "locate", fails_once)
+    async with asyncio.timeout(10):
+        await failed.wait()
+    assert await store.claim(a_claim(unique), MINUTE) is None
+    await asyncio.to_thread(sentinel.watch, new.port)
+    await served_by(store, new, unique)
 
 
 @pytest.mark.parametrize("forbidden", ["", "-role"])

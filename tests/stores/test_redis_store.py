@@ -13,6 +13,7 @@ import trustme
 
 from dedup_service.claims import (
     Applied,
+    ClaimAnswer,
     ClaimOutcome,
     ClaimRequest,
     ClaimService,
@@ -20,6 +21,7 @@ from dedup_service.claims import (
     InvalidRequest,
     Policies,
     Policy,
+    Reason,
     RequestedExpiry,
     StoreRefused,
     StoreUnavailable,
@@ -28,8 +30,7 @@ from dedup_service.claims import (
 from dedup_service.stores.keys import prefixed_layout
 from dedup_service.stores.redis import channel as channel_module
 from dedup_service.stores.redis.canary import RedisCanary
-from dedup_service.stores.redis.link import FixedServer, RedisLink
-from dedup_service.stores.redis.nodes import OneServer
+from dedup_service.stores.redis.link import FixedServer, OneServer, RedisLink
 from dedup_service.stores.redis.scripts import COMPLETE, EXTEND, RELEASE
 from dedup_service.stores.redis.store import RedisStore
 from dedup_service.stores.redis.url import RedisTarget, parse_redis_url
@@ -38,6 +39,7 @@ from tests.support.claims import MINUTE, a_claim, end_of
 from tests.support.fault_proxy import FaultProxy
 from tests.support.polling import eventually
 from tests.support.processes import RedisProcess, free_port
+from tests.support.scripted_redis import ScriptedRedis, says
 
 TOKEN = "token-of-sixteen"
 
@@ -116,6 +118,32 @@ async def test_raw_layout_and_the_original_see_each_other(
     assert (await service.claim(ClaimRequest(ours))).outcome is ClaimOutcome.CLAIMED
     assert redis_client.set(ours, b"\xc3", nx=True, ex=60) is None
     redis_client.delete(theirs, ours)
+
+
+@pytest.mark.parametrize("layout", ["prefixed", "raw"])
+async def test_an_empty_foreign_value_is_a_duplicate(
+    open_store: OpenStore, redis_client: redis.Redis, unique: str, layout: str
+) -> None:
+    """A key with an empty value is held by an unknown holder, and the other entries of its batch get their own answers.
+
+    Protection: an empty reply is a value, and only nil means that the claim was stored.
+    """
+    store = await open_store(layout=layout)
+    service = service_over(store)
+    key = f"dedup:default:{unique}" if layout == "prefixed" else unique
+    redis_client.set(key, b"", px=30_000)
+    names = [f"{unique}-before", unique, f"{unique}-after"]
+    answers = await service.claim_all([ClaimRequest(name) for name in names])
+    outcomes = [answer.outcome if isinstance(answer, ClaimAnswer) else answer for answer in answers]
+    assert outcomes == [ClaimOutcome.CLAIMED, ClaimOutcome.DUPLICATE, ClaimOutcome.CLAIMED]
+    single = await service.claim(ClaimRequest(unique))
+    assert (single.outcome, single.transaction.claim_token) == (ClaimOutcome.DUPLICATE, None)
+    found = await service.get("default", unique)
+    assert (found.claim_token, found.expire_time_ms) == (None, redis_client.pexpiretime(key))
+    assert redis_client.get(key) == b""
+    for name in names[::2]:
+        assert await store.get("default", name) is not None
+    redis_client.delete(*names)
 
 
 async def test_a_foreign_claim_is_looked_up_with_its_expiry(
@@ -586,6 +614,58 @@ async def test_claims_travel_over_tls(open_store: OpenStore, tls_redis: tuple[Re
     with pytest.raises(StoreUnavailable) as caught:
         await untrusting.check()
     assert caught.value.reason == "STORE_UNREACHABLE"
+
+
+async def protocol_error_of(call: Awaitable[object]) -> tuple[Reason, Applied]:
+    """Return what a call fails with; the sentence names a remedy."""
+    with pytest.raises(StoreUnavailable) as caught:
+        await call
+    assert "proxy" in str(caught.value)
+    return caught.value.reason, caught.value.applied
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"+OK\r\n",
+        b"$-1\r\n",
+        b":1700000000\r\n",
+        b"*0\r\n",
+        b"*1\r\n$10\r\n1700000000\r\n",
+        b"*3\r\n$1\r\n1\r\n$1\r\n2\r\n$1\r\n3\r\n",
+        b"*2\r\n$3\r\nnow\r\n$1\r\n0\r\n",
+        b"*2\r\n$-1\r\n$1\r\n0\r\n",
+        b"*2\r\n*1\r\n:1\r\n$1\r\n0\r\n",
+        b"*2\r\n-ERR inside\r\n$1\r\n0\r\n",
+    ],
+)
+async def test_a_malformed_time_makes_the_store_unavailable(open_store: OpenStore, reply: bytes) -> None:
+    """A reply to TIME which is not a time fails the check as a protocol error, whatever it is.
+
+    Protection: any other exception would end the task that checks the store, and its last state would stay.
+    """
+    async with ScriptedRedis(says(b"$-1\r\n"), time=says(reply)) as server:
+        store = await open_store(server.url)
+        assert await protocol_error_of(store.check()) == (Reason.STORE_PROTOCOL_ERROR, Applied.NO)
+
+
+@pytest.mark.parametrize("reply", [b"+OK\r\n", b"$-1\r\n", b"*0\r\n", b"$2\r\n77\r\n"])
+async def test_a_malformed_expiry_makes_the_store_unavailable(open_store: OpenStore, unique: str, reply: bytes) -> None:
+    """A reply to PEXPIRETIME which is not a number fails the look-up of a foreign claim as a protocol error."""
+    async with ScriptedRedis(says(b"$-1\r\n"), get=says(b"$1\r\nx\r\n"), pexpiretime=says(reply)) as server:
+        store = await open_store(server.url)
+        assert (await protocol_error_of(store.get("default", unique)))[0] is Reason.STORE_PROTOCOL_ERROR
+
+
+@pytest.mark.parametrize("reply", [b"+OK\r\n", b"$-1\r\n", b"*0\r\n", b"$1\r\n1\r\n"])
+async def test_a_malformed_reply_to_wait_is_doubt(unique: str, reply: bytes) -> None:
+    """A reply to WAIT which is not a number leaves it unknown whether replicas have the claim."""
+    async with ScriptedRedis(says(b"$-1\r\n"), wait=says(reply)) as server:
+        store = make_store(StoreConfig(server.url, min_replicas=1))
+        await store.open()
+        failure = await protocol_error_of(store.claim(a_claim(unique), MINUTE))
+        await store.close()
+    assert failure == (Reason.STORE_PROTOCOL_ERROR, Applied.UNKNOWN)
 
 
 async def serve_info(info: bytes) -> asyncio.Server:

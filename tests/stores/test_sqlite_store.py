@@ -700,6 +700,37 @@ async def test_the_log_is_copied_and_cut(path: Path, monkeypatch: pytest.MonkeyP
     await store.close()
 
 
+@pytest.mark.parametrize("method", ["upkeep", "checkpoint", "begin", "carry_out"])
+async def test_a_bug_in_the_thread_does_not_end_it(path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """After an exception nobody expected the callers of its batch receive an error at once, and the store serves again.
+
+    Protection: the thread outlives any exception of the file.
+    """
+    store = SqliteStore(path, LAYOUT, timeout_ms=20_000, idle_ms=10)
+    await store.open()
+    failed = threading.Event()
+    works = getattr(sqlite_file.ClaimFile, method)
+
+    def fails_once(file: sqlite_file.ClaimFile, *arguments: object) -> object:
+        if failed.is_set():
+            return works(file, *arguments)
+        failed.set()
+        raise KeyError("hunter2")
+
+    monkeypatch.setattr(sqlite_file.ClaimFile, method, fails_once)
+    if method == "carry_out":
+        call = asyncio.create_task(store.claim(a_claim("lucky_box:1"), MINUTE))
+        assert await unavailable(call) == ("STORE_ERROR", Applied.UNKNOWN)
+    elif method == "begin":
+        with pytest.raises(KeyError):
+            await store.claim(a_claim("lucky_box:1"), MINUTE)
+    else:
+        assert await store.claim(a_claim("lucky_box:1"), MINUTE) is None
+    await eventually(lambda: _later(failed.is_set()))
+    assert await store.claim(a_claim("lucky_box:2"), MINUTE) is None
+    await store.close()
+
+
 def test_a_loop_that_ends_before_the_store_ends_its_thread(path: Path) -> None:
     """A program that forgets `close` keeps no thread."""
     before = set(threading.enumerate())

@@ -12,7 +12,8 @@ from dedup_service.stores.redis.url import (
     parse_redis_url,
     parse_sentinel_url,
 )
-from dedup_service.stores.registry import StoreConfig, make_store, sqlite_path
+from dedup_service.stores.registry import StoreConfig, make_store, trace_attributes
+from dedup_service.stores.sqlite.url import parse_sqlite_url
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,39 @@ def test_no_replicas_behind_a_file() -> None:
         make_store(StoreConfig("sqlite:claims.db", min_replicas=1))
 
 
+COMMANDS = ["claim", "claim_all", "get", "complete", "release", "extend"]
+
+
+@pytest.mark.parametrize(
+    ("url", "attributes", "operations"),
+    [
+        (
+            "rediss://u:hunter2@cache:7000/3",
+            {"db.system.name": "redis", "db.namespace": "3", "server.address": "cache", "server.port": 7000},
+            COMMANDS,
+        ),
+        (
+            "unix:///run/redis.sock",
+            {"db.system.name": "redis", "db.namespace": "0", "server.address": "/run/redis.sock"},
+            COMMANDS,
+        ),
+        ("redis+sentinel://one,two/mymaster/3", {"db.system.name": "redis"}, COMMANDS),
+        ("redis+cluster://one,two", {"db.system.name": "redis"}, COMMANDS),
+        ("sqlite:claims.db", {"db.system.name": "sqlite"}, []),
+    ],
+)
+def test_trace_attributes(url: str, attributes: dict[str, str | int], operations: list[str]) -> None:
+    """Spans name the system, the server where it is known beforehand, and the command of each operation."""
+    of_store, of_operations = trace_attributes(StoreConfig(url))
+    assert of_store == attributes
+    assert list(of_operations) == operations
+    if operations:
+        assert of_operations["claim"] == {"db.operation.name": "SET"}
+        release = {"db.operation.name": "EVALSHA", "db.stored_procedure.name": "release"}
+        assert of_operations["release"] == release
+
+
 def test_sqlite_paths() -> None:
     """Three slashes begin an absolute path, none a relative one."""
-    assert sqlite_path("sqlite:///var/lib/claims.db") == Path("/var/lib/claims.db")
-    assert sqlite_path("sqlite:claims.db") == Path("claims.db")
+    assert parse_sqlite_url("sqlite:///var/lib/claims.db") == Path("/var/lib/claims.db")
+    assert parse_sqlite_url("sqlite:claims.db") == Path("claims.db")
