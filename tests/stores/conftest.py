@@ -1,4 +1,4 @@
-"""Opened stores of every kind, for the contract suite and for what is particular to one of them."""
+"""Opened stores of every kind."""
 
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ from tests.support.sentinel import SentinelProcess, sentinel_url
 
 @pytest.fixture(scope="session")
 def sentinel(redis_server: RedisProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SentinelProcess]:
-    """A Sentinel that watches the Redis of this test worker."""
+    """A Sentinel that monitors the Redis of this test worker."""
     process = SentinelProcess(tmp_path_factory.mktemp("sentinel") / "one", redis_server.port)
     yield process.start()
     process.stop()
@@ -27,7 +27,7 @@ def sentinel(redis_server: RedisProcess, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="session")
 def masters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterDeployment]:
-    """A cluster of three masters without replicas, which no test may change for good."""
+    """A cluster of three masters without replicas; tests restore what they change."""
     deployment = ClusterDeployment(tmp_path_factory.mktemp("cluster"), replicas=False)
     try:
         yield deployment.start()

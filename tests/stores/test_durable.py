@@ -1,4 +1,4 @@
-"""Durable mode: a claim is told CLAIMED only once as many replicas have it as were asked for."""
+"""Durable mode: a claim is CLAIMED only once as many replicas have it as the settings ask for."""
 
 import asyncio
 import contextlib
@@ -44,13 +44,13 @@ OpenStore = Callable[..., Awaitable[RedisStore]]
 
 @dataclass
 class Pair:
-    """A master and its replica, without anybody who watches them."""
+    """A master and its replica, without Sentinel."""
 
     master: RedisProcess
     replica: RedisProcess
 
     def promote(self) -> None:
-        """Make the replica a master of its own, with what it has received."""
+        """Stop the master, and promote the replica with the data it has received."""
         self.master.stop()
         with redis.Redis(port=self.replica.port, protocol=2) as client:
             client.execute_command("REPLICAOF", "NO", "ONE")
@@ -69,7 +69,7 @@ def pair(start_redis: Callable[..., RedisProcess]) -> Pair:
 
 @pytest.fixture
 async def open_store() -> AsyncIterator[OpenStore]:
-    """Opens stores that ask for one replica, or as many as are said, and closes them at the end."""
+    """Opens stores that require one replica or the given number, and closes them at the end."""
     async with contextlib.AsyncExitStack() as opened:
 
         async def open_it(url: str, min_replicas: int = 1, timeout_ms: int = 600) -> RedisStore:
@@ -93,14 +93,14 @@ def paused(server: RedisProcess) -> Iterator[None]:
 
 
 async def failure_of(call: Awaitable[object]) -> tuple[str, Applied]:
-    """Return what a call fails with."""
+    """Return reason and `applied` of a failed call."""
     with pytest.raises(StoreUnavailable) as caught:
         await call
     return caught.value.reason, caught.value.applied
 
 
 async def told(call: Callable[[], Awaitable[Transaction | None]]) -> Transaction | None:
-    """Return the answer to a call that is repeated until there is one."""
+    """Repeat a call until it is answered, and return the answer."""
     answers: list[Transaction | None] = []
 
     async def answered() -> bool:
@@ -113,10 +113,10 @@ async def told(call: Callable[[], Awaitable[Transaction | None]]) -> Transaction
 
 
 async def test_a_claim_without_its_replica_is_doubt(open_store: OpenStore, pair: Pair, unique: str) -> None:
-    """While the replica does not acknowledge nobody is told CLAIMED, and the claim may be there all the same.
+    """While the replica does not acknowledge, no caller receives CLAIMED, although the claim may be stored.
 
-    Protection: WAIT after the SET, and its count. A retry with the same token is no exception, also not over a new
-    connection, which has written nothing itself: that is what the confirming write is for.
+    Protection: WAIT after the SET, and its count. A retry with the same token also needs the replica, even over a new
+    connection that has written nothing itself: the confirming write covers that.
     """
     store = await open_store(pair.master.url)
     assert await store.claim(a_claim(f"{unique}-before"), MINUTE) is None
@@ -141,9 +141,9 @@ async def test_a_claim_without_its_replica_is_doubt(open_store: OpenStore, pair:
 
 
 async def test_completions_and_extensions_wait_too(open_store: OpenStore, pair: Pair, unique: str) -> None:
-    """What a holder is told of its claim outlives a failover, also when it repeats what it was not told.
+    """Acknowledged completions and extensions survive a failover, also those that repeat an unacknowledged one.
 
-    Protection: WAIT after the scripts, and the write that a repetition makes although nothing changes.
+    Protection: WAIT after the scripts, and the write of a repetition that changes nothing.
     """
     store = await open_store(pair.master.url)
     claim = a_claim(unique, token=MINE)
@@ -171,7 +171,7 @@ async def test_completions_and_extensions_wait_too(open_store: OpenStore, pair: 
 
 
 async def test_a_release_needs_no_replica(open_store: OpenStore, pair: Pair, unique: str) -> None:
-    """A release is told without one: a failover that forgets it costs time, and never pays twice."""
+    """A release is acknowledged without a replica: losing it in a failover costs time, and never pays twice."""
     store = await open_store(pair.master.url)
     assert await store.claim(a_claim(unique, token=MINE), MINUTE) is None
     with paused(pair.replica):
@@ -193,9 +193,9 @@ async def test_a_user_without_the_right_to_wait(open_store: OpenStore, pair: Pai
 
 
 async def test_one_wait_answers_for_many_claims(open_store: OpenStore, pair: Pair, unique: str) -> None:
-    """Claims that come together wait together: far fewer WAITs than claims, and one winner each.
+    """Concurrent claims wait together: far fewer WAITs than claims, and one winner each.
 
-    Protection of speed: rounds. Redis serves nothing else on a connection that waits.
+    Protection of throughput: rounds. Redis serves nothing else on a connection that waits.
     """
     store = await open_store(pair.master.url)
     with redis.Redis(port=pair.master.port, protocol=2) as admin:
@@ -226,8 +226,8 @@ async def test_a_bug_in_a_round_leaves_no_caller_waiting() -> None:
         assert await quorum.send("SET") == (1, 1)
 
 
-async def test_a_caller_that_has_gone_is_not_sent(open_store: OpenStore, pair: Pair, unique: str) -> None:
-    """What waits for its round and whose caller goes is never sent."""
+async def test_a_cancelled_caller_is_not_sent(open_store: OpenStore, pair: Pair, unique: str) -> None:
+    """A command whose caller is cancelled before its round is never sent."""
     store = await open_store(pair.master.url)
     with paused(pair.replica):
         first = asyncio.create_task(store.claim(a_claim(f"{unique}-first"), MINUTE))
@@ -241,9 +241,9 @@ async def test_a_caller_that_has_gone_is_not_sent(open_store: OpenStore, pair: P
 
 
 async def claims_lost(deployment: SentinelDeployment, min_replicas: int) -> tuple[int, int]:
-    """Kill a master whose replica lags behind; return how many claims were told CLAIMED, and how many were lost.
+    """Kill a master whose replica lags; return the number of claims acknowledged, and the number lost.
 
-    The replica is held up while half of the claims are made, as by a network that is slow.
+    The replica is paused while half of the claims are made, as by a slow network.
     """
     claimed = []
 
@@ -277,14 +277,14 @@ async def claims_lost(deployment: SentinelDeployment, min_replicas: int) -> tupl
 
 
 def fill_sockets(master: RedisProcess) -> None:
-    """Write more than lies in the buffers of a connection, which a replica would still read after a crash."""
+    """Write more than the buffers of a connection hold, which a replica would still read after a crash."""
     with redis.Redis(port=master.port, protocol=2) as client:
         for _ in range(32):
             client.set("filler", "x" * 2**20, ex=60)
 
 
 @pytest.mark.parametrize("min_replicas", [0, 1])
-async def test_what_a_failover_loses(tmp_path: Path, min_replicas: int) -> None:
+async def test_losses_of_a_failover(tmp_path: Path, min_replicas: int) -> None:
     """A failover to a replica that lags loses acknowledged claims without durable mode, and none with it.
 
     Protection: WAIT. The figures are those of docs/guarantees.md.
@@ -314,10 +314,11 @@ async def test_in_a_cluster(open_store: OpenStore, tmp_path: Path, unique: str) 
         deployment.stop()
 
 
-async def test_what_fails_after_a_redirected_write_is_doubt() -> None:
-    """When the WAIT after a write that was redirected cannot be sent, the write was made all the same.
+async def test_a_failure_after_a_redirected_write_is_doubt() -> None:
+    """If the WAIT after a redirected write cannot be sent, the write was made all the same, and its outcome is unknown.
 
-    Protection: what follows a write never says "not applied". No server here loses a connection at that very moment.
+    Protection: a failure after a write is never "not applied". A mock, since no server here loses a connection at that
+    moment.
     """
     moved = hiredis.ReplyError("MOVED 1 127.0.0.1:7000")
     away = StoreUnavailable(Reason.STORE_CONNECTION_LOST, "the connection was lost", Applied.NO)

@@ -1,4 +1,4 @@
-"""Claims in a Redis whose master Sentinels name: failovers need nobody's help and never make a second winner."""
+"""Claims in a Redis located by Sentinel: failovers need no intervention and never make a second winner."""
 
 import asyncio
 import contextlib
@@ -68,7 +68,7 @@ def start_sentinel(tmp_path: Path) -> Iterator[StartSentinel]:
 
 @contextlib.asynccontextmanager
 async def silent_server() -> AsyncIterator[tuple[int, list[None]]]:
-    """Yield the port of a server that accepts connections and says nothing, and a list that grows with each."""
+    """Yield the port of a server that accepts connections and never answers, and a list that grows with each."""
     connections: list[None] = []
 
     async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -83,7 +83,7 @@ async def silent_server() -> AsyncIterator[tuple[int, list[None]]]:
 
 
 async def answered(store: RedisStore, claim: Transaction) -> Transaction | None:
-    """Return the answer to a claim, once the store can be reached; nothing certain may be said before."""
+    """Repeat a claim until it is answered, and return the answer."""
     answers: list[Transaction | None] = []
 
     async def claimed() -> bool:
@@ -96,13 +96,13 @@ async def answered(store: RedisStore, claim: Transaction) -> Transaction | None:
 
 
 async def holders(store: RedisStore, unique: str, token: str) -> set[str | None]:
-    """Claim every id of the test again, and return who holds them by the answers; None is a new claim."""
+    """Claim every id of the test again, and return the tokens of the holders; None is a new claim."""
     found = [await answered(store, a_claim(f"{unique}-{number}", token=token)) for number in range(IDS)]
     return {holder.claim_token if holder else None for holder in found}
 
 
 async def claim_and_replicate(store: RedisStore, deployment: SentinelDeployment, unique: str) -> None:
-    """Claim every id of the test, and return when the replica knows."""
+    """Claim every id of the test, and return when the replica has the claims."""
     for number in range(IDS):
         assert await store.claim(a_claim(f"{unique}-{number}", token=MINE), MINUTE) is None
     await asyncio.to_thread(deployment.replicate)
@@ -126,7 +126,7 @@ async def grown_to(seen: list[tuple[str, str | None]], length: int) -> bool:
 
 
 async def reason_of(call: Awaitable[object]) -> tuple[str, Applied, str]:
-    """Return what a call fails with."""
+    """Return reason, `applied` and message of a failed call."""
     with pytest.raises(StoreUnavailable) as caught:
         await call
     return caught.value.reason, caught.value.applied, str(caught.value)
@@ -135,7 +135,7 @@ async def reason_of(call: Awaitable[object]) -> tuple[str, Applied, str]:
 async def test_a_failover_under_load_makes_no_second_winner(
     open_store: OpenStore, deployment: SentinelDeployment, unique: str
 ) -> None:
-    """While Sentinel fails over, replicated claims are answered rightly or not at all, and served again by themselves.
+    """During a failover replicated claims are answered correctly or not at all, and are served again without help.
 
     Protection: the master is located for every connection.
     """
@@ -167,7 +167,7 @@ async def test_a_failover_under_load_makes_no_second_winner(
 async def test_a_killed_master_is_replaced_without_help(
     open_store: OpenStore, deployment: SentinelDeployment, unique: str
 ) -> None:
-    """After the master was killed, the promoted replica serves claims and still knows the holders of the old ones.
+    """After the master was killed, the promoted replica serves claims with the same holders.
 
     Protection: the master is located for every connection.
     """
@@ -180,12 +180,12 @@ async def test_a_killed_master_is_replaced_without_help(
     assert await answered(store, a_claim(f"{unique}-new")) is None
 
 
-async def test_a_master_that_hangs_is_left_when_sentinel_names_another(
+async def test_a_hanging_master_is_left_when_sentinel_names_another(
     open_store: OpenStore, deployment: SentinelDeployment, unique: str
 ) -> None:
-    """A connection that is idle while its master hangs moves to the new master before anybody claims.
+    """An idle connection to a hanging master moves to the new master before the next claim.
 
-    Protection: the address is asked again while connected.
+    Protection: the master is located again while connected.
     """
     store = await open_store(deployment.url)
     await claim_and_replicate(store, deployment, unique)
@@ -204,9 +204,9 @@ async def test_a_master_that_hangs_is_left_when_sentinel_names_another(
 async def test_a_deposed_master_that_still_answers_is_left(
     open_store: OpenStore, start_redis: StartRedis, start_sentinel: StartSentinel, unique: str
 ) -> None:
-    """When Sentinel names another master, the old one is left although it still takes claims.
+    """When Sentinel names another master, the service leaves the old one although it still takes claims.
 
-    Protection: the address is asked again while connected.
+    Protection: the master is located again while connected.
     """
     old, new = start_redis(), start_redis()
     sentinel = start_sentinel(old.port)
@@ -216,10 +216,10 @@ async def test_a_deposed_master_that_still_answers_is_left(
     await served_by(store, new, unique)
 
 
-async def test_a_server_that_still_answers_is_kept_while_no_sentinel_does(
+async def test_a_working_server_is_kept_while_no_sentinel_answers(
     open_store: OpenStore, start_redis: StartRedis, start_sentinel: StartSentinel, unique: str
 ) -> None:
-    """Losing every Sentinel, or the name at every Sentinel, does not end the claims of a master that is there."""
+    """The service keeps a working master when every Sentinel is lost, or has lost the name of the master."""
     server = start_redis()
     sentinel = start_sentinel(server.port)
     store = await open_store(sentinel_url(sentinel.port))
@@ -257,7 +257,7 @@ async def test_a_bug_in_a_recheck_does_not_end_the_rechecks(
     unique: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """After a recheck failed in a way nobody expected, the next one still detects a new master.
+    """After a recheck failed unexpectedly, the next one still detects a new master.
 
     Protection: the recheck outlives any exception of the locator.
     """
@@ -285,7 +285,7 @@ async def test_a_bug_in_a_recheck_does_not_end_the_rechecks(
 async def test_a_replica_is_not_taken_for_the_master(
     open_store: OpenStore, start_redis: StartRedis, start_sentinel: StartSentinel, unique: str, forbidden: str
 ) -> None:
-    """A server that Sentinel names but that is a replica, such as one not promoted yet, makes nothing ready.
+    """A replica that Sentinel names, such as one not promoted yet, makes nothing ready.
 
     Protection: the role is checked after connecting, by INFO where ROLE is forbidden.
     """
@@ -301,10 +301,10 @@ async def test_a_replica_is_not_taken_for_the_master(
     assert await answered(store, a_claim(unique)) is None
 
 
-async def test_a_sentinel_that_is_down_is_passed_over(
+async def test_a_sentinel_that_is_down_is_skipped(
     open_store: OpenStore, start_redis: StartRedis, start_sentinel: StartSentinel, unique: str
 ) -> None:
-    """Of one Sentinel that is down, one that hangs and one that answers, the last is believed."""
+    """Of one Sentinel that is down, one that hangs and one that answers, the last one counts."""
     server = start_redis()
     sentinel = start_sentinel(server.port)
     async with silent_server() as (silent, _):
@@ -313,7 +313,7 @@ async def test_a_sentinel_that_is_down_is_passed_over(
 
 
 async def test_the_sentinel_that_answered_is_asked_first_next_time(start_sentinel: StartSentinel) -> None:
-    """A Sentinel that hangs costs its time-out once and not at every question."""
+    """A hanging Sentinel costs its timeout once, not at every call."""
     sentinel = start_sentinel(free_port())
     async with silent_server() as (silent, connections):
         locator = SentinelLocator(parse_sentinel_url(sentinel_url(silent, sentinel.port)), timeout_ms=300)
@@ -321,8 +321,8 @@ async def test_the_sentinel_that_answered_is_asked_first_next_time(start_sentine
         assert len(connections) == 1
 
 
-async def test_an_unknown_master_is_refused_at_the_start(open_store: OpenStore, start_sentinel: StartSentinel) -> None:
-    """A master that the Sentinels do not know stops the start with a sentence that names it."""
+async def test_an_unknown_master_is_refused_at_startup(open_store: OpenStore, start_sentinel: StartSentinel) -> None:
+    """A master unknown to the Sentinels is refused at start-up with a sentence that names it."""
     sentinel = start_sentinel(free_port())
     with pytest.raises(StoreRefused, match=r"knows no master 'another'.*sentinel monitor"):
         await open_store(sentinel_url(sentinel.port, rest="/another"))
@@ -331,7 +331,7 @@ async def test_an_unknown_master_is_refused_at_the_start(open_store: OpenStore, 
 async def test_without_any_sentinel_nothing_was_applied(
     open_store: OpenStore, start_redis: StartRedis, unique: str
 ) -> None:
-    """While no Sentinel says where the master is, claims certainly were not applied, and the sentence says why."""
+    """While no Sentinel locates the master, claims certainly were not applied, and the error names the causes."""
     server = start_redis()
     store = await open_store(sentinel_url(free_port(), server.port))
     reason, applied, message = await reason_of(store.claim(a_claim(unique), MINUTE))
@@ -343,7 +343,7 @@ async def test_without_any_sentinel_nothing_was_applied(
 async def test_servers_and_sentinels_have_their_own_passwords(
     open_store: OpenStore, start_redis: StartRedis, start_sentinel: StartSentinel, unique: str
 ) -> None:
-    """User, password and database are for the servers, the query arguments for the Sentinels; no sentence shows one."""
+    """User, password and database apply to the servers, the query arguments to the Sentinels; no error shows one."""
     server = start_redis("--requirepass", "p@ss")
     sentinel = start_sentinel(
         server.port,
@@ -371,7 +371,7 @@ async def test_servers_and_sentinels_have_their_own_passwords(
 async def test_sentinels_and_servers_are_asked_over_tls(
     open_store: OpenStore, start_redis: StartRedis, start_sentinel: StartSentinel, tmp_path: Path, unique: str
 ) -> None:
-    """`rediss+sentinel://` trusts Sentinels and servers by the given authority, and neither without it."""
+    """`rediss+sentinel://` trusts Sentinels and servers certified by the given authority, and none without it."""
     authority = trustme.CA()
     authority_file, key_file = tmp_path / "ca.pem", tmp_path / "server.pem"
     authority.cert_pem.write_to_path(authority_file)

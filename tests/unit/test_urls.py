@@ -1,4 +1,4 @@
-"""Store URLs: what they may say, and that no error repeats a password."""
+"""Store URLs: valid and invalid ones. No error repeats a password."""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from dedup_service.stores.sqlite.url import parse_sqlite_url
     ],
 )
 def test_good_urls(url: str, target: RedisTarget) -> None:
-    """Host, port, database, user, password, socket path and TLS files are read from their places."""
+    """Host, port, database, user, password, socket path and TLS files are parsed."""
     assert parse_redis_url(url) == target
     assert "p@ss" not in str(target)
     assert "p@ss" not in repr(target)
@@ -95,7 +95,7 @@ def test_good_urls(url: str, target: RedisTarget) -> None:
     ],
 )
 def test_bad_urls(url: str, words: str) -> None:
-    """What a URL may not say is refused with a sentence that shows no password; driver options are not let through."""
+    """An invalid URL is refused with a sentence without a password; options of the driver are refused."""
     with pytest.raises(ValueError, match="URL") as caught:
         make_store(StoreConfig(url, timeout_ms=1_000))
     assert words in str(caught.value)
@@ -103,7 +103,7 @@ def test_bad_urls(url: str, words: str) -> None:
 
 
 def test_sentinel_urls() -> None:
-    """The Sentinels, the master's name and database, and credentials of each kind are read from their places."""
+    """The Sentinels, the name and database of the master, and both kinds of credentials are parsed."""
     plain = parse_sentinel_url("redis+sentinel://one,[::1]:7000/mymaster")
     sentinels = (RedisTarget(host="one", port=26379), RedisTarget(host="::1", port=7000))
     assert plain == SentinelTarget(sentinels, "mymaster", RedisTarget())
@@ -125,7 +125,7 @@ def test_sentinel_urls() -> None:
 
 
 def test_cluster_urls() -> None:
-    """Each node is read once, with the one user and password, and shown without them."""
+    """Each node is listed once, with the user and password, and shown without them."""
     cluster = parse_cluster_url("redis+cluster://u:p%40ss@one,two:7001,one:6379/0")
     nodes = (("one", 6379), ("two", 7001))
     assert cluster.nodes == tuple(RedisTarget(host=h, port=p, username="u", password="p@ss") for h, p in nodes)
@@ -135,7 +135,7 @@ def test_cluster_urls() -> None:
 
 
 def test_no_replicas_behind_a_file() -> None:
-    """Durable mode over the embedded store is refused, since nobody would acknowledge."""
+    """Durable mode over the embedded store is refused, since it has no replicas."""
     with pytest.raises(ValueError, match="DEDUP_MIN_REPLICAS"):
         make_store(StoreConfig("sqlite:claims.db", min_replicas=1))
 
@@ -173,6 +173,6 @@ def test_trace_attributes(url: str, attributes: dict[str, str | int], operations
 
 
 def test_sqlite_paths() -> None:
-    """Three slashes begin an absolute path, none a relative one."""
+    """Three slashes start an absolute path, none a relative one."""
     assert parse_sqlite_url("sqlite:///var/lib/claims.db") == Path("/var/lib/claims.db")
     assert parse_sqlite_url("sqlite:claims.db") == Path("claims.db")

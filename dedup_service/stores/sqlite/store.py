@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dedup_service.claims import (
     Applied,
+    ClaimError,
     Completion,
     Expiry,
     Extension,
@@ -85,7 +86,15 @@ class SqliteStore:
 
     async def check(self) -> Sequence[StoreNotice]:
         """Implement ClaimStore. Writes and syncs the file; there are no notices."""
-        await self._running().submit()
+        try:
+            await self._running().submit()
+        except ClaimError:
+            raise
+        except Exception as error:
+            message = f"checking the sqlite file {self._path} failed unexpectedly ({type(error).__name__})"
+            raise StoreUnavailable(
+                Reason.STORE_ERROR, f"{message}: this is a bug, please report it", Applied.NO
+            ) from error
         return ()
 
     async def claim(self, claim: Transaction, expiry: Expiry) -> Transaction | None:
