@@ -140,6 +140,22 @@ async def test_a_claim_without_its_replica_is_doubt(open_store: OpenStore, pair:
     assert held.claim_token == MINE
 
 
+async def test_a_retry_writes_before_its_wait(open_store: OpenStore, pair: Pair, unique: str) -> None:
+    """A retry with the same token writes the expiry again.
+
+    Protection: the write of the confirming script. Since Redis 7.2 WAIT covers only writes of its own connection.
+    """
+    store = await open_store(pair.master.url)
+    claim = a_claim(unique, token=MINE)
+    assert await store.claim(claim, MINUTE) is None
+    with redis.Redis(port=pair.master.port, protocol=2) as admin:
+        ends_at_ms = admin.pexpiretime(f"dedup:default:{unique}")
+        admin.config_resetstat()
+        assert await store.claim(claim, MINUTE) == claim
+        assert admin.info("commandstats")["cmdstat_pexpireat"]["calls"] == 1
+        assert admin.pexpiretime(f"dedup:default:{unique}") == ends_at_ms
+
+
 async def test_completions_and_extensions_wait_too(open_store: OpenStore, pair: Pair, unique: str) -> None:
     """Acknowledged completions and extensions survive a failover, also those that repeat an unacknowledged one.
 
