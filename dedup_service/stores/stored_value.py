@@ -14,7 +14,7 @@ VERSION = 1
 UNREADABLE = {
     Reason.VALUE_VERSION_UNKNOWN: f"the stored value has another version than {VERSION}, which this service reads: "
     "upgrade this service, or wait until the transaction expires",
-    Reason.VALUE_DAMAGED: "the stored value is damaged: find out what else writes to this key, then delete the key or "
+    Reason.VALUE_DAMAGED: "the stored value is damaged: find the other writer of this key, then delete the key or "
     "let it expire",
 }
 """The reasons why a value is unreadable, with remedies."""

@@ -99,16 +99,16 @@ async def failure_of(call: Awaitable[object]) -> tuple[str, Applied]:
     return caught.value.reason, caught.value.applied
 
 
-async def told(call: Callable[[], Awaitable[Transaction | None]]) -> Transaction | None:
+async def answered(call: Callable[[], Awaitable[Transaction | None]]) -> Transaction | None:
     """Repeat a call until it is answered, and return the answer."""
     answers: list[Transaction | None] = []
 
-    async def answered() -> bool:
+    async def attempted() -> bool:
         with contextlib.suppress(StoreUnavailable):
             answers.append(await call())
         return bool(answers)
 
-    await eventually(answered, what="an answer")
+    await eventually(attempted, what="an answer")
     return answers[0]
 
 
@@ -130,7 +130,7 @@ async def test_a_claim_without_its_replica_is_doubt(open_store: OpenStore, pair:
         duplicate = await store.claim(a_claim(unique, token=OTHER), MINUTE)
         assert duplicate is not None
         assert duplicate.claim_token == MINE
-    replayed = await told(lambda: store.claim(claim, MINUTE))
+    replayed = await answered(lambda: store.claim(claim, MINUTE))
     assert replayed is not None
     assert replayed.claim_token == MINE
     pair.promote()
@@ -178,7 +178,7 @@ async def test_completions_and_extensions_wait_too(open_store: OpenStore, pair: 
             assert await failure_of(change(store)) == ("STORE_NOT_REPLICATED", Applied.UNKNOWN)
             second = await open_store(pair.master.url)
             assert await failure_of(change(second)) == ("STORE_NOT_REPLICATED", Applied.UNKNOWN)
-        assert await told(partial(change, store)) is not None
+        assert await answered(partial(change, store)) is not None
     pair.promote()
     survivor = await open_store(pair.replica.url, min_replicas=0)
     found = await survivor.get("default", unique)
@@ -269,7 +269,7 @@ async def claims_lost(deployment: SentinelDeployment, min_replicas: int) -> tupl
                 claimed.append(number)
 
     async def is_lost(store: RedisStore, number: int) -> bool:
-        holder = await told(lambda: store.claim(a_claim(f"lost-{number}", token=OTHER), MINUTE))
+        holder = await answered(lambda: store.claim(a_claim(f"lost-{number}", token=OTHER), MINUTE))
         return holder is None or holder.claim_token != MINE
 
     async with contextlib.AsyncExitStack() as opened:
@@ -321,7 +321,7 @@ async def test_in_a_cluster(open_store: OpenStore, tmp_path: Path, unique: str) 
         await asyncio.to_thread(deployment.start)
         store = await open_store(deployment.url)
         for number in range(30):
-            await told(lambda number=number: store.claim(a_claim(f"{unique}-{number}", token=MINE), MINUTE))  # type: ignore[misc]
+            await answered(lambda number=number: store.claim(a_claim(f"{unique}-{number}", token=MINE), MINUTE))  # type: ignore[misc]
         for replica in deployment.replicas:
             replica.pause()
         failures = {await failure_of(store.claim(a_claim(f"{unique}-x{number}"), MINUTE)) for number in range(6)}

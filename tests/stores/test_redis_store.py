@@ -643,7 +643,7 @@ async def test_claims_travel_over_tls(open_store: OpenStore, tls_redis: tuple[Re
 
 
 async def protocol_error_of(call: Awaitable[object]) -> tuple[Reason, Applied]:
-    """Return what a call fails with; the sentence names a remedy."""
+    """Return reason and `applied` of a failed call whose message names the remedy."""
     with pytest.raises(StoreUnavailable) as caught:
         await call
     assert "proxy" in str(caught.value)

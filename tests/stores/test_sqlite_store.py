@@ -545,14 +545,14 @@ async def test_a_stalled_disk_does_not_hold_callers(path: Path, clock: Clock) ->
     await store.open()
     clock.running.clear()
     reads = clock.reads
-    under_way = asyncio.create_task(claim_to_end(store, claim_for("under way")))
+    in_progress = asyncio.create_task(claim_to_end(store, claim_for("in progress")))
     await eventually(lambda: _later(clock.reads > reads))
     waiting = asyncio.create_task(claim_to_end(store, claim_for("waiting")))
-    assert await unavailable(under_way) == ("STORE_STALLED", Applied.UNKNOWN)
+    assert await unavailable(in_progress) == ("STORE_STALLED", Applied.UNKNOWN)
     assert await unavailable(waiting) == ("STORE_STALLED", Applied.NO)
     clock.running.set()
     await store.check()
-    assert set(rows(path)) == {"dedup:default:lucky_box:under way"}
+    assert set(rows(path)) == {"dedup:default:lucky_box:in progress"}
     await store.close()
 
 

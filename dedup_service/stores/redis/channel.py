@@ -196,7 +196,7 @@ class ReplicaQuorum:
     async def _send_rounds(self) -> None:
         try:
             while self._gathered:
-                # Callers that left were told that the outcome is unknown; not sending keeps that true.
+                # A cancelled caller cannot know the outcome, so its command need not be sent.
                 together = [(command, answer) for command, answer in self._gathered if not answer.done()]
                 self._gathered = []
                 if together:

@@ -178,7 +178,7 @@ class _Examination:
         self._clock = clock
         self._raw = layout is raw_layout
         self._token = secrets.token_urlsafe(16)
-        # An id of its own, in the default namespace so that every layout accepts it.
+        # A unique id, in the default namespace so that every layout accepts it.
         self._id = f"dedup-doctor-{secrets.token_hex(8)}{mark}"
         self._min_replicas = min_replicas
         self._is_node = bool(mark)

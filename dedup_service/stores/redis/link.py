@@ -135,7 +135,7 @@ class RedisLink:
             raise refusal
 
     def start(self) -> None:
-        """Start to keep a channel without waiting; `connected` waits, and raises what `open` would."""
+        """Start to keep a channel without waiting; `connected` waits, and raises as `open` does."""
         self._keeper = asyncio.get_running_loop().create_task(self._keep())
 
     async def close(self) -> None:
@@ -249,7 +249,7 @@ async def cancelled(keeper: "asyncio.Task[None] | None") -> None:
     """Cancel a task until it has ended.
 
     Once is not enough: before Python 3.12 `wait_for`, with which redis-py connects, swallows a cancellation that
-    coincides with the end of what it waits for.
+    coincides with the end of the awaited future.
     """
     while keeper is not None and not keeper.done():
         keeper.cancel()
@@ -264,7 +264,7 @@ def shutting_down() -> StoreUnavailable:
 
 
 def unexpected_failure(doing: str, error: BaseException) -> StoreUnavailable:
-    """Return the failure that stands for an exception nobody expected; its text may hold a secret and is left out."""
+    """Return the failure for an unexpected exception, without its text, which may contain a secret."""
     return StoreUnavailable(
         Reason.STORE_UNREACHABLE,
         f"{doing} failed unexpectedly ({type(error).__name__}): this is a bug, please report it; it is tried again",

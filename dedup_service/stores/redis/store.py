@@ -265,7 +265,7 @@ class RedisStore:
     async def _follow(
         self, key: bytes, link: RedisLink, channel: RedisChannel, reply: object, command: Command
     ) -> tuple[Any, Any]:
-        """Send a redirected command to its target, which is no repetition, and raise any other error."""
+        """Send a redirected command to its target, and raise any other error. The first server did not carry it out."""
         acknowledged = None
         for _ in range(_MAX_REDIRECTIONS):
             if type(reply) is not hiredis.ReplyError:
@@ -306,7 +306,7 @@ def _abandon(future: asyncio.Future[Any]) -> None:
 
 @contextmanager
 def _doubt_only() -> Iterator[None]:
-    """Report what fails after a write as unknown: the write was, or may have been, carried out."""
+    """Report a failure after a write as unknown: the write may have been carried out."""
     try:
         yield
     except StoreUnavailable as error:

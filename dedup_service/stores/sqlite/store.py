@@ -79,7 +79,7 @@ class SqliteStore:
             raise
 
     async def close(self) -> None:
-        """Answer what is queued, for at most the time-out, and close the file; may be called twice."""
+        """Answer queued calls, for at most the timeout, and close the file; may be called twice."""
         thread, self._thread = self._thread, None
         if thread is not None:
             await thread.close()

@@ -196,7 +196,7 @@ class BatchThread:
         self._loop.call_soon_threadsafe(_deliver, answered)
 
     def _fail_taken(self, error: Exception) -> None:
-        """Answer the batch in progress after an exception that nobody expected, and reconnect with the next one."""
+        """Answer the batch in progress after an unexpected exception, and reconnect with the next batch."""
         with contextlib.suppress(Exception):
             self._file.close()
         with self._changed:
