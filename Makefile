@@ -79,6 +79,7 @@ check: .venv/dev.stamp stubs-current ## Lint, format, types, layers, contract, g
 	.venv/bin/lint-imports
 	cd protos && ../.venv/bin/buf lint
 	cd protos && ../.venv/bin/buf format -d --exit-code
+	cd protos && ../.venv/bin/buf breaking --against baseline.json
 	.venv/bin/python -m pip check
 
 audit: .venv/pyvenv.cfg ## Ask for known vulnerabilities of the locked packages
