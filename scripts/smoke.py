@@ -103,7 +103,8 @@ def claim_twice(installed: Installation) -> None:
     installed.expect(0, "dedup-service", "--version")
     log = installed.folder / "server.log"
     store = f"sqlite:{installed.folder}/claims.db"
-    serve = [installed.binaries / "dedup-service", "serve", "--listen", "127.0.0.1:0", "--store-url", store]
+    service = str(installed.binaries / "dedup-service")
+    serve = [service, "serve", "--listen", "127.0.0.1:0", "--store-url", store]
     with (
         log.open("wb") as stderr,
         subprocess.Popen(serve, env=ENVIRONMENT, cwd=installed.folder, stderr=stderr) as server,
