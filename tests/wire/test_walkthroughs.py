@@ -18,7 +18,7 @@ from tests.support.walkthrough import Reader, runs_here, sections
 ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("command-line", "configuration", "errors", "running", "runbook")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("command-line", "configuration", "errors", "runbook")),
     *(ROOT / "docs" / f"{name}.md" for name in ("concepts", "faq", "index", "security", "stores")),
 ]
 SECTIONS = {f"{page.relative_to(ROOT)}#{anchor}": blocks for page in PAGES for anchor, blocks in sections(page).items()}
