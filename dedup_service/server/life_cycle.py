@@ -107,7 +107,7 @@ async def serve(settings: Settings, announce: Announce, worker: WorkerMetricFile
         undo.push_async_callback(_stop, engine)
         stop = _stop_signals()
         drain = _Drain(state, admission, claims, store)
-        undo.push_async_callback(drain, settings.shutdown_grace, stop, log)
+        undo.push_async_callback(drain.run, settings.shutdown_grace, stop, log)
 
         _tune_garbage_collection()
         log_policies(settings, claims, log)
@@ -210,7 +210,7 @@ class _Drain(NamedTuple):
     claims: ClaimService
     store: ClaimStore
 
-    async def __call__(self, grace_ms: int, stop: asyncio.Queue[signal.Signals], log: Logger) -> None:
+    async def run(self, grace_ms: int, stop: asyncio.Queue[signal.Signals], log: Logger) -> None:
         log.info("shutdown_started", grace_ms=grace_ms)
         await self.state.stop_serving()
         # gRPC would cancel calls it has received and not handed over, which tells their callers nothing. So calls are
