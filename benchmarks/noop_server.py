@@ -10,7 +10,7 @@ import asyncio
 import grpc
 import uvloop
 
-from dedup_service.server.engines import make_engine
+from dedup_service.server.engines import EngineOptions, make_engine
 
 SERVICE = "dedup.benchmark.Noop"
 
@@ -37,7 +37,9 @@ async def main() -> None:
     parser.add_argument("--listen", required=True, help="host:port")
     parser.add_argument("--reuse-port", action="store_true", help="share the port with other processes")
     options = parser.parse_args()
-    engine = make_engine(options.engine, register, max_streams=MAX_STREAMS, reuse_port=options.reuse_port)
+    engine = make_engine(
+        options.engine, register, EngineOptions(max_streams=MAX_STREAMS, reuse_port=options.reuse_port)
+    )
     engine.listen(options.listen)
     await engine.start()
     await asyncio.Event().wait()

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from dedup_service.api.admission import ServerStopping, TooManyCalls
+from dedup_service.api.errors import ERROR_DOMAIN, DeadlinePassed, DeadlineTooNear, failure_of
 from dedup_service.claims import (
     Applied,
     CallerNotAllowed,
@@ -23,8 +25,6 @@ from dedup_service.claims import (
     UnreadableValue,
 )
 from dedup_service.claims.limits import claim_violations, identity_violations
-from dedup_service.api.admission import ServerStopping, TooManyCalls
-from dedup_service.api.errors import ERROR_DOMAIN, DeadlinePassed, DeadlineTooNear, failure_of
 from dedup_service.stores.keys import prefixed_layout, raw_layout
 from dedup_service.stores.stored_value import UNREADABLE, decode, encode
 

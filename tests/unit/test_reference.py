@@ -11,8 +11,8 @@ import pytest
 import reference
 from dedup_service import settings as settings_module
 from dedup_service.config.policy_file import load_policies
-from dedup_service.config.token_file import load_tokens
 from dedup_service.config.settings import Settings, load_settings
+from dedup_service.config.token_file import load_tokens
 
 ROOT = Path(__file__).parents[2]
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text()

@@ -14,8 +14,8 @@ import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from tests.stress.chaos.history import Call, to_line
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
+from tests.stress.chaos.history import Call, to_line
 
 # Longer than any run, so that only a release can end such a claim.
 LONG_MS = 3_600_000

@@ -20,9 +20,9 @@ from typing import Any
 
 from dedup_service import cli
 from dedup_service.claims import Applied, ClaimAnswer, StoreUnavailable, Transaction, service
-from dedup_service.stores.registry import redis_store, stored_value
 from dedup_service.stores.redis.scripts import Script
 from dedup_service.stores.redis.store import RedisStore
+from dedup_service.stores.registry import redis_store, stored_value
 
 _decide = service.decide
 

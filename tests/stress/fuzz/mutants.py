@@ -11,9 +11,9 @@ from typing import Any
 
 from google.protobuf.message import DecodeError, Message
 
+from dedup_service.api import decoding
 from dedup_service.claims import FieldViolation, InvalidRequest
 from dedup_service.server import policy_file
-from dedup_service.api import decoding
 from dedup_service.stores import stored_value
 
 

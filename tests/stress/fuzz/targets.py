@@ -9,6 +9,7 @@ from typing import Any
 import msgpack
 
 from dedup.v1 import dedup_pb2
+from dedup_service.api import decoding, messages
 from dedup_service.claims import (
     ClaimOutcome,
     ClaimRequest,
@@ -20,9 +21,8 @@ from dedup_service.claims import (
 )
 from dedup_service.claims.limits import claim_violations, holder_violations, identity_violations
 from dedup_service.claims.service import decide
-from dedup_service.server import policy_file
-from dedup_service.api import decoding, messages
 from dedup_service.config.settings import BadSettings, Settings
+from dedup_service.server import policy_file
 from dedup_service.stores import stored_value
 from tests.stress.fuzz.wire import NoMessage, fields
 

@@ -22,13 +22,13 @@ import redis
 import typer
 
 from dedup_service.config.settings import EngineName
-from tests.support.polling import eventually
-from tests.support.processes import RedisProcess, ServiceProcess
 from tests.stress.soak.calls import Caller, Doubt, Tally
 from tests.stress.soak.report import Report
 from tests.stress.soak.samples import Sample, look
 from tests.stress.soak.scenarios import SCENARIOS
 from tests.stress.soak.verdict import judge, kept
+from tests.support.polling import eventually
+from tests.support.processes import RedisProcess, ServiceProcess
 
 CALLERS = 8
 MOST_SAMPLES = 300
