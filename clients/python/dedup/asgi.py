@@ -1,11 +1,11 @@
 """ASGI middleware: a request with an Idempotency-Key is handled once (FastAPI, Starlette and others)."""
 
-import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
 from typing import Any
 
 from dedup import aio
 from dedup.errors import DedupError
+from dedup.handles import log_failed_ending
 from dedup.idempotency import TOO_LARGE, Response, Rules, answer_to, fingerprint, pack, problem, worth_completing
 from dedup.requests import Span
 
@@ -14,8 +14,6 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-_LOG = logging.getLogger("dedup")
 
 
 class IdempotencyMiddleware:
@@ -151,7 +149,7 @@ class _Responder:
         try:
             await ending
         except DedupError as error:
-            _LOG.warning("could not end the claim of %r: %s", self._claim.transaction_id, error)
+            log_failed_ending(self._claim, error)
 
 
 async def _whole_body(receive: Receive, limit: int) -> bytes | None:

@@ -1,13 +1,14 @@
 """What each call of the service means: which reply is "go", and what is raised instead. No threads, no event loop."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal, cast
 
 import grpc
 
 from dedup.errors import CallFailed, DuplicateTransaction, InvalidRequest, NotHeld, PayloadMismatch, Unavailable
+from dedup.ids import logged_id
 from dedup.requests import Span, duration, refuse_both, seconds, timestamp
 from dedup.retries import Retrier
 from dedup.steps import Steps
@@ -29,7 +30,7 @@ class Grant:
 
     transaction_id: str
     namespace: str
-    claim_token: str
+    claim_token: str = field(repr=False)
     replayed: bool = False
     shadow_duplicate: bool = False
     fail_open: bool = False
@@ -64,7 +65,7 @@ class Calls:
         except Unavailable as failure:
             if self._on_unavailable == "deny":
                 raise
-            _LOG.warning("allowed %r without a claim: %s", request.transaction_id, failure)
+            _LOG.warning("transaction %s allowed without a claim: %s", logged_id(request.transaction_id), failure)
             return Grant(request.transaction_id, request.namespace, request.claim_token, fail_open=True)
         reply = cast("dedup_pb2.ClaimTransactionResponse", answer.reply)
         transaction = Transaction.of(reply.transaction)

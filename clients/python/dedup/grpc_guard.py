@@ -10,7 +10,6 @@ UNAVAILABLE. A call that ends with an error releases its claim.
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -21,14 +20,12 @@ import grpc.aio
 from dedup import aio
 from dedup.client import Client
 from dedup.errors import DedupError, DuplicateTransaction, InvalidRequest, PayloadMismatch
-from dedup.handles import Handle
+from dedup.handles import Handle, log_failed_ending
 from dedup.idempotency import MAX_KEPT_BYTES
 from dedup.ids import transaction_id
 from dedup.requests import Span
 
 KEY = "idempotency-key"
-
-_LOG = logging.getLogger("dedup")
 
 # Before a kept reply, so that an empty reply is not taken for none.
 _KEPT = b"\x01"
@@ -86,7 +83,7 @@ class DedupInterceptor(grpc.ServerInterceptor):
                 try:
                     claim.release() if failed else claim.complete()
                 except DedupError as error:
-                    _log_ending(claim, error)
+                    log_failed_ending(claim, error)
             return reply
 
         return grpc.unary_unary_rpc_method_handler(guarded)
@@ -136,7 +133,7 @@ class AsyncDedupInterceptor(grpc.aio.ServerInterceptor):
                 try:
                     await (claim.release() if failed else claim.complete())
                 except DedupError as error:
-                    _log_ending(claim, error)
+                    log_failed_ending(claim, error)
             return reply
 
         return grpc.unary_unary_rpc_method_handler(cast("Any", guarded))
@@ -168,11 +165,6 @@ def _prepare(claim: Handle, rules: _Rules) -> None:
 def _keep(claim: Handle, reply: bytes) -> None:
     if len(reply) < MAX_KEPT_BYTES:
         claim.result = _KEPT + reply
-
-
-def _log_ending(claim: Handle, error: DedupError) -> None:
-    # The caller gets the reply all the same, since the work is done.
-    _LOG.warning("could not end the claim of %r: %s", claim.transaction_id, error)
 
 
 def _message(handler: grpc.RpcMethodHandler[Any, Any], raw: bytes) -> object:

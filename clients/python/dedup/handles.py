@@ -5,7 +5,8 @@ from datetime import datetime
 from typing import Literal
 
 from dedup.calls import Calls, Grant
-from dedup.errors import DedupError
+from dedup.errors import DedupError, NotHeld
+from dedup.ids import logged_id
 from dedup.requests import Span
 from dedup.steps import Steps
 from dedup.transactions import Transaction
@@ -116,4 +117,10 @@ class Handle:
             try:
                 yield from self._release(None)
             except DedupError as failure:
-                _LOG.warning("could not release %r after its work failed: %s", self.transaction_id, failure)
+                log_failed_ending(self, failure)
+
+
+def log_failed_ending(claim: Handle, error: DedupError) -> None:
+    """Log that completing or releasing a claim failed, without its id."""
+    cause = "the claim is no longer held" if isinstance(error, NotHeld) else error
+    _LOG.warning("could not end the claim of transaction %s: %s", logged_id(claim.transaction_id), cause)

@@ -1,5 +1,6 @@
-"""Names: transaction ids that cannot be confused, and claim tokens that nobody else has."""
+"""Transaction ids, claim tokens, and how logs name a transaction."""
 
+import hashlib
 import re
 import secrets
 
@@ -33,6 +34,14 @@ def transaction_id(*parts: str) -> str:
             "put a digest in place of a long part"
         )
     return joined
+
+
+def logged_id(transaction_id: str) -> str:
+    """Return the name of a transaction in logs: the first 16 hexadecimal digits of the SHA-256 of its id.
+
+    An id may name a person. The service logs the same digits unless it has a key for them.
+    """
+    return hashlib.sha256(transaction_id.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def new_claim_token() -> str:

@@ -1,20 +1,18 @@
 """WSGI middleware: a request with an Idempotency-Key is handled once (Flask, Django and others)."""
 
 import io
-import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from dedup.client import Claim, Client
 from dedup.errors import DedupError
+from dedup.handles import log_failed_ending
 from dedup.idempotency import Response, Rules, answer_to, fingerprint, pack, problem, worth_completing
 from dedup.requests import Span
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
-
-_LOG = logging.getLogger("dedup")
 
 
 class IdempotencyMiddleware:
@@ -139,4 +137,4 @@ def _quietly(claim: Claim, ending: Callable[[], object]) -> None:
     try:
         ending()
     except DedupError as error:
-        _LOG.warning("could not end the claim of %r: %s", claim.transaction_id, error)
+        log_failed_ending(claim, error)
