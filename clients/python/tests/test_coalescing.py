@@ -10,8 +10,8 @@ import grpc.aio
 import pytest
 
 from dedup import CallFailed, Client, DuplicateTransaction, InvalidRequest, Unavailable, aio
-from dedup.aio_coalescing import Coalescer as AioCoalescer
-from dedup.batches import MAX_BATCH, Crowd, answers_of
+from dedup.batches import MAX_BATCH, answers_of
+from dedup.coalescing import AsyncCoalescer, Crowd
 from dedup.v1 import dedup_pb2
 
 
@@ -184,7 +184,7 @@ async def test_a_short_budget_does_not_wait_for_its_batch() -> None:
             assert (len(request.requests), timeout) == (3, 20)
             return answer
 
-    coalescer = AioCoalescer(Slow(), 0.0)  # type: ignore[arg-type]
+    coalescer = AsyncCoalescer(Slow(), 0.0)  # type: ignore[arg-type]
     requests = [dedup_pb2.ClaimTransactionRequest(transaction_id=name) for name in "abc"]
     patient = asyncio.ensure_future(coalescer.claim(requests[0], 20))
     gone = asyncio.ensure_future(coalescer.claim(requests[1], 20))

@@ -7,12 +7,10 @@ import grpc
 import pytest
 from google.protobuf.message import Message
 
-from dedup.calls import Calls
+from dedup.calls import Calls, claim_request
 from dedup.error_details import failure_of_closed_client, failure_of_status
 from dedup.errors import CallFailed, Unavailable
-from dedup.requests import claim_request
-from dedup.retries import Retrier, RetryPolicy
-from dedup.steps import Send, run
+from dedup.retries import Retrier, RetryPolicy, Send, run
 from dedup.v1 import dedup_pb2
 
 CLAIMED = dedup_pb2.ClaimTransactionResponse(outcome=dedup_pb2.CLAIM_OUTCOME_CLAIMED, claim_token="t" * 16)
@@ -59,7 +57,7 @@ class Script:
         self.pauses.append(seconds)
         self.now += seconds
 
-    def claim(self, *, jitter: float = 1.0, wait: float | None = None, **policy: float) -> Any:
+    def claim(self, *, jitter: float = 1.0, wait: float | None = None, **policy: Any) -> Any:
         """Make one logical claim; `jitter` is where in its range every backoff falls."""
         retrier = Retrier(RetryPolicy(**policy), lambda: self.now, lambda low, high: low + (high - low) * jitter)
         request = claim_request("x", ttl=None, expire_time=None, namespace="", claimant="", fingerprint=b"", token=None)
@@ -172,8 +170,16 @@ def test_an_unknown_code_is_a_failure() -> None:
     assert failure_of_status(status_pb2.Status(code=77)).code is grpc.StatusCode.UNKNOWN
 
 
-@pytest.mark.parametrize("policy", [{"budget_s": 0.0}, {"attempt_timeout_s": -1.0}])
-def test_no_time_at_all_is_refused(policy: dict[str, float]) -> None:
-    """A call that may take no time cannot be made."""
-    with pytest.raises(ValueError, match="more than 0"):
+def test_attempts_may_be_limited() -> None:
+    """With `max_attempts` a call fails before its budget is spent."""
+    script = Script(failure)
+    with pytest.raises(Unavailable):
+        script.claim(max_attempts=3)
+    assert len(script.requests) == 3
+
+
+@pytest.mark.parametrize("policy", [{"budget_s": 0.0}, {"attempt_timeout_s": -1.0}, {"max_attempts": 0}])
+def test_a_policy_that_allows_no_attempt_is_refused(policy: dict[str, Any]) -> None:
+    """Times must be more than 0, and attempts at least 1."""
+    with pytest.raises(ValueError, match="more than 0|at least 1"):
         RetryPolicy(**policy)

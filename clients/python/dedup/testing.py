@@ -1,4 +1,7 @@
-"""The service in memory: the same decisions, token checks, expiries and refusals, for one process."""
+"""Fakes for tests of code that uses this client: no server, no network, and a clock that the test controls.
+
+`FakeClient` and `AsyncFakeClient` are the real clients over a `FakeService` in memory.
+"""
 
 import re
 import threading
@@ -10,9 +13,16 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
+from dedup import aio
+from dedup.calls import Calls, OnUnavailable
+from dedup.client import Client
 from dedup.errors import CallFailed, InvalidRequest, Unavailable
+from dedup.handles import OnError
 from dedup.ids import MAX_TRANSACTION_ID_BYTES, new_claim_token
+from dedup.retries import Retrier, RetryPolicy, Send
 from dedup.v1 import dedup_pb2
+
+__all__ = ["AsyncFakeClient", "FakeClient", "FakeService"]
 
 DEFAULT_TTL_MS = 60_000
 DEFAULT_RETENTION_MS = 24 * 3_600_000
@@ -37,11 +47,11 @@ class _Held:
 
 
 class FakeService:
-    """Claims in a dictionary, by a clock of the test's own: `clock` returns Unix time in seconds.
+    """The service in memory, for one process. It is thread-safe.
 
-    `advance` moves time on. `unavailable = True` refuses every call as a service whose store is away does;
-    `lose_replies` carries calls out and loses their answers. Safe for several threads. It does not wait: a claim with
-    `wait` is answered at once, and there are no namespaces with rules of their own.
+    It makes the same decisions, token checks, expiries and rejections as the service. `clock` returns Unix time in
+    seconds. `unavailable = True` rejects every call, as the service does without its store. A claim with `wait` is
+    answered at once, and every namespace has the default policy.
     """
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
@@ -53,33 +63,39 @@ class FakeService:
         self._lock = threading.Lock()
         self.unavailable = False
         self.calls: list[tuple[str, Message]] = []
-        """The method and request of every attempt so far."""
+        """Method and request of every attempt so far."""
 
     def advance(self, seconds: float) -> None:
-        """Move time on, so that claims expire."""
+        """Move the clock forward."""
         self._advanced_s += seconds
 
     def lose_replies(self, count: int = 1) -> None:
-        """Carry the next calls out, and let their callers hear nothing of it."""
+        """Execute the next `count` attempts and lose their replies."""
         self._lost_replies = count
 
     def answer(self, method: str, request: Message) -> Message:
-        """Carry out one attempt of a call; raises CallFailed as the service would have it."""
+        """Execute one attempt of a call. Raises the CallFailed that the service's error would become."""
         with self._lock:
             copy = type(request)()
             copy.CopyFrom(request)
             self.calls.append((method, copy))
             if self.unavailable:
-                raise _unavailable("STORE_UNREACHABLE: the fake service is told to be unavailable", "STORE_UNREACHABLE")
-            # Read once, so that all times of a call are counted from one moment.
+                raise Unavailable(
+                    "the fake service is set to unavailable",
+                    code=grpc.StatusCode.UNAVAILABLE,
+                    reason="STORE_UNREACHABLE",
+                    applied="no",
+                    retry_after_s=0.2,
+                )
+            # Read once: all times of a call count from one moment.
             self._read_clock()
-            reply = self._carry_out(copy)
+            reply = self._execute(copy)
             if self._lost_replies:
                 self._lost_replies -= 1
-                raise Unavailable("UNAVAILABLE: the answer was lost", code=grpc.StatusCode.UNAVAILABLE)
+                raise Unavailable("the reply was lost", code=grpc.StatusCode.UNAVAILABLE)
             return reply
 
-    def _carry_out(self, request: Message) -> Message:
+    def _execute(self, request: Message) -> Message:
         match request:
             case dedup_pb2.ClaimTransactionRequest():
                 return self._claim(request)
@@ -91,7 +107,7 @@ class FakeService:
                 return self._extend(request)
             case dedup_pb2.GetTransactionRequest():
                 return self._get(request)
-        raise AssertionError(f"the fake service has no call for {type(request).__name__}")
+        raise AssertionError(f"the fake service does not support {type(request).__name__}")
 
     def _claim(self, request: dedup_pb2.ClaimTransactionRequest) -> dedup_pb2.ClaimTransactionResponse:
         expire_time_ms = self._expire_time_ms(request, DEFAULT_TTL_MS)
@@ -175,7 +191,7 @@ class FakeService:
         held = self._find(request)
         if held is None:
             raise CallFailed(
-                "NOT_FOUND TRANSACTION_NOT_FOUND: nobody holds the transaction",
+                "nobody holds the transaction",
                 code=grpc.StatusCode.NOT_FOUND,
                 reason="TRANSACTION_NOT_FOUND",
                 applied="no",
@@ -230,7 +246,79 @@ class FakeService:
             if left_ms <= 0:
                 yield "expire_time", "is in the past"
             elif left_ms > MAX_TTL_MS:
-                yield "expire_time", "is further away than the maximum ttl of 7d"
+                yield "expire_time", "is later than the maximum ttl of 7d allows"
+
+
+class FakeClient(Client):
+    """A `dedup.Client` over a FakeService, in its attribute `service`. Several clients may share one service."""
+
+    def __init__(
+        self,
+        service: FakeService | None = None,
+        *,
+        namespace: str = "",
+        claimant: str = "",
+        timeout: float = 2.0,
+        on_unavailable: OnUnavailable = "deny",
+        on_error: OnError = "release",
+    ) -> None:
+        self.service = service or FakeService()
+        transport = _Transport(self.service)
+        retrier = Retrier(RetryPolicy(budget_s=timeout), clock=transport.now)
+        self._set_up(transport, Calls(retrier, on_unavailable), namespace, claimant, on_error)
+
+
+class AsyncFakeClient(aio.Client):
+    """A `dedup.aio.Client` over a FakeService, in its attribute `service`. It may share one with a FakeClient."""
+
+    def __init__(
+        self,
+        service: FakeService | None = None,
+        *,
+        namespace: str = "",
+        claimant: str = "",
+        timeout: float = 2.0,
+        on_unavailable: OnUnavailable = "deny",
+        on_error: OnError = "release",
+    ) -> None:
+        self.service = service or FakeService()
+        transport = _Transport(self.service)
+        retrier = Retrier(RetryPolicy(budget_s=timeout), clock=transport.now)
+        self._set_up(_AsyncTransport(transport), Calls(retrier, on_unavailable), namespace, claimant, on_error)
+
+
+class _Transport:
+    """Answers attempts from memory. Pauses take no time but count against the budget."""
+
+    def __init__(self, service: FakeService) -> None:
+        self._service = service
+        self._paused_s = 0.0
+
+    def now(self) -> float:
+        return self._paused_s
+
+    def send(self, step: Send) -> Message:
+        return self._service.answer(step.method, step.request)
+
+    def pause(self, seconds: float) -> None:
+        self._paused_s += seconds
+
+    def close(self) -> None:
+        """Do nothing: there is no channel."""
+
+
+class _AsyncTransport:
+    def __init__(self, inner: _Transport) -> None:
+        self._inner = inner
+
+    async def send(self, step: Send) -> Message:
+        return self._inner.send(step)
+
+    async def pause(self, seconds: float) -> None:
+        self._inner.pause(seconds)
+
+    async def close(self) -> None:
+        """Do nothing: there is no channel."""
 
 
 def _ttl_faults(ttl: Duration) -> Iterator[tuple[str, str]]:
@@ -271,8 +359,3 @@ def _token_faults(request: dedup_pb2.ClaimTransactionRequest | _Holding) -> Iter
 def _refuse(faults: list[tuple[str, str]]) -> None:
     if faults:
         raise InvalidRequest("; ".join(f"{field}: {what}" for field, what in faults), violations=dict(faults))
-
-
-def _unavailable(message: str, reason: str) -> Unavailable:
-    code = grpc.StatusCode.UNAVAILABLE
-    return Unavailable(f"{code.name} {message}", code=code, reason=reason, applied="no", retry_after_s=0.2)
