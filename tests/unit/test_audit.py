@@ -20,7 +20,7 @@ BAD: dict[str, Any] = {"name": "typer", "version": "1.0", "vulns": [{"id": "CVE-
     ("packages", "code", "words"),
     [
         ([CLEAN], 0, "No known vulnerability in 1 packages."),
-        ([CLEAN, BAD], 1, "typer 1.0: CVE-1, mended in 1.1"),
+        ([CLEAN, BAD], 1, "typer 1.0: CVE-1, fixed in 1.1"),
         ([CLEAN, SKIPPED], 3, "NOT AUDITED: 1 of 2 packages"),
         ([SKIPPED, BAD], 1, "typer 1.0: CVE-1"),
         ([], 3, "NOT AUDITED: 0 of 0 packages"),
@@ -38,5 +38,5 @@ def test_no_report_is_no_audit(report: str) -> None:
     """Where the service cannot be reached, the last line of the complaint says why."""
     assert VERDICT(report, "Traceback\nConnectionError: no route\n") == (
         3,
-        ["NOT AUDITED: pip-audit could not ask (ConnectionError: no route)"],
+        ["NOT AUDITED: pip-audit failed (ConnectionError: no route)"],
     )

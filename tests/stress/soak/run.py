@@ -21,7 +21,7 @@ import grpc
 import redis
 import typer
 
-from dedup_service.config.setting_types import EngineName
+from dedup_service.config.settings import EngineName
 from tests.support.polling import eventually
 from tests.support.processes import RedisProcess, ServiceProcess
 from tests.stress.soak.calls import Caller, Doubt, Tally
