@@ -1,14 +1,14 @@
-"""The command-line application, except `serve`: a server starts without typer and the libraries of these commands."""
+"""The typer application with all commands. A server starts without it and its libraries."""
 
 from typing import Annotated
 
 import typer
 
-from dedup_service import __version__
 from dedup_service.cli.batch import batch
 from dedup_service.cli.doctor import doctor
 from dedup_service.cli.hash_id import hash_id
 from dedup_service.cli.healthcheck import healthcheck
+from dedup_service.cli.serve import run_serve, version_text
 from dedup_service.cli.transactions import claim, complete, extend, get, release
 from dedup_service.cli.watch import watch
 
@@ -25,7 +25,7 @@ app = typer.Typer(
 
 def _print_version(asked: bool) -> None:  # noqa: FBT001 - The signature of a typer callback.
     if asked:
-        typer.echo(f"dedup-service {__version__}")
+        typer.echo(version_text())
         raise typer.Exit
 
 
@@ -42,9 +42,7 @@ def _options_before_the_command(
 @app.command("serve", add_help_option=False, context_settings={"ignore_unknown_options": True})
 def serve(arguments: Annotated[list[str] | None, typer.Argument()] = None) -> None:
     """Serve claims over gRPC until SIGTERM or SIGINT."""
-    # `dedup-service serve` does not come through here; this entry serves the help and in-process callers.
-    from dedup_service.cli.serve import run_serve  # noqa: PLC0415 - The commands work without the server's libraries.
-
+    # Listed for the help. `dedup-service serve` itself starts without this module.
     run_serve(arguments or [])
 
 
