@@ -1,4 +1,4 @@
-"""The command line against a real server: what it prints, and its exit codes."""
+"""The command line against a real server: output and exit codes."""
 
 import json
 from collections.abc import Callable
@@ -14,14 +14,14 @@ from tests.support.processes import ServiceProcess, free_port, run_command
 
 
 def run_here(*arguments: str) -> Result:
-    """Run `dedup-service` with these arguments in this process, which saves its start."""
+    """Run `dedup-service` in this process, which is faster than a process of its own."""
     result = CliRunner().invoke(app, arguments)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
 
 
 def test_claim_says_claimed_then_duplicate(service: ServiceProcess, unique: str) -> None:
-    """`claim` exits with 0 and shows its token, then with 3 and shows the holder."""
+    """The first `claim` exits with 0 and shows its token. The second exits with 3 and shows the holder."""
     arguments = ("claim", unique, "--target", service.target, "--ttl", "90s", "--claimant", "anna")
     first, second = run_command(*arguments), run_command(*arguments)
     assert (first.returncode, first.stdout.splitlines()[0]) == (0, "CLAIMED")
@@ -32,7 +32,7 @@ def test_claim_says_claimed_then_duplicate(service: ServiceProcess, unique: str)
 
 
 def test_claim_repeats_with_its_token(service: ServiceProcess, unique: str) -> None:
-    """`claim --token` recognises its own earlier attempt."""
+    """`claim --token` recognizes its earlier attempt."""
     first = run_here("claim", unique, "--target", service.target, "--json")
     token = json.loads(first.stdout)["claim_token"]
     again = run_here("claim", unique, "--target", service.target, f"--token={token}")
@@ -40,7 +40,7 @@ def test_claim_repeats_with_its_token(service: ServiceProcess, unique: str) -> N
 
 
 def test_json_output_is_one_object(service: ServiceProcess, unique: str) -> None:
-    """`--json` prints one JSON object for outcomes and errors alike, with the names of the contract."""
+    """`--json` prints one JSON object for outcomes and errors, with the field names of the contract."""
     claimed = run_here("claim", unique, "--target", service.target, "--json", "--namespace", "pay")
     assert json.loads(claimed.stdout)["transaction"]["namespace"] == "pay"
     found = run_here("get", unique, "--target", service.target, "--json", "--namespace", "pay")
@@ -52,14 +52,14 @@ def test_json_output_is_one_object(service: ServiceProcess, unique: str) -> None
 
 
 def test_another_fingerprint_exits_with_4(service: ServiceProcess, unique: str) -> None:
-    """`claim --fingerprint` tells other work under the same id apart."""
+    """A claim of the same id with another `--fingerprint` is a mismatch."""
     run_here("claim", unique, "--target", service.target, "--fingerprint", "one")
     other = run_here("claim", unique, "--target", service.target, "--fingerprint", "two")
     assert (other.exit_code, other.stdout.splitlines()[0]) == (4, "PAYLOAD_MISMATCH")
 
 
 def test_claim_waits_longer_than_its_timeout(service: ServiceProcess, unique: str) -> None:
-    """`claim --wait` gives the server that time on top of the timeout, and is told CLAIMED once the holder is gone."""
+    """`claim --wait` adds to the timeout, and receives CLAIMED once the holder's lease has ended."""
     claim = ("claim", unique, "--target", service.target)
     assert run_here(*claim, "--ttl", "1500ms").exit_code == 0
     waited = run_here(*claim, "--timeout", "500ms", "--wait", "20s")
@@ -71,7 +71,7 @@ def test_claim_waits_longer_than_its_timeout(service: ServiceProcess, unique: st
 def test_claim_marks_a_shadow_duplicate(
     start_service: Callable[..., ServiceProcess], unique: str, tmp_path: Path
 ) -> None:
-    """In shadow mode `claim` exits with 0 and says that enforce mode would have refused it."""
+    """In shadow mode a duplicate `claim` exits with 0 and says that enforce mode would have refused it."""
     (tmp_path / "policies.toml").write_text('[namespaces.trial]\nmode = "shadow"\n')
     store = f"sqlite://{tmp_path / 'claims.db'}"
     service = start_service("--store-url", store, "--policy-file", str(tmp_path / "policies.toml"))
@@ -79,7 +79,7 @@ def test_claim_marks_a_shadow_duplicate(
     first, second = (run_here(*claim) for _ in range(2))
     assert first.stdout.splitlines()[0] == "CLAIMED"
     assert (second.exit_code, second.stdout.splitlines()[0]) == (0, "CLAIMED (shadow duplicate)")
-    assert "in enforce mode this claim would have been refused" in second.stdout
+    assert "enforce mode would have refused this claim" in second.stdout
     counted = CliRunner().invoke(
         app,
         ["batch", "-", "--target", service.target, "--namespace", "trial", "--results", str(tmp_path / "results")],
@@ -90,23 +90,23 @@ def test_claim_marks_a_shadow_duplicate(
 
 
 def test_long_values_are_shown_whole(service: ServiceProcess, unique: str) -> None:
-    """An id that is wider than the terminal is neither cut nor broken."""
+    """An id wider than the terminal is neither cut nor wrapped."""
     transaction_id = unique * 16
     shown = run_here("claim", transaction_id, "--target", service.target)
     assert f"  transaction  {transaction_id}\n" in shown.stdout
 
 
-def test_get_shows_or_says_that_nobody_holds_it(service: ServiceProcess, unique: str) -> None:
-    """`get` exits with 0 and the transaction, or with 5."""
+def test_get_shows_a_transaction_or_exits_with_5(service: ServiceProcess, unique: str) -> None:
+    """`get` exits with 0 and shows the transaction, or exits with 5 if it is not claimed."""
     missing = run_here("get", unique, "--target", service.target)
-    assert (missing.exit_code, "nobody holds" in missing.stdout) == (5, True)
+    assert (missing.exit_code, missing.stdout) == (5, f"NOT FOUND: {unique} is not claimed\n")
     run_here("claim", unique, "--target", service.target)
     found = run_here("get", unique, "--target", service.target)
     assert (found.exit_code, "in progress" in found.stdout) == (0, True)
 
 
 def test_an_unreachable_server_is_doubt_with_advice(unique: str) -> None:
-    """When no server answers, `claim` exits with 1 and says how to repeat the attempt."""
+    """Without an answer, `claim` exits with 1 and says how to repeat the attempt."""
     ended = run_here("claim", unique, "--target", f"127.0.0.1:{free_port()}", "--token", "token-of-sixteen")
     assert ended.exit_code == 1
     assert "UNAVAILABLE" in ended.stderr
@@ -123,7 +123,7 @@ def test_an_unreachable_server_is_doubt_with_advice(unique: str) -> None:
     ],
 )
 def test_bad_usage_is_one_clear_sentence(arguments: tuple[str, ...], words: str) -> None:
-    """A bad flag ends the command with 2 and names itself."""
+    """An invalid flag value exits with 2, and the error names the flag."""
     ended = run_here(*arguments)
     assert ended.exit_code == 2
     assert words in " ".join(ended.stderr.split())
@@ -133,13 +133,13 @@ def test_bad_usage_is_one_clear_sentence(arguments: tuple[str, ...], words: str)
     ("arguments", "words"),
     [
         (("claim", "a\udcff"), "not valid UTF-8"),
-        (("serve", "--listen", "nowhere"), "DEDUP_LISTEN (--listen): 'nowhere' is no address"),
+        (("serve", "--listen", "nowhere"), "DEDUP_LISTEN (--listen): 'nowhere' is not an address"),
         (("serve", "--store-url", "postgres://x:secret@y"), "DEDUP_STORE_URL (--store-url): the store URL must begin"),
         (("serve", "--key-layout", "flat"), "DEDUP_KEY_LAYOUT (--key-layout): Input should be 'prefixed' or 'raw'"),
     ],
 )
 def test_a_bad_setting_is_one_clear_sentence(arguments: tuple[str, ...], words: str) -> None:
-    """A bad setting ends the command with 2, names itself, and shows neither a traceback nor a password."""
+    """An invalid setting exits with 2. The error names it and shows neither a traceback nor a password."""
     ended = run_command(*arguments)
     assert ended.returncode == 2
     assert words in " ".join(ended.stderr.split())
@@ -149,7 +149,7 @@ def test_a_bad_setting_is_one_clear_sentence(arguments: tuple[str, ...], words: 
 
 
 def test_healthcheck_is_a_probe(service: ServiceProcess) -> None:
-    """`healthcheck` exits with 0 while the server serves, finds it by the server's own setting, and else with 1."""
+    """`healthcheck` exits with 0 while the server serves, otherwise with 1. It finds the server by its settings."""
     assert run_command("healthcheck", "--target", service.target).stdout == "SERVING\n"
     by_setting = run_command(
         "healthcheck",
@@ -166,7 +166,7 @@ def test_healthcheck_is_a_probe(service: ServiceProcess) -> None:
 
 
 def test_help_names_every_setting_with_its_default() -> None:
-    """`serve --help` lists each setting as a flag, with its variable and its default."""
+    """`serve --help` lists each setting with its flag, its variable and its default."""
     text = " ".join(run_here("serve", "--help").stdout.split())
     for name in Settings.model_fields:
         assert f"--{name.replace('_', '-')}" in text
@@ -175,13 +175,13 @@ def test_help_names_every_setting_with_its_default() -> None:
 
 
 def test_help_names_every_command_and_its_exit_codes() -> None:
-    """`--help` lists the commands, and the help of each says its exit codes and the defaults of its options."""
+    """`--help` lists the commands, and the help of each lists its exit codes and the defaults of its options."""
     text = run_here("--help").stdout
     for name in ("claim", "get", "complete", "release", "extend", "watch", "batch"):
         assert f"\n  {name} " in text
         own = " ".join(run_here(name, "--help").stdout.split())
         assert "Exit code 0: " in own
-        assert "[env: DEDUP_TARGET] [default: where the settings make `serve` listen]" in own
+        assert "[env: DEDUP_TARGET] [default: the address `serve` listens on with these settings]" in own
         assert "--json" in own
 
 
@@ -191,7 +191,7 @@ def test_version() -> None:
 
 
 def test_the_banner_says_what_to_call(tmp_path: Path) -> None:
-    """`serve --banner` prints commands that work against this very server."""
+    """`serve --banner` prints commands with the address of this server."""
     process = ServiceProcess("--banner", "--store-url", f"sqlite://{tmp_path / 'claims.db'}").start()
     assert process.stop() == 0
     assert f"dedup-service claim order-1234 --target {process.target}" in process.stdout

@@ -1,4 +1,4 @@
-"""The client commands against a server that asks who calls."""
+"""The client commands against a server with TLS and authentication."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ Start = Callable[..., ServiceProcess]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with the files of server and caller."""
+    """A folder with the files of the server and of the caller."""
     (tmp_path / "tokens.toml").write_text(f'me = "{TOKEN}"')
     (tmp_path / "token").write_text(f"{TOKEN}\n")
     (tmp_path / "batch").write_text("batched\n")
@@ -22,7 +22,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def commands(folder: Path) -> tuple[tuple[str, ...], ...]:
-    """Return one run of each command that calls a server, which all but the first are answered without success."""
+    """Return the arguments of each command that calls a server."""
     held = ("order", "--token", "token-of-sixteen")
     return (
         ("claim", "order"),
@@ -42,13 +42,13 @@ def codes(folder: Path, *options: str, environment: dict[str, str] | None = None
     return {name: ended.returncode for name, ended in runs.items()}
 
 
-# Claimed, found, three times not held, nobody, claimed, and serving.
+# Claimed, found, not held (three times), not claimed, claimed, serving.
 ANSWERED = dict(zip(("claim", "get", "complete", "release", "extend", "watch", "batch", "healthcheck"),
                     (0, 0, 6, 6, 6, 5, 0, 0), strict=True))  # fmt: skip
 
 
-def test_every_command_shows_a_certificate_and_a_token(start_grpcio: Start, folder: Path) -> None:
-    """With the four files each command is answered as by an open server, over TCP and a Unix socket."""
+def test_every_command_sends_a_certificate_and_a_token(start_grpcio: Start, folder: Path) -> None:
+    """With the four files, each command succeeds as without authentication, over TCP and a Unix socket."""
     authority = Authority(folder)
     cert, key = authority.server_files()
     path = folder / "dedup.sock"
@@ -65,8 +65,8 @@ def test_every_command_shows_a_certificate_and_a_token(start_grpcio: Start, fold
     assert run_command("get", "order", *tls[:2], "--target", service.target).returncode == 1
 
 
-def test_the_environment_says_it_too(start_service: Start, folder: Path) -> None:
-    """The token file may be named by a variable; without it the command is refused, and health is not."""
+def test_the_environment_can_name_the_token_file(start_service: Start, folder: Path) -> None:
+    """A variable can name the token file. Without a token, every command but `healthcheck` is refused."""
     store = ("--store-url", f"sqlite://{folder / 'claims.db'}")
     service = start_service("--auth-tokens", str(folder / "tokens.toml"), *store)
     target = {"DEDUP_TARGET": service.target}
@@ -81,13 +81,13 @@ def test_the_environment_says_it_too(start_service: Start, folder: Path) -> None
     [
         (("--tls-ca", "/nowhere"), "/nowhere cannot be read: No such file"),
         (("--token-file", "/nowhere"), "/nowhere cannot be read: No such file"),
-        (("--token-file", "/dev/null"), "holds no token"),
+        (("--token-file", "/dev/null"), "/dev/null does not contain a token"),
         (("--tls-cert", "/dev/null"), "a client certificate needs both"),
-        (("--tls-cert", "/dev/null", "--tls-key", "/dev/null"), "is needed too"),
+        (("--tls-cert", "/dev/null", "--tls-key", "/dev/null"), "--tls-ca: is missing"),
     ],
 )
 def test_a_bad_file_is_a_usage_error(options: tuple[str, ...], words: str) -> None:
-    """It names the flag and what is wrong, and nothing is asked."""
+    """The error names the flag and the fault, and no server is called."""
     ended = run_command("get", "order", *options)
     assert ended.returncode == 2
     assert words in " ".join(ended.stderr.replace("│", " ").split())

@@ -1,4 +1,4 @@
-"""`dedup-service batch` against a real server: outcomes, files, retries, and its exit codes."""
+"""`dedup-service batch` against a real server: outcomes, files, retries and exit codes."""
 
 import json
 import os
@@ -12,10 +12,9 @@ import grpc
 import pytest
 from typer.testing import CliRunner
 
+from dedup import batches
+from dedup.errors import CallFailed
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
-from dedup_service.cli import batch_call
-from dedup_service.cli.batch_lines import Line
-from dedup_service.cli.channel import failure
 from dedup_service.cli.commands import app
 from tests.support.polling import wait_until
 from tests.support.processes import RedisProcess, ServiceProcess
@@ -25,20 +24,20 @@ END_S = 30.0
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder, so that no test writes anywhere else."""
+    """A working folder of the test's own."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def batch(target: str, *arguments: str, stdin: str | None = None) -> tuple[int, str, str]:
-    """Return the exit code, standard output and standard error of one batch."""
+    """Return the exit code, standard output and standard error of a batch."""
     result = CliRunner().invoke(app, ["batch", *arguments, "--target", target], input=stdin)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, result.stdout, result.stderr
 
 
 def summary(target: str, *arguments: str, stdin: str | None = None) -> tuple[int, dict[str, Any]]:
-    """Return the exit code and the one object that a batch prints with `--json`."""
+    """Return the exit code and the JSON summary of a batch."""
     code, stdout, _ = batch(target, *arguments, "--json", stdin=stdin)
     (line,) = stdout.splitlines()
     return code, json.loads(line)
@@ -50,7 +49,7 @@ def written(path: Path) -> list[dict[str, Any]]:
 
 
 def held(service: ServiceProcess, transaction_id: str, namespace: str = "default") -> dedup_pb2.Transaction | None:
-    """Return what the service knows of a transaction."""
+    """Return a transaction from the service, None if it is not claimed."""
     with service.channel() as channel:
         request = dedup_pb2.GetTransactionRequest(transaction_id=transaction_id, namespace=namespace)
         try:
@@ -61,9 +60,9 @@ def held(service: ServiceProcess, transaction_id: str, namespace: str = "default
 
 
 def test_every_line_is_answered_in_order(service: ServiceProcess, unique: str, folder: Path) -> None:
-    """Over several chunks each line has its result in the order of the input, bad lines and duplicates as well.
+    """Every line has its result, in input order, over several chunks, invalid lines and duplicates included.
 
-    The files are for their owner alone, and a token in the results holds its transaction.
+    Only their owner can read the files, and a token in the results holds its transaction.
     """
     bad = ["{broken", json.dumps({"transaction_id": 7}), json.dumps({"transaction_id": unique, "ttl": "soon"})]
     lines = [f"{unique}-0", "", f"{unique}-1", *bad, f"{unique}-0", json.dumps({"transaction_id": f"{unique}-2"})]
@@ -92,7 +91,7 @@ def test_every_line_is_answered_in_order(service: ServiceProcess, unique: str, f
 
 
 def test_standard_input_and_one_object(service: ServiceProcess, unique: str, folder: Path) -> None:
-    """`batch -` reads standard input, `--json` prints one object, all claimed exits with 0 and leaves no file."""
+    """`batch -` reads standard input, `--json` prints one object, and a batch without failures creates no file."""
     code, counts = summary(service.target, "-", stdin=f"\ufeff{unique}-é\r\n\n  \n{unique} b\n")
     assert code == 0
     assert counts.pop("seconds") < END_S
@@ -104,14 +103,14 @@ def test_standard_input_and_one_object(service: ServiceProcess, unique: str, fol
 
 
 def test_duplicates_and_mismatches_exit_with_3(service: ServiceProcess, unique: str) -> None:
-    """Without a failure, a duplicate or a mismatch makes the exit code 3."""
+    """Without failures, duplicates and mismatches make the exit code 3."""
     lines = [json.dumps({"transaction_id": unique, "payload_fingerprint": digest}) for digest in ("YQ==", "Yg", "YQ")]
     code, counts = summary(service.target, "-", stdin="\n".join(lines))
     assert (code, counts["claimed"], counts["duplicate"], counts["mismatch"], counts["failed"]) == (3, 1, 1, 1, 0)
 
 
-def test_options_hold_for_lines_that_do_not_say(service: ServiceProcess, unique: str) -> None:
-    """`--namespace`, `--ttl` and `--claimant` are defaults, and what a line says wins."""
+def test_options_are_defaults_for_lines(service: ServiceProcess, unique: str) -> None:
+    """`--namespace`, `--ttl` and `--claimant` are defaults, and a line overrides them."""
     own = {"transaction_id": f"{unique}-own", "namespace": "own", "ttl": "90s", "claimant": "bert"}
     lines = f"{unique}\n{json.dumps(own | {'claim_token': 'token-of-sixteen'})}\n"
     options = ("--namespace", "pay", "--ttl", "30s", "--claimant", "anna", "--results", "results")
@@ -131,7 +130,7 @@ def test_options_hold_for_lines_that_do_not_say(service: ServiceProcess, unique:
     [
         (b"\xff\xfe", "is not valid UTF-8"),
         (b"x" * 5_000, "is longer than 4000 bytes"),
-        (b'{"transaction_id": "a", "transaction_id": "b"}', "says a field twice"),
+        (b'{"transaction_id": "a", "transaction_id": "b"}', "sets a field twice"),
         (b'{"transaction_id": "a", "payload_fingerprint": "!!"}', "payload_fingerprint is not base64"),
         (b'{"transaction_id": "a", "payload_fingerprint": 7}', "payload_fingerprint"),
         (b'{"transaction_id": "a", "ttl": "5s", "expire_time": "2100-01-01T00:00:00Z"}', "expiry"),
@@ -141,8 +140,8 @@ def test_options_hold_for_lines_that_do_not_say(service: ServiceProcess, unique:
     ],
     ids=range(9),
 )
-def test_a_bad_line_is_a_failure_of_its_own(unique: str, folder: Path, line: bytes, words: str) -> None:
-    """A line that cannot be read is noted with its reason, asks the server nothing, and stops nothing."""
+def test_an_unreadable_line_fails_alone(unique: str, folder: Path, line: bytes, words: str) -> None:
+    """An unreadable line is recorded with its fault, sends nothing to the server, and does not stop the batch."""
     (folder / unique).write_bytes(line + b"\n" + line)
     code, counts = summary(f"unix://{folder / 'nobody.sock'}", unique)
     assert (code, counts["failed"], counts["failures_file"]) == (1, 2, f"{unique}.failures.jsonl")
@@ -153,8 +152,8 @@ def test_a_bad_line_is_a_failure_of_its_own(unique: str, folder: Path, line: byt
         assert (row["error"]["reason"], "request" in row) == ("BAD_LINE", False)
 
 
-def test_what_the_server_refuses_is_a_failure_of_one_line(service: ServiceProcess, unique: str, folder: Path) -> None:
-    """A claim that breaks the contract fails alone, with the code and the reason of the server."""
+def test_a_claim_the_server_refuses_fails_alone(service: ServiceProcess, unique: str, folder: Path) -> None:
+    """An invalid claim fails alone, with the code and the reason of the server."""
     refused = json.dumps({"transaction_id": unique, "namespace": "NO"})
     code, counts = summary(service.target, "-", stdin=f"{refused}\n{unique}\n")
     assert (code, counts["claimed"], counts["failed"]) == (1, 1, 1)
@@ -164,14 +163,14 @@ def test_what_the_server_refuses_is_a_failure_of_one_line(service: ServiceProces
     assert "namespace" in error["message"]
 
 
-def test_existing_files_are_never_written_over(service: ServiceProcess, unique: str, folder: Path) -> None:
-    """A file of failures or results that is there already ends the batch with 2 before anything is claimed."""
+def test_existing_files_are_never_overwritten(service: ServiceProcess, unique: str, folder: Path) -> None:
+    """An existing file of failures or results ends the batch with 2 before anything is claimed."""
     (folder / "ids").write_text(unique)
     for name, flag in (("ids.failures.jsonl", "--failures"), ("results", "--results")):
         (folder / name).write_text("precious")
         code, stdout, stderr = batch(service.target, "ids", "--results", "results")
         assert (code, stdout) == (2, "")
-        assert f"{flag}: '{name}' is there already" in " ".join(stderr.split())
+        assert f"{flag}: '{name}' exists already" in " ".join(stderr.split())
         assert (folder / name).read_text() == "precious"
         (folder / name).unlink()
     assert held(service, unique) is None
@@ -183,14 +182,14 @@ def test_existing_files_are_never_written_over(service: ServiceProcess, unique: 
         (("missing",), "FILE: cannot be read"),
         (("-", "--chunk", "1001"), "'--chunk': "),
         (("-", "--ttl", "soon"), "--ttl: 'soon' is not a duration"),
-        (("-", "--timeout", "0s"), "--timeout: '0s' is no time at all"),
-        (("-", "--results", "x", "--failures", "x"), "--failures: is the file of the results"),
-        (("-", "--results", "nowhere/x"), "--results: 'nowhere/x' cannot be made"),
-        (("-", "--failures", "nowhere/x"), "--failures: 'nowhere/x' cannot be made"),
+        (("-", "--timeout", "0s"), "--timeout: '0s' is too short"),
+        (("-", "--results", "x", "--failures", "x"), "--failures: must differ from --results"),
+        (("-", "--results", "nowhere/x"), "--results: 'nowhere/x' cannot be created"),
+        (("-", "--failures", "nowhere/x"), "--failures: 'nowhere/x' cannot be created"),
     ],
 )
 def test_bad_usage_names_the_flag(folder: Path, arguments: tuple[str, ...], words: str) -> None:
-    """A bad flag or file ends the batch with 2 and one sentence that names it, and leaves no file."""
+    """An invalid flag or file exits with 2 and a sentence that names it, and creates no file."""
     code, stdout, stderr = batch("127.0.0.1:1", *arguments, stdin="never read")
     assert (code, stdout) == (2, "")
     assert words in " ".join(stderr.split())
@@ -199,28 +198,28 @@ def test_bad_usage_names_the_flag(folder: Path, arguments: tuple[str, ...], word
 
 @pytest.fixture
 def attempts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many lines each call to a server asked for, in the order of the calls."""
+    """The number of claims in each call to a server, in order."""
     sizes: list[int] = []
-    attempt = batch_call._attempt
+    attempt = batches._attempt
 
-    def counted(stub: Any, lines: Any, timeout_s: float, *, again: bool) -> Any:
+    def counted(stub: Any, requests: Any, timeout_s: float, *, wait_for_ready: bool) -> Any:
         try:
-            return attempt(stub, lines, timeout_s, again=again)
+            return attempt(stub, requests, timeout_s, wait_for_ready=wait_for_ready)
         finally:
-            sizes.append(len(lines))
+            sizes.append(len(requests))
 
-    monkeypatch.setattr(batch_call, "_attempt", counted)
+    monkeypatch.setattr(batches, "_attempt", counted)
     return sizes
 
 
 def test_an_unreachable_server_fails_every_line(
     unique: str, folder: Path, monkeypatch: pytest.MonkeyPatch, attempts: list[int]
 ) -> None:
-    """When no server answers, each chunk is tried four times and given up, and every claim is written down.
+    """Without a server, each chunk is tried four times, and every claim is recorded with its token.
 
-    With its token, since it may have been made.
+    It may have been made.
     """
-    monkeypatch.setattr(batch_call, "_BACKOFF_S", 0.01)
+    monkeypatch.setattr("dedup_service.cli.batch._FIRST_BACKOFF_S", 0.01)
     (folder / "ids").write_text("".join(f"{unique}-{number}\n" for number in range(3)))
     options = ("--chunk", "2", "--results", "results", "--failures", "failed", "--timeout", "100ms")
     code, stdout, _ = batch(f"unix://{folder / 'nobody.sock'}", "ids", *options)
@@ -237,7 +236,7 @@ def test_an_unreachable_server_fails_every_line(
 def test_a_batch_waits_for_a_server_that_comes_back(
     start_service: Callable[..., ServiceProcess], unique: str, folder: Path, attempts: list[int]
 ) -> None:
-    """A server that is away for a moment fails no line."""
+    """A short outage of the server fails no line."""
     address = f"unix://{folder / 's.sock'}"
     with ThreadPoolExecutor(1) as threads:
         running = threads.submit(summary, address, "-", stdin=unique)
@@ -247,19 +246,26 @@ def test_a_batch_waits_for_a_server_that_comes_back(
     assert (code, counts["claimed"], counts["failed"]) == (0, 1, 0)
 
 
-def test_a_doubt_is_not_taken_away_by_a_later_error() -> None:
-    """A claim that an earlier attempt may have made stays in doubt, whatever the last attempt says."""
-    line = Line(1, "x")
-    for applied, said in (("no", "no"), ("unknown", "unknown"), ("no", "unknown")):
-        line.fail(failure("UNAVAILABLE", "", applied, "away"))
-        assert line.error is not None
-        assert line.error["applied"] == said
+@pytest.mark.parametrize(("lost_answers", "applied"), [(0, "no"), (1, "unknown")])
+def test_doubt_outlasts_a_later_error(
+    unique: str, folder: Path, monkeypatch: pytest.MonkeyPatch, lost_answers: int, applied: str
+) -> None:
+    """A claim whose first attempt may have been applied stays in doubt, although the last attempt changed nothing."""
+    lost = CallFailed("away", code=grpc.StatusCode.UNAVAILABLE, applied="unknown")
+    refused = CallFailed("not allowed", code=grpc.StatusCode.PERMISSION_DENIED, applied="no")
+    answers = [lost] * lost_answers + [refused]
+    monkeypatch.setattr(batches, "_attempt", lambda *_, **__: [answers.pop(0)])
+    monkeypatch.setattr("dedup_service.cli.batch._FIRST_BACKOFF_S", 0.01)
+    code, counts = summary("127.0.0.1:1", "-", stdin=unique)
+    assert (code, counts["failed"], answers) == (1, 1, [])
+    (row,) = written(folder / "batch.failures.jsonl")
+    assert (row["error"]["code"], row["error"]["applied"]) == ("PERMISSION_DENIED", applied)
 
 
 def test_a_lost_answer_is_no_duplicate_of_itself(
     start_service: Callable[..., ServiceProcess], unique: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Claims whose answers were lost are repeated with the same tokens, and told CLAIMED."""
+    """Claims whose answers were lost are repeated with the same tokens and receive CLAIMED."""
     redis = RedisProcess(tmp_path_factory.mktemp("redis")).start()
     try:
         service = start_service("--store-url", redis.url, "--store-timeout", "200ms")
@@ -282,7 +288,7 @@ def _batches(service: ServiceProcess) -> list[dict[str, Any]]:
 
 
 def test_lines_are_claimed_before_the_input_has_ended(service: ServiceProcess, unique: str, folder: Path) -> None:
-    """No more than a chunk is read ahead: what is there is claimed while the input is still being written."""
+    """The batch reads at most one chunk ahead: complete chunks are claimed while the input is still being written."""
     os.mkfifo(folder / "pipe")
     with ThreadPoolExecutor(1) as threads:
         running = threads.submit(summary, service.target, "pipe", "--chunk", "2", "--results", "results")
@@ -297,8 +303,8 @@ def test_lines_are_claimed_before_the_input_has_ended(service: ServiceProcess, u
     assert (code, counts["claimed"]) == (0, 3)
 
 
-def test_a_file_that_comes_in_between_is_not_written_over(service: ServiceProcess, unique: str, folder: Path) -> None:
-    """When the file of failures appears while the batch runs, the batch stops with 1 and leaves it as it is."""
+def test_a_file_created_during_the_batch_is_not_overwritten(service: ServiceProcess, unique: str, folder: Path) -> None:
+    """If the file of failures appears during the batch, the batch stops with 1 and leaves the file unchanged."""
     os.mkfifo(folder / "pipe")
     with ThreadPoolExecutor(1) as threads:
         running = threads.submit(batch, service.target, "pipe", "--chunk", "1", "--failures", "failed")
@@ -310,24 +316,23 @@ def test_a_file_that_comes_in_between_is_not_written_over(service: ServiceProces
             pipe.write("{broken\n")
         code, stdout, stderr = running.result(END_S)
     assert (code, "  claimed      1\n" in stdout) == (1, True)
-    assert "stopped, since a file failed" in stderr
+    assert "stopped: a file cannot be read or written" in stderr
     assert (folder / "failed").read_text() == "precious"
 
 
 def test_an_interrupted_batch_keeps_its_tokens(
     service: ServiceProcess, unique: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C ends the batch with 130, and the claims under way are written down with the tokens that hold them."""
-    attempt = batch_call._attempt
+    """Ctrl-C exits with 130, and the claims in flight are recorded with the tokens that hold them."""
+    attempt = batches._attempt
 
-    def interrupted(stub: Any, lines: Any, timeout_s: float, *, again: bool) -> Any:
-        if lines[0].number == 1:
-            return attempt(stub, lines, timeout_s, again=again)
-        requests = [line.request for line in lines]
-        stub.BatchClaimTransactions(dedup_pb2.BatchClaimTransactionsRequest(requests=requests), timeout=timeout_s)
+    def interrupted(stub: Any, requests: Any, timeout_s: float, *, wait_for_ready: bool) -> Any:
+        answers = attempt(stub, requests, timeout_s, wait_for_ready=wait_for_ready)
+        if requests[0].transaction_id == f"{unique}-0":
+            return answers
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(batch_call, "_attempt", interrupted)
+    monkeypatch.setattr(batches, "_attempt", interrupted)
     lines = f"{unique}-0\n{unique}-1\n{unique}-2\n"
     code, counts = summary(service.target, "-", "--chunk", "1", stdin=lines)
     assert (code, counts["interrupted"], counts["claimed"], counts["failed"]) == (130, True, 1, 1)

@@ -1,4 +1,4 @@
-"""`dedup-service doctor` and the same checks when the server starts, in front of real stores."""
+"""`dedup-service doctor`, and the same checks at server start-up, against real stores."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ UNFIT = (*FORGETFUL, "--maxmemory", "50mb")
 def test_the_worst_finding_is_the_exit_code_and_comes_last(
     start_redis: StartRedis, options: tuple[str, ...], code: int, word: str
 ) -> None:
-    """`doctor` exits with 0, 7 or 8, and its text ends with the worst finding and what to do about it."""
+    """`doctor` exits with 0, 7 or 8, and its output ends with the worst finding and its remedy."""
     ended = run_command("doctor", "--store-url", start_redis(*options).url)
     assert ended.returncode == code, ended.stderr
     findings = [line.split()[0] for line in ended.stdout.splitlines()[1:] if not line.strip().startswith("Remedy")]
@@ -34,7 +34,7 @@ def test_the_worst_finding_is_the_exit_code_and_comes_last(
 
 
 def test_json_is_one_object(start_redis: StartRedis) -> None:
-    """`--json` prints the store, without its password, and every finding with its four parts."""
+    """`--json` prints the store, without its password, and every finding with its four fields."""
     server = start_redis(*UNFIT, "--requirepass", "secret-word")
     url = server.url.replace("redis://", "redis://:secret-word@")
     ended = run_command("doctor", "--json", environment={"DEDUP_STORE_URL": url})
@@ -50,7 +50,7 @@ def test_json_is_one_object(start_redis: StartRedis) -> None:
 
 
 def test_settings_come_from_flags_environment_and_file(start_redis: StartRedis, tmp_path: Path) -> None:
-    """The doctor looks at the store that `serve` would use, also when the settings file names it."""
+    """The doctor examines the store that `serve` would use, also when the settings file names it."""
     server = start_redis(*SOUND)
     file = tmp_path / "settings.toml"
     file.write_text(f'store_url = "{server.url}"\nkey_layout = "raw"\n')
@@ -63,8 +63,8 @@ def test_settings_come_from_flags_environment_and_file(start_redis: StartRedis, 
     assert run_command("doctor", "--store-timeout", "soon").returncode == 2
 
 
-def test_a_store_that_is_away_exits_with_1() -> None:
-    """A store that cannot be asked is an error in text and in JSON, and no finding."""
+def test_an_unreachable_store_exits_with_1() -> None:
+    """An unreachable store is an error, in text and in JSON, not a finding."""
     arguments = ("doctor", "--store-url", f"redis://127.0.0.1:{free_port()}")
     text, told = run_command(*arguments), run_command(*arguments, "--json")
     assert (text.returncode, told.returncode) == (1, 1)
@@ -72,8 +72,8 @@ def test_a_store_that_is_away_exits_with_1() -> None:
     assert json.loads(told.stdout)["error"]["reason"] == "STORE_UNREACHABLE"
 
 
-def test_the_start_logs_what_is_wrong(start_redis: StartRedis, start_service: StartService) -> None:
-    """Each warning and critical finding is one line of the log by the time the server serves, and nothing else is."""
+def test_the_start_logs_findings(start_redis: StartRedis, start_service: StartService) -> None:
+    """Each warning and critical finding, and no other, is logged before the server starts to serve."""
     service = start_service("--store-url", start_redis(*UNFIT).url)
     (line,) = service.events("store_finding_reported")
     assert (line["level"], line["check"], line["severity"]) == ("warning", "eviction", "critical")
@@ -81,8 +81,8 @@ def test_the_start_logs_what_is_wrong(start_redis: StartRedis, start_service: St
     assert not start_service("--store-url", start_redis(*SOUND).url).events("store_finding_reported")
 
 
-def test_strict_refuses_what_is_critical(start_redis: StartRedis) -> None:
-    """With `--strict` a critical finding ends the start with code 1, what is wrong, and what to do."""
+def test_strict_refuses_a_critical_finding(start_redis: StartRedis) -> None:
+    """With `--strict`, a critical finding ends the start with exit code 1, the finding and its remedy."""
     ended = run_command("serve", "--listen", "127.0.0.1:0", "--strict", "--store-url", start_redis(*UNFIT).url)
     assert ended.returncode == 1
     (sentence,) = [line for line in ended.stderr.splitlines() if not line.startswith("{")]
@@ -91,7 +91,7 @@ def test_strict_refuses_what_is_critical(start_redis: StartRedis) -> None:
 
 
 def test_strict_does_not_refuse_a_warning(start_redis: StartRedis, start_service: StartService, tmp_path: Path) -> None:
-    """With `DEDUP_STRICT` a store that is only warned of is served, and so is the embedded store."""
+    """With `DEDUP_STRICT`, a store with only warnings is served, and so is the embedded store."""
     strict = {"DEDUP_STRICT": "true"}
     service = start_service("--store-url", start_redis(*FORGETFUL).url, environment=strict)
     assert [line["severity"] for line in service.events("store_finding_reported")] == ["warning"]
@@ -101,7 +101,7 @@ def test_strict_does_not_refuse_a_warning(start_redis: StartRedis, start_service
 def test_a_store_that_was_away_is_examined_when_it_answers(
     start_redis: StartRedis, start_service: StartService
 ) -> None:
-    """A server that started without its store logs the findings once the store is there, and serves on."""
+    """A server that started without its store logs the findings once the store answers, and keeps serving."""
     port = free_port()
     service = start_service("--store-url", f"redis://127.0.0.1:{port}")
     assert not service.events("store_finding_reported")
@@ -111,7 +111,7 @@ def test_a_store_that_was_away_is_examined_when_it_answers(
 
 
 def test_strict_ends_a_server_whose_store_turns_out_unfit(start_redis: StartRedis, start_service: StartService) -> None:
-    """With `--strict` a store that is away at the start is not let off: once it answers, the server drains and ends."""
+    """With `--strict`, a store that was away at start-up and turns out unfit makes the server drain and exit."""
     port = free_port()
     service = start_service("--strict", "--store-url", f"redis://127.0.0.1:{port}")
     start_redis(*UNFIT, port=port)
@@ -121,7 +121,7 @@ def test_strict_ends_a_server_whose_store_turns_out_unfit(start_redis: StartRedi
 
 
 async def test_a_store_that_cannot_be_examined_is_served(start_service: StartService) -> None:
-    """A store that stops answering amid the checks delays the start by 2 s at most and does not end it."""
+    """A store that stops answering during the checks delays the start by at most 2 s and does not prevent it."""
     never = asyncio.Event()
 
     async def silence(_: asyncio.StreamWriter) -> None:

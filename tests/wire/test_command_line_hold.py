@@ -1,4 +1,4 @@
-"""`dedup-service complete`, `release` and `extend` against a real server: what they print, and their exit codes."""
+"""`dedup-service complete`, `release` and `extend` against a real server: output and exit codes."""
 
 import base64
 import json
@@ -16,7 +16,7 @@ TOKEN = "token-of-sixteen"
 
 
 class Commands:
-    """Runs the command line in this process, always against one server."""
+    """Runs the command line in this process against one server."""
 
     def __init__(self, target: str) -> None:
         self.target = target
@@ -28,7 +28,7 @@ class Commands:
         return result.exit_code, result.stdout, result.stderr
 
     def json(self, *arguments: str, stdin: bytes | None = None) -> tuple[int, dict[str, Any]]:
-        """Return the exit code and the one object that a command prints with `--json`."""
+        """Return the exit code and the one JSON object of a command."""
         code, stdout, _ = self(*arguments, "--json", stdin=stdin)
         (line,) = stdout.splitlines()
         return code, json.loads(line)
@@ -36,12 +36,12 @@ class Commands:
 
 @pytest.fixture
 def command(service: ServiceProcess) -> Commands:
-    """The command line, against the service over each store."""
+    """The command line against the service, over each store."""
     return Commands(service.target)
 
 
 def test_complete_keeps_the_result_for_duplicates(command: Commands, unique: str) -> None:
-    """`complete` exits with 0, also when it is repeated, and a later duplicate shows the result."""
+    """`complete` exits with 0, also when repeated, and a later duplicate receives the result."""
     holder = (unique, "--token", TOKEN, "--namespace", "pay")
     command("claim", *holder)
     for _ in range(2):
@@ -55,7 +55,7 @@ def test_complete_keeps_the_result_for_duplicates(command: Commands, unique: str
 
 
 def test_complete_takes_a_file_byte_for_byte(command: Commands, unique: str, tmp_path: Path) -> None:
-    """`complete --result-file` keeps bytes that are no text, from a file and from standard input."""
+    """`complete --result-file` sends arbitrary bytes, from a file and from standard input."""
     content = bytes(range(256))
     (tmp_path / "result").write_bytes(content)
     for number, source in enumerate((str(tmp_path / "result"), "-")):
@@ -66,8 +66,8 @@ def test_complete_takes_a_file_byte_for_byte(command: Commands, unique: str, tmp
         assert base64.b64decode(reply["transaction"]["result"]) == content
 
 
-def test_release_lets_the_next_one_in(command: Commands, unique: str) -> None:
-    """`release` exits with 0, and the next claim of the transaction is told CLAIMED."""
+def test_release_lets_the_next_caller_claim(command: Commands, unique: str) -> None:
+    """`release` exits with 0, and the next claim of the transaction receives CLAIMED."""
     command("claim", unique, "--token", TOKEN)
     code, stdout, _ = command("release", unique, "--token", TOKEN)
     assert (code, stdout.splitlines()) == (0, [f"RELEASED: {unique} may be claimed again"])
@@ -75,8 +75,8 @@ def test_release_lets_the_next_one_in(command: Commands, unique: str) -> None:
     assert command.json("release", unique, "--token", f"other-{TOKEN}") == (0, {"outcome": "RELEASE_OUTCOME_RELEASED"})
 
 
-def test_extend_moves_the_end_away_and_shortens_only_on_request(command: Commands, unique: str) -> None:
-    """`extend` shows the new end, keeps it when asked for an earlier one, and obeys `--allow-shortening`."""
+def test_extend_lengthens_and_shortens_only_on_request(command: Commands, unique: str) -> None:
+    """`extend` shows the new end. An earlier end takes effect only with `--allow-shortening`."""
     holder = (unique, "--token", TOKEN)
     command("claim", *holder, "--ttl", "60s")
     code, stdout, _ = command("extend", *holder, "--ttl", "10m")
@@ -93,7 +93,7 @@ def test_extend_moves_the_end_away_and_shortens_only_on_request(command: Command
 
 @pytest.mark.parametrize("name", ["complete", "release", "extend"])
 def test_a_token_that_does_not_hold_exits_with_6(command: Commands, unique: str, name: str) -> None:
-    """Each of the three says NOT HELD, what that means, and that it changed nothing, and exits with 6."""
+    """Each command prints NOT HELD, its possible causes and that nothing changed, and exits with 6."""
     command("claim", unique, "--token", TOKEN)
     stranger = (name, unique, "--token", "another-token-of-somebody")
     code, stdout, _ = command(*stranger)
@@ -106,7 +106,7 @@ def test_a_token_that_does_not_hold_exits_with_6(command: Commands, unique: str,
 
 @pytest.mark.parametrize("name", ["complete", "release", "extend"])
 def test_a_lost_answer_advises_to_repeat_the_command(unique: str, tmp_path: Path, name: str) -> None:
-    """When nobody knows whether the call was carried out, each of the three says that repeating it is safe."""
+    """If the change may have been made, each command says that repeating it is safe."""
     command = Commands(f"unix://{tmp_path / 'nobody.sock'}")
     code, stdout, stderr = command(name, unique, "--token", TOKEN)
     assert (code, stdout) == (1, "")
@@ -117,7 +117,7 @@ def test_a_lost_answer_advises_to_repeat_the_command(unique: str, tmp_path: Path
 
 
 def test_a_refusal_gives_no_advice(command: Commands, unique: str) -> None:
-    """An error that certainly changed nothing is said without the advice to repeat the command."""
+    """An error that changed nothing is printed without the advice to repeat the command."""
     code, _, stderr = command("release", unique, "--token", "short")
     assert (code, "INVALID_ARGUMENT" in stderr, "Repeat" in stderr) == (1, True, False)
 
@@ -128,14 +128,17 @@ def test_a_refusal_gives_no_advice(command: Commands, unique: str) -> None:
         (("complete", "x"), "Missing option '--token'"),
         (("complete", "x", "--token", TOKEN, "--ttl", "soon"), "--ttl: 'soon' is not a duration"),
         (("complete", "x", "--token", TOKEN, "--result-file", "/nowhere/x"), "--result-file': "),
-        (("complete", "x", "--token", TOKEN, "--result", "a", "--result-file", "-"), "with this or with --result"),
-        (("extend", "x", "--token", TOKEN, "--ttl", "999999999999999d"), "--ttl: '999999999999999d' is longer than"),
+        (
+            ("complete", "x", "--token", TOKEN, "--result", "a", "--result-file", "-"),
+            "--result-file: cannot be combined with --result",
+        ),
+        (("extend", "x", "--token", TOKEN, "--ttl", "999999999999999d"), "--ttl: '999999999999999d' is too long"),
         (("release", "x", "--token", TOKEN, "--timeout", "5"), "--timeout: '5' is not a duration"),
         (("release", "x", "--token", "a\udcff"), "--token: is not valid UTF-8"),
     ],
 )
 def test_bad_usage_names_the_flag(arguments: tuple[str, ...], words: str) -> None:
-    """A bad flag ends the command with 2 and one sentence that names it, before any server is called."""
+    """An invalid flag exits with 2 and a sentence that names it, before any server is called."""
     code, stdout, stderr = Commands("127.0.0.1:1")(*arguments)
     assert (code, stdout) == (2, "")
     assert words in " ".join(stderr.split())

@@ -1,4 +1,4 @@
-"""`dedup-service watch` against a real server: what it shows until the end, and its exit codes."""
+"""`dedup-service watch` against a real server: output and exit codes."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ Watch = Callable[..., Future[Watched]]
 
 @pytest.fixture
 def watch() -> Iterator[Watch]:
-    """Starts `watch` in a thread; the future has its exit code and the lines that it printed."""
+    """Starts `watch` in a thread. The future returns its exit code and output lines."""
 
     def run(service: ServiceProcess, transaction_id: str, *arguments: str) -> Watched:
         line = ["watch", transaction_id, "--target", service.target, "--interval", "50ms", *arguments]
@@ -44,15 +44,15 @@ def watch() -> Iterator[Watch]:
         yield lambda *arguments: threads.submit(run, *arguments)
 
 
-def looks(service: ServiceProcess, transaction_id: str) -> list[datetime]:
-    """Return when the service was asked for this transaction."""
+def look_ups(service: ServiceProcess, transaction_id: str) -> list[datetime]:
+    """Return the times of the look-ups that the service logged for this transaction."""
     name = hashlib.sha256(transaction_id.encode()).hexdigest()[:16]
     calls = [line for line in service.events("call_finished") if line["method"] == "GetTransaction"]
     return [datetime.fromisoformat(line["started"]) for line in calls if line["transaction"] == name]
 
 
 def claim(service: ServiceProcess, transaction_id: str, ttl_s: int = 60) -> None:
-    """Claim what is to be watched."""
+    """Claim the transaction to watch."""
     with service.channel() as channel:
         request = dedup_pb2.ClaimTransactionRequest(
             transaction_id=transaction_id, claim_token=TOKEN, claimant="anna", ttl=Duration(seconds=ttl_s)
@@ -61,29 +61,29 @@ def claim(service: ServiceProcess, transaction_id: str, ttl_s: int = 60) -> None
 
 
 def complete(service: ServiceProcess, transaction_id: str) -> None:
-    """End it with a result."""
+    """Complete it with a result."""
     with service.channel() as channel:
         request = dedup_pb2.CompleteTransactionRequest(transaction_id=transaction_id, claim_token=TOKEN, result=b"paid")
         dedup_pb2_grpc.DedupServiceStub(channel).CompleteTransaction(request, timeout=5)
 
 
 def release(service: ServiceProcess, transaction_id: str) -> None:
-    """End it without one."""
+    """Release it."""
     with service.channel() as channel:
         request = dedup_pb2.ReleaseTransactionRequest(transaction_id=transaction_id, claim_token=TOKEN)
         dedup_pb2_grpc.DedupServiceStub(channel).ReleaseTransaction(request, timeout=5)
 
 
 def objects(lines: list[str]) -> list[dict[str, Any]]:
-    """Return the JSON objects of the lines."""
+    """Parse the lines as JSON objects."""
     return [json.loads(line) for line in lines]
 
 
 def test_watch_ends_with_the_result(service: ServiceProcess, unique: str, watch: Watch) -> None:
-    """`watch` prints a line for each change and none for looks without one, then the result, and exits with 0."""
+    """`watch` prints a line for each change only, then the result, and exits with 0."""
     claim(service, unique)
     watched = watch(service, unique)
-    wait_until(lambda: len(looks(service, unique)) >= 3, what="some looks")
+    wait_until(lambda: len(look_ups(service, unique)) >= 3, what="some look-ups")
     complete(service, unique)
     code, lines = watched.result(END_S)
     assert code == 0
@@ -93,10 +93,10 @@ def test_watch_ends_with_the_result(service: ServiceProcess, unique: str, watch:
 
 
 def test_watch_in_json_ends_with_the_completed_transaction(service: ServiceProcess, unique: str, watch: Watch) -> None:
-    """`watch --json` prints one object a change, the last with the result, also when it is completed already."""
+    """`watch --json` prints one object per change, the last with the result, also for a completed transaction."""
     claim(service, unique)
     watched = watch(service, unique, "--json")
-    wait_until(lambda: looks(service, unique), what="the first look")
+    wait_until(lambda: look_ups(service, unique), what="the first look-up")
     complete(service, unique)
     code, lines = watched.result(END_S)
     first, last = objects(lines)
@@ -108,10 +108,10 @@ def test_watch_in_json_ends_with_the_completed_transaction(service: ServiceProce
 
 
 def test_watch_says_that_it_was_released(service: ServiceProcess, unique: str, watch: Watch) -> None:
-    """When a claim goes long before its expiry `watch` exits with 5 and says that a release is the likelier end."""
+    """If a claim disappears long before its expiry, `watch` exits with 5 and reports a probable release."""
     claim(service, unique)
     watched = watch(service, unique, "--json")
-    wait_until(lambda: looks(service, unique), what="the first look")
+    wait_until(lambda: look_ups(service, unique), what="the first look-up")
     release(service, unique)
     code, lines = watched.result(END_S)
     first, last = objects(lines)
@@ -120,48 +120,48 @@ def test_watch_says_that_it_was_released(service: ServiceProcess, unique: str, w
 
 
 def test_watch_says_that_it_expired(service: ServiceProcess, unique: str, watch: Watch) -> None:
-    """When a claim goes after its expiry `watch` exits with 5 and says that the expiry is the likelier end."""
+    """If a claim disappears after its expiry, `watch` exits with 5 and reports the probable expiry."""
     claim(service, unique, ttl_s=1)
     code, lines = watch(service, unique).result(END_S)
-    assert (code, lines[-1]) == (5, f"NOT FOUND: nobody holds {unique}: it expired, most likely")
+    assert (code, lines[-1]) == (5, f"NOT FOUND: {unique} is not claimed: it probably expired")
 
 
-def test_watch_of_what_nobody_holds_ends_at_once(service: ServiceProcess, unique: str, watch: Watch) -> None:
-    """Without a holder `watch` exits with 5 after one look, and guesses nothing."""
-    assert watch(service, unique).result(END_S) == (5, [f"NOT FOUND: nobody holds {unique}"])
+def test_watch_of_an_unclaimed_transaction_ends_at_once(service: ServiceProcess, unique: str, watch: Watch) -> None:
+    """Without a claim, `watch` exits with 5 after one look-up and reports no probable end."""
+    assert watch(service, unique).result(END_S) == (5, [f"NOT FOUND: {unique} is not claimed"])
     code, (line,) = watch(service, unique, "--json").result(END_S)
     assert (code, json.loads(line)["state"], "likely" in json.loads(line)) == (5, "NOT_FOUND", False)
 
 
-def test_watch_looks_no_more_often_than_it_was_told(service: ServiceProcess, unique: str, watch: Watch) -> None:
-    """However fast the answers come, two looks are at least the interval apart."""
+def test_watch_keeps_the_interval(service: ServiceProcess, unique: str, watch: Watch) -> None:
+    """Look-ups start at least the interval apart, however fast the answers arrive."""
     claim(service, unique)
     watched = watch(service, unique, "--interval", "300ms")
-    wait_until(lambda: len(looks(service, unique)) >= 4, what="four looks")
+    wait_until(lambda: len(look_ups(service, unique)) >= 4, what="four look-ups")
     release(service, unique)
     assert watched.result(END_S)[0] == 5
-    moments = looks(service, unique)
-    # Each look may have come late, so only the whole time is sure.
+    moments = look_ups(service, unique)
+    # A single look-up may be late, so only the total time is certain.
     assert (moments[-1] - moments[0]).total_seconds() > 0.3 * (len(moments) - 1) - 0.2
 
 
 def test_watch_survives_a_restart_of_the_server(
     start_service: Callable[..., ServiceProcess], tmp_path: Path, unique: str, watch: Watch
 ) -> None:
-    """While the server is away `watch` says so, not at every look, and goes on when it is back."""
+    """`watch` reports an outage of the server once, and continues when the server is back."""
     options = ("--listen", f"unix://{tmp_path / 's.sock'}", "--store-url", f"sqlite://{tmp_path / 'claims.db'}")
     service = start_service(*options)
     claim(service, unique)
     watched = watch(service, unique, "--json")
-    wait_until(lambda: looks(service, unique), what="the first look")
+    wait_until(lambda: look_ups(service, unique), what="the first look-up")
     service.stop()
     again = start_service(*options)
-    wait_until(lambda: looks(again, unique), what="a look after the restart")
+    wait_until(lambda: look_ups(again, unique), what="a look-up after the restart")
     complete(again, unique)
     code, lines = watched.result(END_S)
     seen = objects(lines)
     assert code == 0
-    # The server says that it stops, and then there is none: one outage, and up to two things to say of it.
+    # One outage, reported with up to two errors: the server is stopping, then nothing listens.
     states = [state for state, _ in groupby(found["state"] for found in seen)]
     assert states == ["IN_PROGRESS", "UNKNOWN", "IN_PROGRESS", "COMPLETED"]
     assert {found["error"]["code"] for found in seen if "error" in found} == {"UNAVAILABLE"}
@@ -169,7 +169,7 @@ def test_watch_survives_a_restart_of_the_server(
 
 
 def test_watch_on_a_terminal_is_refreshed_in_place_until_ctrl_c(service: ServiceProcess, unique: str) -> None:
-    """On a terminal `watch` draws over what it drew, and Ctrl-C ends it with 130, no traceback, and the cursor back."""
+    """On a terminal `watch` redraws in place. Ctrl-C exits with 130, without a traceback, and restores the cursor."""
     claim(service, unique)
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "dedup_service", "watch", unique, "--target", service.target]
@@ -197,16 +197,16 @@ def _read_to_the_end(terminal: int) -> bytes:
     try:
         return os.read(terminal, 4096)
     except OSError:
-        # How Linux says that nobody holds the other end any more.
+        # Linux reports the closed other end as an error.
         return b""
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(("--interval", "0ms"), "--interval: '0ms' is no time at all"), (("--interval", "1"), "--interval: '1' is not a")],
+    [(("--interval", "0ms"), "--interval: '0ms' is too short"), (("--interval", "1"), "--interval: '1' is not a")],
 )
 def test_bad_usage_names_the_flag(arguments: tuple[str, ...], words: str) -> None:
-    """An interval that is none ends `watch` with 2, before any server is called."""
+    """An invalid interval exits with 2, before any server is called."""
     result = CliRunner().invoke(app, ["watch", "x", *arguments])
     assert result.exit_code == 2
     assert words in " ".join(result.stderr.split())

@@ -1,4 +1,4 @@
-"""grpcurl as people use it: no proto file, names found by reflection."""
+"""grpcurl without a proto file, by server reflection."""
 
 import json
 import os
@@ -11,14 +11,14 @@ from tests.support.processes import ServiceProcess
 
 GRPCURL = shutil.which("grpcurl")
 
-# CI builds grpcurl; elsewhere it is an optional tool. The variable makes its absence a failure there.
+# CI builds grpcurl and sets the variable, so a missing grpcurl fails there. Elsewhere it is optional.
 pytestmark = pytest.mark.skipif(
     GRPCURL is None and "REQUIRE_GRPCURL" not in os.environ, reason="grpcurl is not on PATH"
 )
 
 
 def grpcurl(*arguments: str) -> str:
-    """Run grpcurl in plaintext and return what it printed."""
+    """Run grpcurl in plaintext and return its output."""
     assert GRPCURL is not None, "grpcurl is not on PATH"
     ended = subprocess.run([GRPCURL, "-plaintext", *arguments], capture_output=True, text=True, timeout=30, check=False)
     assert ended.returncode == 0, ended.stderr
@@ -26,7 +26,7 @@ def grpcurl(*arguments: str) -> str:
 
 
 def test_list_and_describe(service: ServiceProcess) -> None:
-    """The service and the claim rpc are found without a proto file."""
+    """grpcurl lists the service and describes the claim rpc."""
     assert "dedup.v1.DedupService" in grpcurl(service.target, "list").splitlines()
     described = grpcurl(service.target, "describe", "dedup.v1.DedupService")
     assert "rpc ClaimTransaction ( .dedup.v1.ClaimTransactionRequest )" in described
@@ -34,7 +34,7 @@ def test_list_and_describe(service: ServiceProcess) -> None:
 
 
 def test_claim_twice(service: ServiceProcess, unique: str) -> None:
-    """The first call is CLAIMED, the second DUPLICATE with the holder."""
+    """The first call receives CLAIMED, the second DUPLICATE with the holder."""
     arguments = (
         "-d",
         json.dumps({"transaction_id": unique, "claimant": "by hand", "ttl": "30s"}),

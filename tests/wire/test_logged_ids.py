@@ -1,4 +1,4 @@
-"""How transaction ids stand in the log, and the command that finds them there again."""
+"""Transaction ids in the log, and the command that prints them in the same form."""
 
 import hashlib
 import hmac
@@ -19,7 +19,7 @@ KEY = "0123456789abcdef"
 
 @pytest.fixture
 def key_file(tmp_path: Path) -> str:
-    """A file with a key, as an editor writes it."""
+    """A key file that ends in a newline, as editors write it."""
     path = tmp_path / "log-id.key"
     path.write_text(f"{KEY}\n")
     return str(path)
@@ -29,7 +29,7 @@ def key_file(tmp_path: Path) -> str:
 def test_an_id_is_found_in_the_log_with_the_key_and_only_with_it(
     start_service: StartService, key_file: str, tmp_path: Path, unique: str, workers: str
 ) -> None:
-    """The log has the HMAC of an id with the key of the file, `hash-id` prints the same, and SHA-256 finds nothing."""
+    """The log contains the HMAC of an id with the key of the file, and `hash-id` prints the same, not its SHA-256."""
     store = f"sqlite://{tmp_path / 'claims.db'}"
     environment = {"DEDUP_LOG_ID_KEY_FILE": key_file, "DEDUP_LOG_SAMPLE": "1"}
     service = start_service("--store-url", store, "--workers", workers, environment=environment)
@@ -46,7 +46,7 @@ def test_an_id_is_found_in_the_log_with_the_key_and_only_with_it(
 
 
 def test_many_ids_are_read_from_standard_input() -> None:
-    """With - each line of standard input is an id, blanks at its end included, and `--json` says which is which."""
+    """With -, each line of standard input is an id, trailing spaces included, and `--json` prints both forms."""
     command = [sys.executable, "-m", "dedup_service", "hash-id", "first", "-", "--json"]
     given = "grün \r\n\nlast".encode()
     printed = subprocess.run(command, input=given, capture_output=True, check=True, timeout=60).stdout.decode()
@@ -56,16 +56,16 @@ def test_many_ids_are_read_from_standard_input() -> None:
     ]
 
 
-def test_what_is_no_text_is_refused_by_its_line() -> None:
-    """An id that no caller can have sent is a usage error that names its line."""
+def test_an_id_that_is_not_utf8_is_refused_with_its_line() -> None:
+    """An id that is not valid UTF-8 is a usage error that names its line."""
     command = [sys.executable, "-m", "dedup_service", "hash-id", "-"]
     run = subprocess.run(command, input=b"good\n\xff\n", capture_output=True, check=False, timeout=60)
     assert run.returncode == 2
     assert b"line 2 is not valid UTF-8" in run.stderr
 
 
-def test_ids_are_printed_as_they_stand_in_a_plain_log(key_file: str) -> None:
-    """Where the log has the ids themselves `hash-id` prints them, key or not."""
+def test_ids_are_printed_unchanged_for_a_plain_log(key_file: str) -> None:
+    """With plain ids in the log, `hash-id` prints the ids themselves, with or without a key."""
     environment = {"DEDUP_LOG_TRANSACTION_IDS": "plain", "DEDUP_LOG_ID_KEY_FILE": key_file}
     assert run_command("hash-id", "x", environment=environment).stdout == "x\n"
 
@@ -78,7 +78,7 @@ def test_ids_are_printed_as_they_stand_in_a_plain_log(key_file: str) -> None:
 def test_a_useless_key_is_refused(
     tmp_path: Path, command: tuple[str, ...], content: bytes | None, complaint: str
 ) -> None:
-    """A key file that is missing, empty or too short is refused by the server and the command, by name and in full."""
+    """The server and the command refuse a missing, empty or short key file, and name the setting and the file."""
     path = tmp_path / "key"
     if content is not None:
         path.write_bytes(content)
