@@ -17,7 +17,7 @@ from typing import Any, get_args
 import grpc
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
-from dedup_service.config.setting_types import EngineName
+from dedup_service.config.settings import EngineName
 from tests.support.attacks import ATTACKS
 from tests.support.processes import ServiceProcess
 

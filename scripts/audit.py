@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Asks whether a locked package has a known vulnerability, and never takes silence for "no".
+"""Check the locked packages for known vulnerabilities.
 
-Exit code 0: every package was looked up and none has one. 1: one has. 3: some could not be looked up, and none of the
-others has one.
+Exit codes: 0: no package has one, and every package was looked up. 1: a package has one. 3: some packages could not be
+looked up, and the others have none.
 """
 # ruff: noqa: S603
-# It runs the tool that it was made for and reports to a terminal.
+# Runs pip-audit and prints to a terminal.
 
 import json
 import subprocess
@@ -22,8 +22,8 @@ _VULNERABLE, _NOT_AUDITED = 1, 3
 
 
 def main() -> int:
-    """Audit the lock in an environment made for it, and return the exit code."""
-    print(f"Asking for known vulnerabilities of what {_LOCK} installs…", flush=True)
+    """Audit the lock from a temporary environment and return the exit code."""
+    print(f"Checking the packages of {_LOCK} for known vulnerabilities…", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
         tools = Path(folder) / "bin"
@@ -47,24 +47,24 @@ def main() -> int:
 
 
 def verdict(report: str, complaint: str) -> tuple[int, list[str]]:
-    """Return the exit code, and what to say, for a report of pip-audit and what it complained of."""
+    """Return the exit code and the output lines for pip-audit's report and its standard error."""
     try:
         packages: list[dict[str, Any]] = json.loads(report)["dependencies"]
     except (ValueError, KeyError, TypeError):
-        last = complaint.strip().splitlines()[-1:] or ["it said nothing"]
-        return _NOT_AUDITED, [f"NOT AUDITED: pip-audit could not ask ({last[0]})"]
+        last = complaint.strip().splitlines()[-1:] or ["no output"]
+        return _NOT_AUDITED, [f"NOT AUDITED: pip-audit failed ({last[0]})"]
     found = [
-        f"{package['name']} {package['version']}: {known['id']}, mended in {', '.join(known['fix_versions']) or 'none'}"
+        f"{package['name']} {package['version']}: {known['id']}, fixed in {', '.join(known['fix_versions']) or 'none'}"
         for package in packages
         for known in package.get("vulns", ())
     ]
-    # A registry that answers "not found" for a package that was installed from it knows nothing of vulnerabilities.
+    # Some registries have no vulnerability data and answer "not found" for packages that they serve.
     skipped = [package["name"] for package in packages if "skip_reason" in package]
     sentences = []
     if skipped or not packages:
-        sentences = [f"NOT AUDITED: {len(skipped)} of {len(packages)} packages could not be looked up from here"]
+        sentences = [f"NOT AUDITED: {len(skipped)} of {len(packages)} packages could not be looked up"]
     if found:
-        remedy = 'To mend it: make lock ARGS="--upgrade-package NAME"'
+        remedy = 'To upgrade: make lock ARGS="--upgrade-package NAME"'
         return _VULNERABLE, [*sentences, *found, remedy]
     if sentences:
         return _NOT_AUDITED, sentences

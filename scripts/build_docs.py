@@ -1,7 +1,7 @@
-"""Build the documentation into build/site, and fail on a link that leads nowhere or a page that fetches from elsewhere.
+"""Build the documentation into build/site. Fails on broken links and on pages that load anything from other sites.
 
-The pages are the Markdown files of the repository under their own paths, so that the links between them work on a code
-host and on the site alike. Links to other sites are not followed.
+The pages are the repository's Markdown files under their own paths, so that links between them work both on a code host
+and on the site. Links to other sites are not checked.
 """
 
 import json
@@ -18,8 +18,7 @@ BUILD = ROOT / "build"
 PAGES = BUILD / "docs"
 SITE = BUILD / "site"
 
-# What newcomers read first comes first; a folder stands for the pages in it. A page that is not there is left out, and
-# one that no section names is shown under "More".
+# In reading order. A folder stands for its pages. Missing pages are skipped. Pages without a section are under "More".
 SECTIONS: dict[str, Sequence[str]] = {
     "Start": ("README.md", "docs/index.md", "docs/concepts.md", "docs/faq.md", "docs/comparison.md"),
     "Clients": (
@@ -39,15 +38,15 @@ SECTIONS: dict[str, Sequence[str]] = {
     ),
     "Reference": ("docs/configuration.md", "docs/errors.md", "docs/command-line.md"),
     "Guarantees": ("docs/guarantees.md", "docs/decisions"),
-    "Project": ("CONTRIBUTING.md", "CHANGELOG.md"),
+    "Project": ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"),
 }
 
-# What only fetches when somebody follows it, or stays on the page.
+# Elements that load nothing until followed.
 _FOLLOWED = {"a"}
 
 
 class _Page(HTMLParser):
-    """Collects what a built page links to and fetches, and the anchors that it has."""
+    """The links and anchors of a built page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -65,7 +64,7 @@ class _Page(HTMLParser):
 
 def _tracked() -> list[Path]:
     listing = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],  # noqa: S607 - by its name on PATH
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],  # noqa: S607 - found on PATH
         cwd=ROOT,
         check=True,
         capture_output=True,
@@ -75,10 +74,10 @@ def _tracked() -> list[Path]:
 
 
 def stage() -> list[str]:
-    """Copy what the site is made of under the paths of the repository, and return its pages."""
+    """Copy the files of the site under their repository paths, and return its pages."""
     shutil.rmtree(PAGES, ignore_errors=True)
     shutil.rmtree(SITE, ignore_errors=True)
-    # Tests are no documentation, and pages link to the contract, the vectors, examples and configurations beside them.
+    # Everything that pages may link to: the contract, golden vectors, examples and configurations.
     wanted = [path for path in _tracked() if path.parts[0] not in ("tests", "dedup_service", ".ci", "requirements")]
     for path in wanted:
         (PAGES / path).parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +86,7 @@ def stage() -> list[str]:
 
 
 def navigation(pages: Sequence[str]) -> list[dict[str, list[str]]]:
-    """Return the sections with the pages that there are."""
+    """Return the sections with the existing pages."""
     left = list(pages)
     shown = []
     for section, names in SECTIONS.items():
@@ -98,23 +97,23 @@ def navigation(pages: Sequence[str]) -> list[dict[str, list[str]]]:
 
 
 def faults(page: Path, pages: dict[Path, _Page]) -> Iterator[str]:
-    """Say which links of a built page lead nowhere, and what it would fetch from elsewhere."""
+    """Yield the broken links of a built page and the resources that it loads from other sites."""
     for tag, link in pages[page].links:
         parts = urlsplit(link)
         if parts.scheme or parts.netloc:
             if tag not in _FOLLOWED and parts.scheme != "data":
-                yield f"<{tag}> fetches {link}"
+                yield f"<{tag}> loads {link} from another site"
             continue
         target = (page.parent / unquote(parts.path)).resolve() if parts.path else page
         target = target / "index.html" if target.is_dir() else target
         if not target.is_file():
-            yield f"{link} is not there"
+            yield f"{link} does not exist"
         elif parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].anchors:
-            yield f"{link} has no such anchor"
+            yield f"{link}: the page has no such anchor"
 
 
 def main() -> None:
-    """Build, check, and say where the site is."""
+    """Build and check the site."""
     configuration = (ROOT / "zensical.toml").read_text()
     nav = ", ".join(
         f"{{ {json.dumps(title)} = {json.dumps(found)} }}"
@@ -125,12 +124,12 @@ def main() -> None:
     file.write_text(configuration.replace("[project]\n", f"[project]\nnav = [{nav}]\n", 1))
     command = [str(Path(sys.executable).parent / "zensical"), "build", "--strict", "--clean", "-f", str(file)]
     if subprocess.run(command, cwd=BUILD, check=False).returncode:  # noqa: S603 - a command without input
-        sys.exit("the site was not built: see above")
+        sys.exit("the build failed: see above")
     built = {path: _Page(path.read_text()) for path in SITE.rglob("*.html") if path.name != "404.html"}
     found = [f"{path.relative_to(SITE)}: {fault}" for path in sorted(built) for fault in faults(path, built)]
     if found:
         sys.exit("\n".join(found))
-    print(f"{len(built)} pages are in {SITE.relative_to(ROOT)}. Links to other sites were not checked.")
+    print(f"Built {len(built)} pages in {SITE.relative_to(ROOT)}. Links to other sites were not checked.")
 
 
 if __name__ == "__main__":

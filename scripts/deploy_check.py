@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Checks what is deployed: the Dockerfile, the rendered manifests and charts, the alert rules and the dashboard."""
+"""Check the Dockerfile, the rendered manifests and charts, the alert rules and the dashboard."""
 # ruff: noqa: S603
-# It runs the tools and reports to a terminal.
+# Runs the tools and prints to a terminal.
 
 import argparse
 import json
@@ -20,13 +20,13 @@ KUBERNETES = ROOT / "deploy" / "kubernetes"
 CHARTS = ROOT / "deploy" / "helm"
 OBSERVABILITY = ROOT / "deploy" / "observability"
 
-# The oldest Kubernetes that each way of deploying is for: native sidecars are of 1.29, the sleep before the end is of
-# 1.30. For plain sidecars it is the oldest one whose schema is at hand. NEWEST is the newest with a schema.
+# The oldest supported Kubernetes of each overlay. Native sidecars need 1.29, the preStop sleep needs 1.30. For plain
+# sidecars it is the oldest available schema. NEWEST is the newest available schema.
 OLDEST = {"native-sidecar": "1.29", "plain-sidecar": "1.25", "shared": "1.30", "shared-mutual-tls": "1.30"}
 HELM_OLDEST = "1.30"
 NEWEST = "1.37"
 
-# How the chart is rendered besides as it comes.
+# Value sets with which the chart is rendered.
 VALUES = (
     (),
     ("shared.tlsSecretName=dedup-tls",),
@@ -36,11 +36,11 @@ BAD_VALUES = ("readiness=maybe", "settings.DEDUP_LISTEN=0.0.0.0:1", "shared.repl
 
 
 class Failed(Exception):
-    """Something that is deployed is wrong; the message says what."""
+    """A check failed; the message has the reason."""
 
 
 def run(*command: str | Path) -> str:
-    """Return what a tool printed; raise Failed with its complaint."""
+    """Return the output of a tool; raise Failed with its output if it fails."""
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, cwd=ROOT)
     if done.returncode:
         raise Failed(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
@@ -48,7 +48,7 @@ def run(*command: str | Path) -> str:
 
 
 def validate(text: str, versions: set[str], what: str) -> None:
-    """Hold every resource of a rendered text against the strict schemas of these versions; raise Failed."""
+    """Validate every resource of a rendered text against the strict schemas of these versions; raise Failed."""
     resources = [resource for resource in yaml.safe_load_all(text) if resource]
     if not resources:
         raise Failed(f"{what}: nothing was rendered")
@@ -62,12 +62,12 @@ def validate(text: str, versions: set[str], what: str) -> None:
 
 
 def check_dockerfile() -> None:
-    """Lint it."""
+    """Lint the Dockerfile."""
     run("hadolint", "--failure-threshold", "style", ROOT / "Dockerfile")
 
 
 def check_kustomize() -> None:
-    """Render every overlay, and validate it."""
+    """Render and validate every overlay."""
     overlays = sorted(path.parent for path in (KUBERNETES / "overlays").glob("*/kustomization.yaml"))
     if {overlay.name for overlay in overlays} != set(OLDEST):
         raise Failed(f"OLDEST in {Path(__file__).name} does not name the overlays of {KUBERNETES}")
@@ -76,7 +76,7 @@ def check_kustomize() -> None:
 
 
 def check_helm() -> None:
-    """Lint the chart, render it and that of the example, validate both, and see bad values refused."""
+    """Lint the chart, render and validate it and the example's, and see the chart reject invalid values."""
     run("helm", "lint", "--strict", CHARTS / "dedup")
     template = ("helm", "template", "--kube-version", HELM_OLDEST, "dedup")
     for values in VALUES:
@@ -87,16 +87,16 @@ def check_helm() -> None:
             run(*template, CHARTS / "dedup", "--set", value)
         except Failed:
             continue
-        raise Failed(f"helm: the chart takes {value}")
+        raise Failed(f"helm: the chart accepts {value}")
     with tempfile.TemporaryDirectory() as folder:
-        # Helm copies the dependency into the chart, which must not stay.
+        # A copy, since Helm copies the dependency into the chart.
         charts = Path(shutil.copytree(CHARTS, Path(folder) / "helm"))
         run("helm", "dependency", "update", "--skip-refresh", charts / "example-app")
         validate(run(*template, charts / "example-app"), {HELM_OLDEST, NEWEST}, "helm example-app")
 
 
 def check_alerts() -> None:
-    """Check the rules, show each of them ring, and parse the queries of the dashboard."""
+    """Check the alert rules, run their tests, and parse the queries of the dashboard."""
     run("promtool", "check", "rules", OBSERVABILITY / "alerts.yaml")
     run("promtool", "test", "rules", OBSERVABILITY / "alerts_test.yaml")
     dashboard = json.loads((OBSERVABILITY / "dashboard.json").read_text())
@@ -121,17 +121,15 @@ CHECKS: dict[str, Callable[[], None]] = {
 
 
 def main() -> None:
-    """Run the check of every tool that is here, say loudly what was not checked, and exit with 1 if one failed."""
+    """Run the check of every installed tool, report missing tools, and exit with 1 if a check failed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--require", action="append", default=[], choices=CHECKS, help="fail where this tool is missing"
-    )
+    parser.add_argument("--require", action="append", default=[], choices=CHECKS, help="fail if this tool is missing")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     arguments = parser.parse_args()
     results: dict[str, str] = {}
     for tool, check in CHECKS.items():
         if shutil.which(tool) is None:
-            results[tool] = "FAILED: it is required and not here" if tool in arguments.require else "NOT CHECKED"
+            results[tool] = "FAILED: the tool is required and missing" if tool in arguments.require else "NOT CHECKED"
         else:
             try:
                 check()
@@ -144,7 +142,7 @@ def main() -> None:
         print(json.dumps(results))
     missing = [tool for tool, result in results.items() if result == "NOT CHECKED"]
     if missing:
-        print(f"NOT CHECKED, since they are missing here: {', '.join(missing)}", file=sys.stderr)
+        print(f"NOT CHECKED, tools missing: {', '.join(missing)}", file=sys.stderr)
     sys.exit(any(result.startswith("FAILED") for result in results.values()))
 
 

@@ -12,7 +12,7 @@ import redis
 import uvloop
 from hypothesis import HealthCheck, settings
 
-from dedup_service.config.setting_types import EngineName
+from dedup_service.config.settings import EngineName
 from tests.support.processes import RedisProcess, ServiceProcess
 
 # A busy machine makes an example slow, which says nothing about what is tested.

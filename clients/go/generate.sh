@@ -19,15 +19,12 @@ trap 'rm -rf "$work"' EXIT
 GOBIN=$work/bin go install "google.golang.org/protobuf/cmd/protoc-gen-go@$protoc_gen_go"
 GOBIN=$work/bin go install "google.golang.org/grpc/cmd/protoc-gen-go-grpc@$protoc_gen_go_grpc"
 
-# The contract names no Go package, since it belongs to every language: the M flags do.
-map="Mdedup/v1/dedup.proto=$module/dedupv1;dedupv1"
-map="$map,Mgoogle/rpc/status.proto=google.golang.org/genproto/googleapis/rpc/status;status"
 mkdir "$work/out"
 # $protoc is split on purpose: it may be a command with arguments.
 # shellcheck disable=SC2086
 PATH=$work/bin:$PATH $protoc -I ../../protos \
-    --go_out="$work/out" --go_opt="module=$module,$map" \
-    --go-grpc_out="$work/out" --go-grpc_opt="module=$module,$map" \
+    --go_out="$work/out" --go_opt="module=$module" \
+    --go-grpc_out="$work/out" --go-grpc_opt="module=$module" \
     dedup/v1/dedup.proto
 
 if [ "${1:-}" = --check ]; then

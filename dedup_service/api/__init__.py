@@ -1,1 +1,4 @@
-"""The contract on the wire: messages to and from the domain, and the one table of errors. It knows no store."""
+"""The contract on the wire: messages to and from the domain, the endpoint around each call, and the error table.
+
+Must not import stores.
+"""

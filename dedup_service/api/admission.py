@@ -1,46 +1,54 @@
-"""The door of the server: counts the calls under way, admits no more than it should, and closes before the server."""
+"""Admission control: limits in-flight calls and rejects new ones during shutdown."""
 
 import asyncio
 
-
-class ServerStopping(Exception):
-    """The server is draining and took this call no further than its door."""
+from dedup_service.claims import ClaimError, Reason
 
 
-class TooManyCalls(Exception):
-    """As many calls as the server takes are under way; this one was taken no further than its door."""
+class ServerStopping(ClaimError):
+    """The server is shutting down; nothing was done."""
+
+    reason = Reason.SERVER_STOPPING
+
+
+class TooManyCalls(ClaimError):
+    """The limit of in-flight calls is reached; nothing was done."""
+
+    reason = Reason.TOO_MANY_CALLS
 
 
 class Admission:
-    """Admits calls until it is closed, at most `limit` at a time. Health checks do not come through this door."""
+    """Admits calls until it is closed, at most `limit` at a time. Health checks are not counted."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self.under_way = 0
-        """How many calls are inside."""
+        self.in_flight = 0
+        self.rejected = 0
+        """Calls that arrived after `close`."""
         self._closed = False
-        self._empty = asyncio.Event()
-        self._empty.set()
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     def enter(self) -> None:
-        """Count one call in, which needs its `leave`; raise ServerStopping or TooManyCalls."""
+        """Count a call in; every success needs one `leave`. Raises ServerStopping and TooManyCalls."""
         if self._closed:
+            self.rejected += 1
             raise ServerStopping("the server is shutting down: call another one, or try again")
-        if self.under_way >= self._limit:
-            raise TooManyCalls(f"{self._limit} calls are under way already: try again, or call another server")
-        self.under_way += 1
-        self._empty.clear()
+        if self.in_flight >= self._limit:
+            raise TooManyCalls(f"{self._limit} calls are in flight: try again, or call another server")
+        self.in_flight += 1
+        self._idle.clear()
 
     def leave(self) -> None:
-        """Count one call out."""
-        self.under_way -= 1
-        if not self.under_way:
-            self._empty.set()
+        """Count a call out."""
+        self.in_flight -= 1
+        if not self.in_flight:
+            self._idle.set()
 
     def close(self) -> None:
         """Admit no more calls."""
         self._closed = True
 
-    async def emptied(self) -> None:
-        """Return when no call is under way."""
-        await self._empty.wait()
+    async def idle(self) -> None:
+        """Return when no call is in flight."""
+        await self._idle.wait()

@@ -1,4 +1,4 @@
-"""Requests from the wire, with the faults that a parsed message no longer shows: bad UTF-8, and both of a oneof."""
+"""Decodes requests, and finds the faults a parsed message no longer shows: bad UTF-8, and both members of a oneof."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -16,12 +16,12 @@ RequestT = TypeVar("RequestT", bound=Message)
 _LENGTH_DELIMITED = 2
 
 
-# Its type stubs name two classes for one thing.
+# The type stubs have two classes for one thing.
 Descriptor = Any
 
 
 class UnknownField(Protocol):
-    """What protobuf's unknown field set yields, which its type stubs leave out."""
+    """An item of protobuf's unknown field set; the type stubs lack it."""
 
     field_number: int
     wire_type: int
@@ -29,19 +29,20 @@ class UnknownField(Protocol):
 
 
 def decode_request(request_type: type[RequestT], raw: bytes) -> RequestT:
-    """Return the message that `raw` encodes.
+    """Return the decoded message.
 
-    Raises InvalidRequest naming each string field that is no UTF-8, and each oneof of which two members were sent: a
-    parser keeps the last of them in silence, and which one counts must not be left to chance.
+    Raises InvalidRequest for each string field that is not UTF-8, and for each oneof with two members: the parser would
+    silently keep the last one.
     """
     try:
         message = request_type.FromString(raw)
     except DecodeError:
         violations = list(_faults(request_type.DESCRIPTOR, raw))
         if not violations:
-            violations = [FieldViolation("request", f"is no message of the type {request_type.DESCRIPTOR.full_name}")]
+            violations = [FieldViolation("request", f"is not a {request_type.DESCRIPTOR.full_name} message")]
         raise InvalidRequest(*violations) from None
-    # What comes out as it went in has lost nothing. Sizes would not do: a negative number sent short comes out longer.
+    # A message that encodes to the same bytes has lost nothing. Comparing sizes would not do: a negative number sent
+    # short comes out longer.
     if message.SerializeToString() != raw and (violations := list(_faults(request_type.DESCRIPTOR, raw))):
         raise InvalidRequest(*violations)
     return message
@@ -51,7 +52,7 @@ def _faults(descriptor: Descriptor, raw: bytes, path: str = "") -> Iterator[Fiel
     seen: Counter[int] = Counter()
     for unknown in _fields(raw):
         field = descriptor.fields_by_number.get(unknown.field_number)
-        # A known number with another wire type is an unknown field to the parser as well.
+        # To the parser, a known number with another wire type is an unknown field, too.
         if field is None or unknown.wire_type != _LENGTH_DELIMITED:
             continue
         name = f"{path}{field.name}"
@@ -70,7 +71,7 @@ def _faults(descriptor: Descriptor, raw: bytes, path: str = "") -> Iterator[Fiel
 
 def _fields(raw: bytes) -> Iterable[UnknownField]:
     try:
-        # Read as a message without fields everything is an unknown field, and strings are plain bytes.
+        # In a message without fields everything is an unknown field, and strings are plain bytes.
         return cast("Iterable[UnknownField]", UnknownFieldSet(empty_pb2.Empty.FromString(raw)))
     except DecodeError:
         return ()

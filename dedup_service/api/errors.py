@@ -1,4 +1,4 @@
-"""The one table from what went wrong to what the caller is told: code, reason, applied, and whether to try again."""
+"""The error table: from an exception to gRPC code, reason, applied and retry."""
 
 import secrets
 from dataclasses import dataclass
@@ -7,31 +7,38 @@ import grpc
 from google.protobuf import duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
+from dedup_service.api.admission import ServerStopping, TooManyCalls
 from dedup_service.claims import (
     Applied,
     CallerNotAllowed,
     CallerUnknown,
+    ClaimError,
     FieldViolation,
     InvalidRequest,
+    Reason,
     StoreRefused,
     StoreUnavailable,
     TransactionNotFound,
     UnreadableValue,
 )
-from dedup_service.api.admission import ServerStopping, TooManyCalls
+from dedup_service.observability.calls import Failure
 
 ERROR_DOMAIN = "dedup.v1"
 
-# Long enough for a reconnect or an election to get on, short enough for a user who waits.
+# Long enough for a reconnect or an election, short enough for a user who waits.
 RETRY_AFTER_MS = 200
 
 
-class DeadlineTooNear(Exception):
-    """The caller would be gone before an answer could reach it, so nothing was asked of the store."""
+class DeadlineTooNear(ClaimError):
+    """The deadline leaves no time to ask the store; nothing was done."""
+
+    reason = Reason.DEADLINE_TOO_NEAR
 
 
-class DeadlinePassed(Exception):
-    """The caller's deadline came before the store's answer did."""
+class DeadlinePassed(ClaimError):
+    """The deadline passed before the store answered."""
+
+    reason = Reason.DEADLINE_PASSED
 
     def __init__(self, message: str, applied: Applied) -> None:
         super().__init__(message)
@@ -39,22 +46,46 @@ class DeadlinePassed(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
-    """What a caller is told instead of an answer; `retry_after_ms` is None where a retry would not help."""
+class Row:
+    """`retry_after_ms` is None where a retry would not help."""
 
     code: grpc.StatusCode
-    reason: str
+    retry_after_ms: int | None = None
+
+
+TABLE: dict[type[Exception], Row] = {
+    InvalidRequest: Row(grpc.StatusCode.INVALID_ARGUMENT),
+    CallerUnknown: Row(grpc.StatusCode.UNAUTHENTICATED),
+    CallerNotAllowed: Row(grpc.StatusCode.PERMISSION_DENIED),
+    TransactionNotFound: Row(grpc.StatusCode.NOT_FOUND),
+    StoreUnavailable: Row(grpc.StatusCode.UNAVAILABLE, RETRY_AFTER_MS),
+    StoreRefused: Row(grpc.StatusCode.UNAVAILABLE),
+    UnreadableValue: Row(grpc.StatusCode.FAILED_PRECONDITION),
+    TooManyCalls: Row(grpc.StatusCode.RESOURCE_EXHAUSTED, RETRY_AFTER_MS),
+    DeadlineTooNear: Row(grpc.StatusCode.DEADLINE_EXCEEDED),
+    DeadlinePassed: Row(grpc.StatusCode.DEADLINE_EXCEEDED),
+    ServerStopping: Row(grpc.StatusCode.UNAVAILABLE, RETRY_AFTER_MS),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorReply:
+    """What a caller receives instead of an answer."""
+
+    code: grpc.StatusCode
     message: str
-    applied: Applied
+    failure: Failure
     retry_after_ms: int | None = None
     violations: tuple[FieldViolation, ...] = ()
 
     def status(self) -> status_pb2.Status:
-        """Return the failure as google.rpc.Status with ErrorInfo and, where they apply, BadRequest and RetryInfo."""
+        """Return google.rpc.Status with ErrorInfo and, where they apply, BadRequest and RetryInfo."""
         status = status_pb2.Status(code=self.code.value[0], message=self.message)
         status.details.add().Pack(
             error_details_pb2.ErrorInfo(
-                reason=self.reason, domain=ERROR_DOMAIN, metadata={"applied": self.applied.value}
+                reason=self.failure.reason.value,
+                domain=ERROR_DOMAIN,
+                metadata={"applied": self.failure.applied.value},
             )
         )
         if self.violations:
@@ -69,50 +100,15 @@ class Failure:
         return status
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """`reason` is empty where the error carries its own; an error without an `applied` of its own changed nothing."""
-
-    code: grpc.StatusCode
-    reason: str = ""
-    retry_after_ms: int | None = None
-
-
-TABLE = {
-    InvalidRequest: _Row(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
-    CallerUnknown: _Row(grpc.StatusCode.UNAUTHENTICATED, "CALLER_UNKNOWN"),
-    CallerNotAllowed: _Row(grpc.StatusCode.PERMISSION_DENIED, "CALLER_NOT_ALLOWED"),
-    TransactionNotFound: _Row(grpc.StatusCode.NOT_FOUND, "TRANSACTION_NOT_FOUND"),
-    StoreUnavailable: _Row(grpc.StatusCode.UNAVAILABLE, retry_after_ms=RETRY_AFTER_MS),
-    StoreRefused: _Row(grpc.StatusCode.UNAVAILABLE, "STORE_REFUSED"),
-    UnreadableValue: _Row(grpc.StatusCode.FAILED_PRECONDITION),
-    TooManyCalls: _Row(grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_CALLS", RETRY_AFTER_MS),
-    DeadlineTooNear: _Row(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_TOO_NEAR"),
-    DeadlinePassed: _Row(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_PASSED"),
-    ServerStopping: _Row(grpc.StatusCode.UNAVAILABLE, "SERVER_STOPPING", RETRY_AFTER_MS),
-}
-
-
-def new_incident() -> str:
-    """Return an opaque id by which a caller can quote a bug."""
-    return secrets.token_hex(8)
-
-
-def failure_of(error: Exception, incident: str) -> Failure:
-    """Return what the caller is told of `error`; for a bug that is only `incident`, an opaque id to quote."""
+def error_reply(error: Exception) -> ErrorReply:
+    """Return the reply for an exception. The text of an unexpected one goes to the log only, under an incident id."""
     row = TABLE.get(type(error))
-    if row is None:
-        return Failure(
+    if row is None or not isinstance(error, ClaimError):
+        incident = secrets.token_hex(8)
+        return ErrorReply(
             grpc.StatusCode.INTERNAL,
-            "INTERNAL",
-            f"internal error; its cause is in the log of the service under the incident {incident}",
-            Applied.UNKNOWN,
+            f"internal error; the log of the service has its cause under the incident {incident}",
+            Failure(Reason.INTERNAL, Applied.UNKNOWN, incident, error),
         )
-    return Failure(
-        row.code,
-        row.reason or getattr(error, "reason", ""),
-        str(error),
-        getattr(error, "applied", Applied.NO),
-        row.retry_after_ms,
-        getattr(error, "violations", ()),
-    )
+    violations = error.violations if isinstance(error, InvalidRequest) else ()
+    return ErrorReply(row.code, str(error), Failure(error.reason, error.applied), row.retry_after_ms, violations)

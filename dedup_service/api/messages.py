@@ -1,4 +1,4 @@
-"""Messages to domain values and back: protobuf durations and times at the edge, integer milliseconds inside."""
+"""Converts messages to domain values and back: protobuf times at the edge, integer milliseconds inside."""
 
 from typing import Protocol
 
@@ -7,18 +7,21 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from dedup.v1 import dedup_pb2
 from dedup_service.claims import (
+    DEFAULT_NAMESPACE,
     ClaimAnswer,
     ClaimOutcome,
     ClaimRequest,
     FieldViolation,
     HolderRequest,
     InvalidRequest,
+    RequestedExpiry,
     Transaction,
 )
 
 _NANOS_PER_MS = 1_000_000
 _NANOS_PER_SECOND = 1_000_000_000
 _EITHER_SIGN = range(1 - _NANOS_PER_SECOND, _NANOS_PER_SECOND)
+_DEFAULT_EXPIRY = RequestedExpiry()
 _OUTCOMES = {
     ClaimOutcome.CLAIMED: dedup_pb2.CLAIM_OUTCOME_CLAIMED,
     ClaimOutcome.DUPLICATE: dedup_pb2.CLAIM_OUTCOME_DUPLICATE,
@@ -27,13 +30,11 @@ _OUTCOMES = {
 
 
 def claim_request(message: dedup_pb2.ClaimTransactionRequest) -> ClaimRequest:
-    """Return the claim that a message asks for; raise InvalidRequest for what milliseconds cannot say."""
-    ttl_ms, expire_time_ms = _lifetime(message, message.WhichOneof("expiry"))
+    """Return the claim. Raises InvalidRequest for a time that is malformed or finer than a millisecond."""
     return ClaimRequest(
         transaction_id=message.transaction_id,
-        namespace=message.namespace,
-        ttl_ms=ttl_ms,
-        expire_time_ms=expire_time_ms,
+        namespace=message.namespace or DEFAULT_NAMESPACE,
+        expiry=_expiry(message, message.WhichOneof("expiry")),
         claim_token=message.claim_token,
         claimant=message.claimant,
         payload_fingerprint=message.payload_fingerprint,
@@ -42,53 +43,49 @@ def claim_request(message: dedup_pb2.ClaimTransactionRequest) -> ClaimRequest:
 
 
 def batched_claim_request(message: dedup_pb2.ClaimTransactionRequest) -> ClaimRequest:
-    """Return the claim that an entry of a batch asks for; raise InvalidRequest also for one that would wait."""
+    """Return an entry of a batch. Raises InvalidRequest as `claim_request`, and for one that would wait."""
     claim = claim_request(message)
     if claim.wait_ms:
-        raise InvalidRequest(FieldViolation("wait", "is not for batches: claim this transaction alone"))
+        raise InvalidRequest(FieldViolation("wait", "is not allowed in a batch: claim this transaction alone"))
     return claim
 
 
 def complete_request(message: dedup_pb2.CompleteTransactionRequest) -> HolderRequest:
-    """Return the completion that a message asks for; raise InvalidRequest as `claim_request`."""
-    ttl_ms, expire_time_ms = _lifetime(message, message.WhichOneof("retention"))
+    """Return the completion. Raises InvalidRequest as `claim_request`."""
     return HolderRequest(
         transaction_id=message.transaction_id,
-        namespace=message.namespace,
+        namespace=message.namespace or DEFAULT_NAMESPACE,
         claim_token=message.claim_token,
-        ttl_ms=ttl_ms,
-        expire_time_ms=expire_time_ms,
+        expiry=_expiry(message, message.WhichOneof("retention")),
         result=message.result,
     )
 
 
 def release_request(message: dedup_pb2.ReleaseTransactionRequest) -> HolderRequest:
-    """Return the release that a message asks for."""
-    return HolderRequest(message.transaction_id, message.namespace, message.claim_token)
+    """Return the release."""
+    return HolderRequest(message.transaction_id, message.namespace or DEFAULT_NAMESPACE, message.claim_token)
 
 
 def extend_request(message: dedup_pb2.ExtendTransactionRequest) -> HolderRequest:
-    """Return the extension that a message asks for; raise InvalidRequest as `claim_request`."""
-    ttl_ms, expire_time_ms = _lifetime(message, message.WhichOneof("expiry"))
+    """Return the extension. Raises InvalidRequest as `claim_request`."""
     return HolderRequest(
         transaction_id=message.transaction_id,
-        namespace=message.namespace,
+        namespace=message.namespace or DEFAULT_NAMESPACE,
         claim_token=message.claim_token,
-        ttl_ms=ttl_ms,
-        expire_time_ms=expire_time_ms,
+        expiry=_expiry(message, message.WhichOneof("expiry")),
         allow_shortening=message.allow_shortening,
     )
 
 
 def claim_response(answer: ClaimAnswer) -> dedup_pb2.ClaimTransactionResponse:
-    """Return the message of an answer; the token is in it only when the outcome is CLAIMED."""
+    """Return the message of an answer; only CLAIMED carries the token."""
     message = dedup_pb2.ClaimTransactionResponse()
     fill_claim_response(message, answer)
     return message
 
 
 def fill_claim_response(message: dedup_pb2.ClaimTransactionResponse, answer: ClaimAnswer) -> None:
-    """Put an answer into an empty message; one that is a part of a larger message need not be copied into it then."""
+    """Fill an empty message, which may be part of a larger one, with an answer."""
     message.outcome = _OUTCOMES[answer.outcome]
     if answer.outcome is ClaimOutcome.CLAIMED:
         message.claim_token = answer.claim_token
@@ -98,7 +95,7 @@ def fill_claim_response(message: dedup_pb2.ClaimTransactionResponse, answer: Cla
 
 
 def transaction_message(transaction: Transaction) -> dedup_pb2.Transaction:
-    """Return the message that shows a transaction to anybody: without its token."""
+    """Return the public message of a transaction, without its token."""
     message = dedup_pb2.Transaction()
     _fill_transaction(message, transaction)
     return message
@@ -107,7 +104,7 @@ def transaction_message(transaction: Transaction) -> dedup_pb2.Transaction:
 def _fill_transaction(message: dedup_pb2.Transaction, transaction: Transaction) -> None:
     message.transaction_id = transaction.transaction_id
     message.namespace = transaction.namespace
-    # The numbers of the domain are those of the contract.
+    # The domain has the numbers of the contract.
     message.state = transaction.state.value  # type: ignore[assignment]
     message.claimant = transaction.claimant
     message.result = transaction.result
@@ -119,23 +116,23 @@ def _fill_transaction(message: dedup_pb2.Transaction, transaction: Transaction) 
         _fill_time(message.completion_time, transaction.completion_time_ms)
 
 
-class WithLifetime(Protocol):
+class WithExpiry(Protocol):
     """A request with a ttl or an expire time."""
 
     ttl: Duration
     expire_time: Timestamp
 
 
-def _lifetime(message: WithLifetime, chosen: str | None) -> tuple[int | None, int | None]:
+def _expiry(message: WithExpiry, chosen: str | None) -> RequestedExpiry:
     if chosen == "ttl":
-        return milliseconds("ttl", message.ttl), None
+        return RequestedExpiry(ttl_ms=milliseconds("ttl", message.ttl))
     if chosen == "expire_time":
-        return None, milliseconds("expire_time", message.expire_time)
-    return None, None
+        return RequestedExpiry(time_ms=milliseconds("expire_time", message.expire_time))
+    return _DEFAULT_EXPIRY
 
 
 def milliseconds(field: str, value: Duration | Timestamp) -> int:
-    """Return a duration or time in whole milliseconds; raise InvalidRequest when it is malformed or finer than that."""
+    """Return a duration or time in whole milliseconds. Raises InvalidRequest if it is malformed or finer than that."""
     nanos_allowed = range(_NANOS_PER_SECOND) if isinstance(value, Timestamp) or value.seconds > 0 else _EITHER_SIGN
     if value.nanos not in nanos_allowed or value.seconds < 0 < value.nanos:
         raise InvalidRequest(

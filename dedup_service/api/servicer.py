@@ -1,18 +1,16 @@
 """The rpcs of the contract over the claim service."""
 
 from collections import Counter
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import grpc
-from google.rpc import status_pb2
 
 from dedup.v1 import dedup_pb2
-from dedup_service.claims import Applied, ClaimAnswer, ClaimRequest, ClaimService, FieldViolation, InvalidRequest
 from dedup_service.api.admission import Admission
-from dedup_service.api.authorization import CallerGate
+from dedup_service.api.authorization import Authorization
 from dedup_service.api.endpoint import Endpoint, Handler
-from dedup_service.api.errors import failure_of, new_incident
+from dedup_service.api.errors import error_reply
 from dedup_service.api.messages import (
     batched_claim_request,
     claim_request,
@@ -23,17 +21,19 @@ from dedup_service.api.messages import (
     release_request,
     transaction_message,
 )
-from dedup_service.observability.call_log import CallLog
-from dedup_service.observability.logs import logger
-
-if TYPE_CHECKING:
-    # Who does not ask for metrics or traces does not load their library.
-    from dedup_service.observability.metrics import Metrics
-    from dedup_service.observability.traces import CallTraces
+from dedup_service.claims import (
+    DEFAULT_NAMESPACE,
+    ClaimAnswer,
+    ClaimRequest,
+    ClaimService,
+    FieldViolation,
+    InvalidRequest,
+)
+from dedup_service.observability.calls import Call, CallObserver, Failure
 
 MAX_BATCH = 1_000
 
-# What of the caller's time the claim at the end of a wait may take: a tenth of it, at most a second.
+# Part of the caller's time that is kept for the claim at the end of a wait: a tenth of it, at most a second.
 _LAST_CLAIM_SHARE = 0.1
 _LAST_CLAIM_MAX_S = 1.0
 
@@ -43,61 +43,75 @@ METHODS = tuple(method.name for method in _SERVICE.methods)
 
 
 class DedupServicer:
-    """Answers the rpcs; whatever it raises is turned into a status by the endpoint around it."""
+    """Answers the rpcs, and notes in `call` what observers should know; the endpoint turns exceptions into statuses."""
 
-    def __init__(self, claims: ClaimService, metrics: "Metrics | None" = None) -> None:
+    def __init__(self, claims: ClaimService) -> None:
         self._claims = claims
-        self._metrics = metrics
 
     async def claim_transaction(
-        self, request: dedup_pb2.ClaimTransactionRequest, budget_s: float | None
+        self, request: dedup_pb2.ClaimTransactionRequest, call: Call, budget_s: float | None
     ) -> dedup_pb2.ClaimTransactionResponse:
         """Serve ClaimTransaction."""
+        namespace = _note_subject(call, request)
         claim = claim_request(request)
+        call.claims = ((namespace, None),)
         if claim.wait_ms > 0 and budget_s is not None:
             last_claim_s = min(budget_s * _LAST_CLAIM_SHARE, _LAST_CLAIM_MAX_S)
             claim = claim._replace(wait_ms=min(claim.wait_ms, int((budget_s - last_claim_s) * 1_000)))
-        return claim_response(await self._claims.claim(claim))
+        answer = await self._claims.claim(claim, call.caller)
+        call.claims = ((namespace, answer),)
+        call.outcome = _outcome(answer)
+        return claim_response(answer)
 
     async def complete_transaction(
-        self, request: dedup_pb2.CompleteTransactionRequest, _: float | None
+        self, request: dedup_pb2.CompleteTransactionRequest, call: Call, _: float | None
     ) -> dedup_pb2.CompleteTransactionResponse:
         """Serve CompleteTransaction."""
-        completed = await self._claims.complete(complete_request(request))
+        _note_subject(call, request)
+        completed = await self._claims.complete(complete_request(request), call.caller)
         if completed is None:
+            call.outcome = "NOT_HELD"
             return dedup_pb2.CompleteTransactionResponse(outcome=dedup_pb2.COMPLETE_OUTCOME_NOT_HELD)
+        call.outcome = "COMPLETED"
         return dedup_pb2.CompleteTransactionResponse(
             outcome=dedup_pb2.COMPLETE_OUTCOME_COMPLETED, transaction=transaction_message(completed)
         )
 
     async def release_transaction(
-        self, request: dedup_pb2.ReleaseTransactionRequest, _: float | None
+        self, request: dedup_pb2.ReleaseTransactionRequest, call: Call, _: float | None
     ) -> dedup_pb2.ReleaseTransactionResponse:
         """Serve ReleaseTransaction."""
-        released = await self._claims.release(release_request(request))
-        outcome = dedup_pb2.RELEASE_OUTCOME_RELEASED if released else dedup_pb2.RELEASE_OUTCOME_NOT_HELD
-        return dedup_pb2.ReleaseTransactionResponse(outcome=outcome)
+        _note_subject(call, request)
+        if await self._claims.release(release_request(request), call.caller):
+            call.outcome = "RELEASED"
+            return dedup_pb2.ReleaseTransactionResponse(outcome=dedup_pb2.RELEASE_OUTCOME_RELEASED)
+        call.outcome = "NOT_HELD"
+        return dedup_pb2.ReleaseTransactionResponse(outcome=dedup_pb2.RELEASE_OUTCOME_NOT_HELD)
 
     async def extend_transaction(
-        self, request: dedup_pb2.ExtendTransactionRequest, _: float | None
+        self, request: dedup_pb2.ExtendTransactionRequest, call: Call, _: float | None
     ) -> dedup_pb2.ExtendTransactionResponse:
         """Serve ExtendTransaction."""
-        extended = await self._claims.extend(extend_request(request))
+        _note_subject(call, request)
+        extended = await self._claims.extend(extend_request(request), call.caller)
         if extended is None:
+            call.outcome = "NOT_HELD"
             return dedup_pb2.ExtendTransactionResponse(outcome=dedup_pb2.EXTEND_OUTCOME_NOT_HELD)
+        call.outcome = "EXTENDED"
         return dedup_pb2.ExtendTransactionResponse(
             outcome=dedup_pb2.EXTEND_OUTCOME_EXTENDED, transaction=transaction_message(extended)
         )
 
     async def get_transaction(
-        self, request: dedup_pb2.GetTransactionRequest, _: float | None
+        self, request: dedup_pb2.GetTransactionRequest, call: Call, _: float | None
     ) -> dedup_pb2.GetTransactionResponse:
         """Serve GetTransaction."""
-        transaction = await self._claims.get(request.namespace, request.transaction_id)
+        namespace = _note_subject(call, request)
+        transaction = await self._claims.get(namespace, request.transaction_id, call.caller)
         return dedup_pb2.GetTransactionResponse(transaction=transaction_message(transaction))
 
     async def batch_claim_transactions(
-        self, request: dedup_pb2.BatchClaimTransactionsRequest, _: float | None
+        self, request: dedup_pb2.BatchClaimTransactionsRequest, call: Call, _: float | None
     ) -> dedup_pb2.BatchClaimTransactionsResponse:
         """Serve BatchClaimTransactions: all entries reach the store in one turn of the loop, in their order."""
         if not 1 <= len(request.requests) <= MAX_BATCH:
@@ -105,50 +119,72 @@ class DedupServicer:
                 FieldViolation("requests", f"has {len(request.requests)} claims: send 1 to {MAX_BATCH} in one batch")
             )
         read = [_read(entry) for entry in request.requests]
-        answers = iter(await self._claims.claim_all([one for one in read if isinstance(one, ClaimRequest)]))
+        asked = [one for one in read if isinstance(one, ClaimRequest)]
+        call.claims = [(claim.namespace, None) for claim in asked]
+        answers = await self._claims.claim_all(asked, call.caller)
+        call.claims = [
+            (claim.namespace, answer if isinstance(answer, ClaimAnswer) else None)
+            for claim, answer in zip(asked, answers, strict=True)
+        ]
+        in_order = iter(answers)
+        entries = [next(in_order) if isinstance(one, ClaimRequest) else one for one in read]
+        call.outcome = _outcomes(entries)
         reply = dedup_pb2.BatchClaimTransactionsResponse()
-        for one in read:
-            answer = next(answers) if isinstance(one, ClaimRequest) else one
+        failures: list[Failure] = []
+        for answer in entries:
             entry = reply.entries.add()
             if isinstance(answer, ClaimAnswer):
                 fill_claim_response(entry.response, answer)
             else:
-                entry.error.CopyFrom(self._status_of(answer))
+                error = error_reply(answer)
+                failures.append(error.failure)
+                entry.error.CopyFrom(error.status())
+        call.failed_entries = failures
         return reply
 
-    def _status_of(self, error: Exception) -> status_pb2.Status:
-        incident = new_incident()
-        failure = failure_of(error, incident)
-        if self._metrics is not None and failure.applied is Applied.UNKNOWN:
-            self._metrics.doubted(failure.reason)
-        if failure.code is grpc.StatusCode.INTERNAL:
-            logger().error("batch_entry_failed", incident=incident, exc_info=error)
-        return failure.status()
+
+_SingleRequest = (
+    dedup_pb2.ClaimTransactionRequest
+    | dedup_pb2.CompleteTransactionRequest
+    | dedup_pb2.ReleaseTransactionRequest
+    | dedup_pb2.ExtendTransactionRequest
+    | dedup_pb2.GetTransactionRequest
+)
+
+
+def _note_subject(call: Call, request: _SingleRequest) -> str:
+    call.transaction_id = request.transaction_id
+    call.namespace = namespace = request.namespace or DEFAULT_NAMESPACE
+    return namespace
+
+
+def _outcome(answer: ClaimAnswer) -> str:
+    return "SHADOW_DUPLICATE" if answer.shadow_duplicate else answer.outcome.value
+
+
+def _outcomes(entries: Sequence[ClaimAnswer | Exception]) -> str:
+    counts = Counter(_outcome(entry) if isinstance(entry, ClaimAnswer) else "ERROR" for entry in entries)
+    return " ".join(f"{outcome}={count}" for outcome, count in sorted(counts.items()))
 
 
 def _read(entry: dedup_pb2.ClaimTransactionRequest) -> ClaimRequest | Exception:
     try:
         return batched_claim_request(entry)
-    except Exception as error:  # noqa: BLE001 - whatever is wrong with one entry, the others have their answers
+    except Exception as error:  # noqa: BLE001 - a fault of one entry must not fail the others
         return error
 
 
 def add_to_server(
     server: grpc.aio.Server,
     servicer: DedupServicer,
-    call_log: CallLog,
+    observe: Callable[[str], CallObserver],
     admission: Admission,
-    metrics: "Metrics | None" = None,
-    *,
-    gate: CallerGate | None = None,
-    traces: "Callable[[str], CallTraces] | None" = None,
+    authorization: Authorization | None = None,
 ) -> None:
-    """Register the whole service with a server, each rpc inside its endpoint and behind the gate where there is one.
+    """Register the service with a server, each rpc inside its endpoint; `observe` returns the observer of an rpc.
 
-    `traces` makes the spans of an rpc by its name.
-
-    The endpoints take and give bytes, so that decoding happens inside the guard and not in gRPC, which would answer a
-    message that it cannot decode with the text of the exception.
+    The endpoints take and return bytes, so that decoding happens inside the guard: gRPC would answer an undecodable
+    message with the text of the exception.
     """
     handlers: dict[str, Handler[Any]] = {
         "ClaimTransaction": servicer.claim_transaction,
@@ -164,37 +200,12 @@ def add_to_server(
             method=method.name,
             request_type=getattr(dedup_pb2, method.input_type.name),
             handler=handlers[method.name],
-            outcome_of=_outcome_reader(method.output_type),
-            call_log=call_log,
+            observer=observe(method.name),
             admission=admission,
-            metrics=metrics.call(method.name) if metrics else None,
-            gate=gate,
-            traces=traces(method.name) if traces else None,
+            authorization=authorization,
             may_change=method.name != "GetTransaction",
         )
         methods[method.name] = grpc.unary_unary_rpc_method_handler(endpoint.serve)
-    # In both ways, as generated code does it: grpcio serves the first, and the native engine is fast with the second.
+    # In both ways, as generated code does: grpcio serves the first, and the native engine is fast with the second.
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, methods),))
     server.add_registered_method_handlers(SERVICE_NAME, methods)
-
-
-def _outcome_reader(response: Any) -> Callable[[Any], str]:  # noqa: ANN401 - a descriptor, whose stubs lack a type
-    if "entries" in response.fields_by_name:
-        return _outcomes_of_batch
-    field = response.fields_by_name.get("outcome")
-    if field is None:
-        return lambda _: ""
-    names = {number: value.name.partition("_OUTCOME_")[2] for number, value in field.enum_type.values_by_number.items()}
-    if "shadow_duplicate" in response.fields_by_name:
-        return lambda reply: "SHADOW_DUPLICATE" if reply.shadow_duplicate else names[reply.outcome]
-    return lambda reply: names[reply.outcome]
-
-
-_outcome_of_claim = _outcome_reader(dedup_pb2.ClaimTransactionResponse.DESCRIPTOR)
-
-
-def _outcomes_of_batch(reply: dedup_pb2.BatchClaimTransactionsResponse) -> str:
-    outcomes = Counter(
-        _outcome_of_claim(entry.response) if entry.HasField("response") else "ERROR" for entry in reply.entries
-    )
-    return " ".join(f"{outcome}={count}" for outcome, count in sorted(outcomes.items()))

@@ -114,7 +114,7 @@ class StoreUnavailable(ClaimError):
 
 
 class UnreadableValue(ClaimError):
-    """This version cannot read the value under the transaction's key; the value was left alone."""
+    """The value under the transaction's key cannot be read by this version; it was left alone."""
 
     def __init__(self, reason: Reason, message: str) -> None:
         super().__init__(message)

@@ -1,27 +1,32 @@
-"""The command `dedup-service`: the server, and what people ask of one by hand."""
+"""The command `dedup-service`: the server, and what people ask of one. Must not import the internals of the server."""
 
-import gc
 import sys
 
-from dedup_service.config.settings import BadSettings
+from dedup_service.config.errors import FatalError
 
 
 def main() -> None:
-    """Run the command line; the exit code is 2 for a bad command or setting, as everywhere."""
-    # Each way imports its own half: a service starts without the libraries of the commands, which cost it a third of
-    # its start and of its memory.
+    """Run the command line; the exit code is 2 for a bad command or setting, 1 for a server that cannot start."""
+    # Imported by need: a server starts without the libraries of the other commands, a third of its start-up time and
+    # memory, and the supervisor without those of the server.
     try:
-        if sys.argv[1:2] == ["serve"]:
-            # What is imported stays, so that looking through it for garbage only makes the start longer. The server
-            # lets the collector go on when it serves.
-            gc.disable()
-            from dedup_service.cli.serve import run_serve  # noqa: PLC0415 - as said above
+        match sys.argv[1:2]:
+            case ["serve"]:
+                from dedup_service.cli.serve import run_serve  # noqa: PLC0415 - as above
 
-            run_serve(sys.argv[2:])
-        else:
-            from dedup_service.cli.commands import app  # noqa: PLC0415 - as said above
+                run_serve(sys.argv[2:])
+            case ["supervisor"]:
+                from dedup_service.supervisor.process import run_supervisor  # noqa: PLC0415 - as above
 
-            app()
-    except BadSettings as error:
+                run_supervisor()
+            case ["worker"]:
+                from dedup_service.server.process import run_worker  # noqa: PLC0415 - as above
+
+                run_worker()
+            case _:
+                from dedup_service.cli.commands import app  # noqa: PLC0415 - as above
+
+                app()
+    except FatalError as error:
         print(f"dedup-service: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)

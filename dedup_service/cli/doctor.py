@@ -11,8 +11,8 @@ from dedup_service.claims.findings import Finding, Severity, worst
 from dedup_service.cli import exit_codes
 from dedup_service.cli.options import AsJson
 from dedup_service.cli.show import print_json
-from dedup_service.server.startup_checks import store_place
 from dedup_service.config.settings import CONFIG_VARIABLE, ENV_PREFIX, BadSettings, Settings, load_settings
+from dedup_service.server.startup_checks import store_place
 from dedup_service.stores.registry import examine_store, make_store
 
 _EXITS = {Severity.WARNING: exit_codes.FOUND_WARNING, Severity.CRITICAL: exit_codes.FOUND_CRITICAL}

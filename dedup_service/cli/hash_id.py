@@ -9,8 +9,8 @@ import typer
 
 from dedup_service.cli.options import text_option
 from dedup_service.cli.show import print_json
-from dedup_service.server.log_ids import logged_ids
 from dedup_service.config.settings import CONFIG_VARIABLE, ENV_PREFIX, load_settings
+from dedup_service.server.log_ids import logged_ids
 
 
 def hash_id(

@@ -9,8 +9,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from dedup_service.cli.channel import fail, open_channel
 from dedup_service.cli.options import AsJson, Target, Timeout, milliseconds_option
-from dedup_service.server.health_details import FORGOTTEN, LAST_FORGOTTEN
 from dedup_service.config.settings import health_address
+from dedup_service.server.health_details import FORGOTTEN, LAST_FORGOTTEN
 
 _DETAILS = "dedup-store-"
 

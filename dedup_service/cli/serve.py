@@ -1,55 +1,49 @@
 """`dedup-service serve`, with one flag for each setting, made from the settings themselves."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import uvloop
 from pydantic.fields import FieldInfo
 
 from dedup_service import __version__
-from dedup_service.observability.banner import banner
 from dedup_service.config.durations import format_duration
-from dedup_service.server import StartRefused, serve
-from dedup_service.config.setting_types import DurationMs
-from dedup_service.config.settings import CONFIG_VARIABLE, ENV_PREFIX, Settings, load_settings
+from dedup_service.config.settings import CONFIG_VARIABLE, ENV_PREFIX, DurationMs, Settings, load_settings
 from dedup_service.observability.logs import configure_logs, logger
-from dedup_service.supervisor.messages import SupervisorOrders, become_supervisor
+from dedup_service.supervisor.messages import SupervisorStart, become_supervisor
 
 _DESCRIPTION = """\
 Serve claims over gRPC until SIGTERM or SIGINT.
 
-Each setting is a flag, an environment variable and a key of the TOML settings file; the flag wins over the
-variable, and the variable over the file. Durations are written 250ms, 60s, 2h or 7d. SIGHUP rereads the
-policy file and the tokens; with several workers SIGUSR2 replaces them one by one.
+Each setting is a flag, an environment variable and a key of the TOML settings file. Flags override variables, and
+variables override the file. Durations are written 250ms, 60s, 2h or 7d. SIGHUP reloads the policy file and the
+tokens; with several workers, SIGUSR2 replaces them one by one.
 """
 
 _METAVARS = {str(int): "INTEGER", str(int | None): "INTEGER", str(float): "NUMBER"}
 
 
 def run_serve(arguments: Sequence[str]) -> None:
-    """Serve with the settings of this process and these flags, and return when the service has ended.
+    """Serve with the settings of this process and these flags until a signal.
 
-    Raises BadSettings; exits with 2 for a flag that does not exist, and with 1 when the server cannot start.
+    Raises FatalError; exits with 2 for an unknown flag.
     """
     flags = vars(_parser().parse_args(arguments))
     config, show_banner = flags.pop("config"), flags.pop("banner")
     settings = load_settings(flags, config)
     configure_logs(settings.log_level)
-    _warn_of_secret(flags)
+    _warn_of_password(flags)
     if settings.workers > 1:
-        become_supervisor(SupervisorOrders(settings.to_json(), show_banner))
-    try:
-        uvloop.run(serve(settings, _print_banner if show_banner else _say_nothing))
-    except StartRefused as refusal:
-        print(f"dedup-service: {refusal}", file=sys.stderr)
-        sys.exit(1)
+        become_supervisor(SupervisorStart(settings.to_json(), show_banner))
+    # Only here: the supervisor, and `serve --help`, need none of it.
+    from dedup_service.server.process import run_server  # noqa: PLC0415 - as above
+
+    run_server(settings, show_banner=show_banner)
 
 
-def _warn_of_secret(flags: dict[str, Any]) -> None:
-    # A flag alone shows it: the other ways are for the eyes of this user.
+def _warn_of_password(flags: dict[str, Any]) -> None:
+    # Other users of the host can read a command line, unlike a variable or a file.
     url = flags.get("store_url", "")
     if not url.startswith("sqlite:") and ("@" in url or "password=" in url):
         logger().warning(
@@ -60,7 +54,7 @@ def _warn_of_secret(flags: dict[str, Any]) -> None:
 
 
 def version_text() -> str:
-    """Return the line that says which version this is."""
+    """Return the output of --version."""
     return f"dedup-service {__version__}"
 
 
@@ -70,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        # What was not said is left to the environment and the file.
+        # Flags that were not given are left to the environment and the file.
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument(
@@ -84,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         "--banner",
         action="store_true",
         default=False,
-        help="Print on standard output what to call, once calls are accepted.",
+        help="Print example calls on standard output once the server accepts calls.",
     )
     for name, field in Settings.model_fields.items():
         flag = f"--{name.replace('_', '-')}"
@@ -106,7 +100,7 @@ def _is_duration(field: FieldInfo) -> bool:
 
 
 def shown_default(field: FieldInfo) -> str:
-    """Return the default of a setting as an operator would write it; empty where there is none."""
+    """Return the default of a setting as an operator would write it; empty without one."""
     default: Any = field.default
     if default is None:
         return ""
@@ -118,7 +112,7 @@ def shown_default(field: FieldInfo) -> str:
 
 
 def metavar(field: FieldInfo) -> str:
-    """Return what stands for the value of a setting in the help: its choices, or the kind of its values."""
+    """Return the placeholder of a setting's value in the help: its choices, or the kind of value."""
     if choices := getattr(field.annotation, "__args__", None):
         words = [choice for choice in choices if isinstance(choice, str)]
         if words:
@@ -128,11 +122,3 @@ def metavar(field: FieldInfo) -> str:
     if _is_duration(field):
         return "DURATION"
     return _METAVARS.get(str(field.annotation), "TEXT")
-
-
-def _say_nothing(_: Sequence[str]) -> None:
-    pass
-
-
-def _print_banner(addresses: Sequence[str]) -> None:
-    print(banner(addresses), end="", flush=True)

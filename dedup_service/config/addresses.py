@@ -8,16 +8,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Self
 
+from dedup_service.config.errors import AddressUnavailable
+
 _TCP = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]+):(\d{1,5})")
 _MAX_PORT = 65_535
 # sun_path of a Unix socket address holds 108 bytes with its closing zero on Linux, 104 elsewhere.
 _MAX_SOCKET_PATH = 103
 
 SocketAddress = tuple[socket.AddressFamily, socket.SocketKind, int, Any]
-
-
-class AddressUnavailable(Exception):
-    """An address cannot be bound; the message is a sentence with the address and the cause."""
 
 
 @dataclass(frozen=True, slots=True)

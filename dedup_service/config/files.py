@@ -6,10 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-
-class BadSettings(Exception):
-    """A setting or file is wrong; the message is one sentence for the operator and never contains a secret."""
-
+from dedup_service.config.errors import BadSettings
 
 Refuse = Callable[[str], BadSettings]
 

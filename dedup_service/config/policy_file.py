@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, StrictBool, ValidationError, ValidationInfo
 
 from dedup_service.config.durations import parse_duration
-from dedup_service.config.files import BadSettings, read_toml
+from dedup_service.config.errors import BadSettings
+from dedup_service.config.files import read_toml
 
 
 def read_policy_file(

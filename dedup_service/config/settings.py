@@ -11,7 +11,8 @@ from pydantic_core import to_json
 
 from dedup_service.config.addresses import Address, parse_addresses, reachable_from_other_hosts
 from dedup_service.config.durations import format_duration, parse_duration
-from dedup_service.config.files import BadSettings, read_text, read_toml
+from dedup_service.config.errors import BadSettings
+from dedup_service.config.files import read_text, read_toml
 
 __all__ = ["BadSettings", "Settings", "load_settings"]
 

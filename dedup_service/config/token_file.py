@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
-from dedup_service.config.files import BadSettings, read_toml
+from dedup_service.config.errors import BadSettings
+from dedup_service.config.files import read_toml
 
 _MIN_LENGTH = 16
 _TOKEN = re.compile(r"[\x21-\x7e]{16,4096}")

@@ -1,1 +1,4 @@
-"""What operators see of the service: logs, and the ids that tie them to their callers. It knows no other room."""
+"""Logs, metrics and traces. `observers` puts them around calls and stores; nothing else knows of them.
+
+Imports neither stores nor api.
+"""

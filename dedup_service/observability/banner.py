@@ -1,4 +1,4 @@
-"""What a person who starts the service by hand is shown once it serves."""
+"""The greeting of a server that a person starts by hand."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from dedup_service import __version__
 
 
 def banner(addresses: Sequence[str]) -> str:
-    """Return where the service is, and two commands to try it with."""
+    """Return the addresses, and two commands to try."""
     first = addresses[0]
     # grpcurl takes a Unix socket by its path and a flag.
     where = f"-unix {first.removeprefix('unix://')}" if first.startswith("unix:") else first

@@ -1,89 +1,69 @@
-"""One log line for each call worth one: when, how long, how it ended, for whom, and on which transaction."""
+"""The log lines of calls: every failed call, slow ones, and a sample of the others."""
 
 import random
-from dataclasses import dataclass
+import time
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dedup_service.observability.logged_ids import LoggedIds
+from dedup_service.observability.calls import Call
+from dedup_service.observability.logs import LoggedIds, Logger
 
-if TYPE_CHECKING:
-    # Who does not ask for traces does not load their library.
-    from dedup_service.observability.traces import CallSpan
-
-# What people must look at, what is the caller's doing, and everything else.
+# ERROR: a fault of ours. WARNING: an outage, overload or refusal. Everything else is the caller's doing.
 _ERRORS = frozenset({"INTERNAL", "UNKNOWN", "DATA_LOSS"})
 _WARNINGS = frozenset({"UNAVAILABLE", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "DEADLINE_EXCEEDED"}) | {
     *("UNAUTHENTICATED", "PERMISSION_DENIED"),
 }
 
 
-@dataclass(slots=True)
-class CallRecord:
-    """What is known of one call when it ends. `started` is Unix seconds, `duration` seconds."""
-
-    method: str
-    correlation_id: str
-    started: float
-    duration: float = 0.0
-    code: str = "OK"
-    transaction_id: str = ""
-    outcome: str = ""
-    reason: str = ""
-    applied: str = ""
-    caller: str = ""
-    incident: str = ""
-    namespace: str | None = None
-    span: "CallSpan | None" = None
-    exception: BaseException | None = None
-
-
 class CallLog:
-    """Writes call records to a log.
+    """Logs every failed call, successful calls of `slow_s` or longer, and a share `sample` of the others."""
 
-    Every call that failed is worth a line. Of those that succeeded are those that took `slow_s` seconds or longer, and
-    the share `sample` (0 to 1) of the others, taken at random.
-    """
-
-    def __init__(
-        self,
-        log: Any,  # noqa: ANN401 - as in logs.logger
-        ids: LoggedIds,
-        *,
-        sample: float = 1.0,
-        slow_s: float = 0.0,
-    ) -> None:
+    def __init__(self, log: Logger, ids: LoggedIds, *, sample: float = 1.0, slow_s: float = 0.0) -> None:
         self._log = log
         self._shown_id = ids.shown
         self._sample = sample
         self._slow_s = slow_s
 
-    def takes_success(self, duration: float) -> bool:
-        """Return whether a call that succeeded after this many seconds gets a line."""
-        return duration >= self._slow_s or (self._sample > 0 and random.random() < self._sample)  # noqa: S311 - no secret
+    def started(self, call: Call) -> None:
+        """Log nothing yet."""
 
-    def write(self, record: CallRecord) -> None:
-        """Write one line: errors of ours as error, refusals and outages as warning, the rest as info."""
-        if record.code in _ERRORS:
+    def finished(self, call: Call) -> None:
+        """Write the line of the call, if it gets one, and one for each bug in an entry of a batch."""
+        for failure in call.failed_entries:
+            if failure.exception is not None:
+                self._log.error("batch_entry_failed", incident=failure.incident, exc_info=failure.exception)
+        if call.code != "OK" or self._takes_success(call.duration_s):
+            call.logged = True
+            self._write(call)
+
+    def _takes_success(self, duration_s: float) -> bool:
+        return duration_s >= self._slow_s or (self._sample > 0 and random.random() < self._sample)  # noqa: S311 - no secret
+
+    def _write(self, call: Call) -> None:
+        if call.code in _ERRORS:
             write = self._log.error
-        elif record.code in _WARNINGS:
+        elif call.code in _WARNINGS:
             write = self._log.warning
         else:
             write = self._log.info
+        started = datetime.fromtimestamp(time.time() - call.duration_s, UTC)
         fields: dict[str, Any] = {
-            "method": record.method,
-            "code": record.code,
-            "started": datetime.fromtimestamp(record.started, UTC).isoformat(timespec="milliseconds"),
-            "duration_ms": round(record.duration * 1000, 3),
-            "correlation_id": record.correlation_id,
+            "method": call.method,
+            "code": call.code,
+            "started": started.isoformat(timespec="milliseconds"),
+            "duration_ms": round(call.duration_s * 1000, 3),
+            "correlation_id": call.correlation_id,
         }
-        if record.transaction_id:
-            fields["transaction"] = self._shown_id(record.transaction_id)
-        for name in ("caller", "outcome", "reason", "applied", "incident"):
-            if value := getattr(record, name):
-                fields[name] = value
-        if record.span is not None:
-            fields["trace_id"], fields["span_id"] = record.span.trace_id, record.span.span_id
-        if record.exception is not None:
-            fields["exc_info"] = record.exception
+        if call.transaction_id:
+            fields["transaction"] = self._shown_id(call.transaction_id)
+        if call.caller is not None:
+            fields["caller"] = call.caller.name
+        if call.outcome:
+            fields["outcome"] = call.outcome
+        if call.failure is not None:
+            fields |= {"reason": call.failure.reason.value, "applied": call.failure.applied.value}
+            if call.failure.exception is not None:
+                fields |= {"incident": call.failure.incident, "exc_info": call.failure.exception}
+        if call.trace is not None:
+            fields["trace_id"], fields["span_id"] = call.trace
         write("call_finished", **fields)

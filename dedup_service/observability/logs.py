@@ -1,11 +1,13 @@
-"""Structured logs: one JSON object a line on standard error, from this service and from the libraries under it."""
+"""Structured logs: one JSON object per line on standard error, from this service and from the libraries it uses."""
 
+import hashlib
+import hmac
 import logging
 import sys
 from collections.abc import MutableMapping
-from typing import Any
+from typing import Any, cast
 
-# structlog imports rich where it is installed, for consoles that no service writes to: 60 ms of every start.
+# structlog imports rich where it is installed, for consoles this service never writes to: 60 ms of every start.
 _rich = sys.modules.get("rich")
 sys.modules["rich"] = None  # type: ignore[assignment]
 try:
@@ -14,6 +16,9 @@ finally:
     del sys.modules["rich"]
     if _rich is not None:
         sys.modules["rich"] = _rich
+
+Logger = structlog.typing.FilteringBoundLogger
+"""The type of the service's logger: `log.info("noun_verb_past", field=value)`."""
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
@@ -25,9 +30,9 @@ _SHARED: tuple[structlog.typing.Processor, ...] = (
 
 
 def configure_logs(level: str, *, worker: int | None = None) -> None:
-    """Send every log record of this process, its libraries included, to standard error as JSON lines.
+    """Send every log record of this process, those of libraries included, to standard error as JSON lines.
 
-    Each line of one of several workers has its number.
+    `worker` is added to each line of one of several workers.
     """
     shared = _SHARED if worker is None else (*_SHARED, _with_worker(worker))
     renderer = structlog.processors.JSONRenderer()
@@ -47,14 +52,35 @@ def configure_logs(level: str, *, worker: int | None = None) -> None:
     logging.basicConfig(level=max(LEVELS[level], logging.INFO), handlers=[handler], force=True)
 
 
+def logger() -> Logger:
+    """Return the log of the service."""
+    return cast("Logger", structlog.get_logger())
+
+
 def _with_worker(number: int) -> structlog.typing.Processor:
-    def add(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:  # noqa: ANN401 - as below
+    def add(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:  # noqa: ANN401 - structlog's
         event["worker"] = number
         return event
 
     return add
 
 
-def logger() -> Any:  # noqa: ANN401 - structlog's loggers are typed by their configuration
-    """Return the log of the service."""
-    return structlog.get_logger()
+class LoggedIds:
+    """Transaction ids as the log shows them, so that a known id can be found and a line does not reveal one.
+
+    Plain, or the first 16 hexadecimal digits of their HMAC-SHA-256 with `key`, or of their SHA-256 without a key.
+    Without a key, somebody who can list the possible ids can find which one a line belongs to.
+    """
+
+    def __init__(self, *, plain: bool, key: bytes | None = None) -> None:
+        self._plain = plain
+        self._key = key
+
+    def shown(self, transaction_id: str) -> str:
+        """Return the form in the log."""
+        if self._plain:
+            return transaction_id
+        spelled = transaction_id.encode("utf-8", "surrogatepass")
+        if self._key is None:
+            return hashlib.sha256(spelled).hexdigest()[:16]
+        return hmac.digest(self._key, spelled, "sha256").hex()[:16]

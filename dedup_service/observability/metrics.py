@@ -1,12 +1,20 @@
-"""The figures of one process for Prometheus. Every label value is one of a set that is known when it is bound."""
+"""The Prometheus metrics of one process. Label values come from closed sets.
+
+Imported lazily: metrics are optional.
+"""
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, values
 
-# As the Prometheus interceptors of other languages spell the codes, so that common dashboards and alerts fit.
+from dedup_service.claims import DEFAULT_NAMESPACE, Applied, ClaimAnswer, Reason, StoreNotice
+from dedup_service.observability.calls import Call, Failure
+
+# Spelled as the Prometheus interceptors of other languages spell the codes, so that common dashboards fit.
 _CODES = {
     "OK": "OK",
     "CANCELLED": "Canceled",
@@ -28,189 +36,208 @@ _CODES = {
 }
 
 OTHER = "other"
-"""The namespace of every claim whose own is not known to the policy file."""
+"""The namespace label of every namespace the policy file does not name."""
 
-# The outcomes of the contract, and a claim that had none.
+# The outcomes of the contract, and a claim that failed.
 _OUTCOMES = ("CLAIMED", "DUPLICATE", "PAYLOAD_MISMATCH", "ERROR")
 
-# Why a call may or may not have changed the store; a reason that is not among them is counted as OTHER.
+# The reasons that usually leave open whether the store was changed, so that their series exist before the first error.
+# Any other reason is counted as OTHER.
 _DOUBTS = (
-    "DEADLINE_PASSED",
-    "INTERNAL",
-    "STORE_BUSY",
-    "STORE_CLOSED",
-    "STORE_CONNECTION_LOST",
-    "STORE_ERROR",
-    "STORE_FULL",
-    "STORE_IO_ERROR",
-    "STORE_NOT_REPLICATED",
-    "STORE_PROTOCOL_ERROR",
-    "STORE_STALLED",
-    "STORE_TIMEOUT",
+    *(Reason.DEADLINE_PASSED, Reason.INTERNAL, Reason.STORE_BUSY, Reason.STORE_CLOSED, Reason.STORE_CONNECTION_LOST),
+    *(Reason.STORE_ERROR, Reason.STORE_FULL, Reason.STORE_IO_ERROR, Reason.STORE_NOT_REPLICATED),
+    *(Reason.STORE_PROTOCOL_ERROR, Reason.STORE_STALLED, Reason.STORE_TIMEOUT),
 )
 
 _OPERATIONS = ("claim", "claim_all", "complete", "release", "extend", "get")
 
-# A claim takes less than a millisecond where nothing waits, and a call may wait for minutes.
+# A claim takes less than a millisecond where nothing waits, and a waiting call may take minutes.
 _CALL_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0)
 _STORE_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 Add = Callable[[], None]
-Observe = Callable[[float], None]
-
-
-class CallMetrics:
-    """The figures of one rpc."""
-
-    def __init__(
-        self, started: Add, handled: Mapping[str, Add], seconds: Observe, doubted: Callable[[str], None]
-    ) -> None:
-        self.started = started
-        """Count a call that came in."""
-        self._handled = handled
-        self._seconds = seconds
-        self.doubted = doubted
-        """Count an error, by its reason, that leaves open whether the store was changed."""
-
-    def handled(self, code: str, seconds: float) -> None:
-        """Count a call that ended with this code, as gRPC for Python names it, after so many seconds."""
-        self._handled[code]()
-        self._seconds(seconds)
-
-
-class ClaimMetrics:
-    """The figures of the claims of one namespace, those of batches included."""
-
-    def __init__(self, outcomes: Mapping[str, Add], replayed: Add, shadow_duplicate: Add) -> None:
-        self.outcomes = outcomes
-        """Counts a claim by its outcome, one of the contract or ERROR."""
-        self.replayed = replayed
-        """Count one that was told CLAIMED again, which is among the CLAIMED as well."""
-        self.shadow_duplicate = shadow_duplicate
-        """Count one that was told CLAIMED by shadow mode alone, which is among the CLAIMED as well."""
-
-
-class StoreMetrics:
-    """The figures of the store, as this process meets it."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        seconds = Histogram(
-            "dedup_store_seconds",
-            "How long the store took for an operation, failed ones included.",
-            ["operation"],
-            buckets=_STORE_BUCKETS_S,
-            registry=registry,
-        )
-        self.seconds: dict[str, Observe] = {name: seconds.labels(name).observe for name in _OPERATIONS}
-        self._ready = Gauge(
-            "dedup_store_ready",
-            "1 while the store answers the checks, 0 while it does not; 0 if that is so for any worker.",
-            multiprocess_mode="livemin",
-            registry=registry,
-        )
-        self._connections = Gauge(
-            "dedup_store_connections",
-            "Connections to the store that are open.",
-            multiprocess_mode="livesum",
-            registry=registry,
-        )
-        self._reconnects = Counter(
-            "dedup_store_reconnects", "Connections that were made in the place of a lost one.", registry=registry
-        )
-        self._losses = Counter(
-            "dedup_store_forgotten", "How often the store was found to have forgotten claims.", registry=registry
-        )
-        self._restarts = Counter(
-            "dedup_store_restarts", "How often another server process answered than before.", registry=registry
-        )
-
-    def connected(self, *, again: bool) -> None:
-        """Count an open connection, made `again` where one was lost."""
-        self._connections.inc()
-        if again:
-            self._reconnects.inc()
-
-    def disconnected(self) -> None:
-        """Count a connection that ended."""
-        self._connections.dec()
-
-    def ready(self, *, ready: bool) -> None:
-        """Tell whether the store answered the last check."""
-        self._ready.set(ready)
-
-    def noticed(self, *, forgot: bool, restarted: bool) -> None:
-        """Count what was noticed of the store's memory."""
-        self._losses.inc(forgot)
-        self._restarts.inc(restarted)
 
 
 class Metrics:
-    """Every figure of this process, in a registry of its own."""
+    """All metrics of this process, in a registry of its own."""
 
     def __init__(self, service: str, methods: Iterable[str], build: Mapping[str, str]) -> None:
-        # When a series began is no figure of ours, and the files of several workers do not have it.
+        # The workers' metric files do not have the creation time of a series.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self.store = StoreMetrics(self.registry)
         rpc = ["grpc_type", "grpc_service", "grpc_method"]
-        started = self._counter("grpc_server_started", "Calls that came in.", *rpc)
-        handled = self._counter("grpc_server_handled", "Calls that ended, by their code.", *rpc, "grpc_code")
+        started = self._counter("grpc_server_started", "Calls received.", *rpc)
+        handled = self._counter("grpc_server_handled", "Calls finished, by status code.", *rpc, "grpc_code")
         seconds = Histogram(
             "grpc_server_handling_seconds",
-            "How long calls took, waits included.",
+            "Duration of calls, including the time they wait for other work to end.",
             rpc,
             buckets=_CALL_BUCKETS_S,
             registry=self.registry,
         )
-        doubts = self._counter("dedup_unknown_outcomes", "Errors with `applied: unknown`, by their reason.", "reason")
-        self._doubts = {reason: doubts.labels(reason).inc for reason in (*_DOUBTS, "OTHER")}
-        self._calls = {
-            method: CallMetrics(
+        self.series = {
+            method: (
                 started.labels("unary", service, method).inc,
                 {code: handled.labels("unary", service, method, label).inc for code, label in _CODES.items()},
                 seconds.labels("unary", service, method).observe,
-                self.doubted,
             )
             for method in methods
         }
-        self._claims = self._counter("dedup_claims", "Claims, by their outcome.", "namespace", "outcome")
+        doubts = self._counter("dedup_unknown_outcomes", "Errors with `applied: unknown`, by reason.", "reason")
+        self._doubts = {reason: doubts.labels(reason).inc for reason in (*_DOUBTS, "OTHER")}
+        self._claims = self._counter("dedup_claims", "Claims, by outcome.", "namespace", "outcome")
         self._replays = self._counter(
-            "dedup_claim_replays", "Repeated claims that were CLAIMED again, as a retry should be.", "namespace"
+            "dedup_claim_replays", "Retries that received CLAIMED again with their own token.", "namespace"
         )
         self._shadow_duplicates = self._counter(
             "dedup_shadow_duplicates", "Duplicates that shadow mode let through.", "namespace"
         )
         self.in_flight = Gauge(
-            "dedup_calls_in_flight", "Calls under way.", multiprocess_mode="livesum", registry=self.registry
+            "dedup_calls_in_flight", "Calls in flight.", multiprocess_mode="livesum", registry=self.registry
         )
         build_info = Gauge("dedup_build_info", "1.", list(build), multiprocess_mode="livemax", registry=self.registry)
         build_info.labels(*build.values()).set(1)
+        self._namespaces: dict[str, _ClaimCounters] = {name: self._bind(name) for name in (DEFAULT_NAMESPACE, OTHER)}
 
-    def call(self, method: str) -> CallMetrics:
-        """Return the figures of one rpc of the service."""
-        return self._calls[method]
+    def calls(self, method: str, known: Callable[[], Container[str]]) -> "CallMetrics":
+        """Return the observer of the calls of one rpc; `known` returns the namespaces the policy file names now."""
+        return CallMetrics(self, method, known)
 
-    def doubted(self, reason: str) -> None:
-        """Count an error, of a call or an entry of a batch, that leaves open whether the store was changed."""
-        self._doubts.get(reason, self._doubts["OTHER"])()
+    def bind(self, namespaces: Iterable[str]) -> None:
+        """Create the series of these namespaces before their first claim."""
+        for namespace in namespaces:
+            self._namespaces.setdefault(namespace, self._bind(namespace))
 
-    def claims(self, namespace: str) -> ClaimMetrics:
-        """Bind the figures of one namespace, which must be OTHER or one that the operator has named."""
-        return ClaimMetrics(
+    def _bind(self, namespace: str) -> "_ClaimCounters":
+        return _ClaimCounters(
             {outcome: self._claims.labels(namespace, outcome).inc for outcome in _OUTCOMES},
             self._replays.labels(namespace).inc,
             self._shadow_duplicates.labels(namespace).inc,
         )
 
+    def count_claim(self, namespace: str, answer: ClaimAnswer | None, known: Container[str]) -> None:
+        """Count a claim by its outcome; without an answer as ERROR."""
+        counters = self._namespaces.get(namespace)
+        if counters is None:
+            # A reloaded policy file may name namespaces the first one did not.
+            if namespace in known:
+                self.bind((namespace,))
+            counters = self._namespaces[namespace if namespace in known else OTHER]
+        if answer is None:
+            counters.outcomes["ERROR"]()
+            return
+        counters.outcomes[answer.outcome.value]()
+        if answer.replayed:
+            counters.replayed()
+        if answer.shadow_duplicate:
+            counters.shadow_duplicate()
+
+    def count_doubt(self, failure: Failure) -> None:
+        """Count a failure that may have changed the store."""
+        if failure.applied is Applied.UNKNOWN:
+            self._doubts.get(failure.reason, self._doubts["OTHER"])()
+
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, labels, registry=self.registry)
 
 
-def share_figures(folder: str, number: int) -> None:
-    """Keep the figures of this process in files of `folder`, to be added up with those of other workers.
+class _ClaimCounters:
+    """The counters of one namespace; replayed and shadow claims are counted as CLAIMED, too."""
 
-    Must be called before any figure is made. No two living processes may have one number; a dead one's may be taken,
-    and its counts go on.
+    __slots__ = ("outcomes", "replayed", "shadow_duplicate")
+
+    def __init__(self, outcomes: Mapping[str, Add], replayed: Add, shadow_duplicate: Add) -> None:
+        self.outcomes = outcomes
+        self.replayed = replayed
+        self.shadow_duplicate = shadow_duplicate
+
+
+class CallMetrics:
+    """Counts the calls of one rpc, their claims, and errors with an unknown outcome."""
+
+    def __init__(self, metrics: Metrics, method: str, known: Callable[[], Container[str]]) -> None:
+        self._metrics = metrics
+        self._started, self._handled, self._seconds = metrics.series[method]
+        self._known = known
+
+    def started(self, _: Call) -> None:
+        """Count a call that arrived."""
+        self._started()
+
+    def finished(self, call: Call) -> None:
+        """Count a call that ended."""
+        self._handled[call.code]()
+        self._seconds(call.duration_s)
+        if call.claims:
+            known = self._known()
+            for namespace, answer in call.claims:
+                self._metrics.count_claim(namespace, answer, known)
+        if call.failure is not None:
+            self._metrics.count_doubt(call.failure)
+        for failure in call.failed_entries:
+            self._metrics.count_doubt(failure)
+
+
+class StoreMetrics:
+    """Times the operations of the store, and counts its checks and connections."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        seconds = Histogram(
+            "dedup_store_seconds",
+            "Duration of store operations, failed ones included.",
+            ["operation"],
+            buckets=_STORE_BUCKETS_S,
+            registry=registry,
+        )
+        self._seconds = {name: seconds.labels(name).observe for name in _OPERATIONS}
+        self._ready = Gauge(
+            "dedup_store_ready",
+            "1 while the store answers checks, else 0; 0 if any worker gets no answer.",
+            multiprocess_mode="livemin",
+            registry=registry,
+        )
+        self._connections = Gauge(
+            "dedup_store_connections", "Open connections to the store.", multiprocess_mode="livesum", registry=registry
+        )
+        self._reconnects = Counter("dedup_store_reconnects", "Connections that replaced a lost one.", registry=registry)
+        self._losses = Counter("dedup_store_forgotten", "Times the store had forgotten claims.", registry=registry)
+        self._restarts = Counter(
+            "dedup_store_restarts", "Times another server process answered than before.", registry=registry
+        )
+
+    def connected(self, *, again: bool) -> None:
+        """Count a connection; `again` is true for a reconnect."""
+        self._connections.inc()
+        if again:
+            self._reconnects.inc()
+
+    def disconnected(self) -> None:
+        """Count the end of a connection."""
+        self._connections.dec()
+
+    def operation_started(self, operation: str, _: Sequence[Any]) -> Callable[[Any, BaseException | None], None]:
+        """Return what records the end of an operation."""
+        if operation == "check":
+            return self._checked
+        return partial(_observe_duration, self._seconds[operation], time.perf_counter())
+
+    def _checked(self, notices: Sequence[StoreNotice] | None, failure: BaseException | None) -> None:
+        self._ready.set(failure is None)
+        for notice in notices or ():
+            self._losses.inc(notice.forgot)
+            self._restarts.inc(notice.restarted)
+
+
+def _observe_duration(observe: Callable[[float], None], begun: float, _: object, __: BaseException | None) -> None:
+    observe(time.perf_counter() - begun)
+
+
+def share_metrics(folder: str, worker: int) -> None:
+    """Keep the metrics of this process in files of `folder`, to be added up with those of other workers.
+
+    Must be called before the first metric is created. No two live processes may have the same number; the counts of a
+    dead one continue.
     """
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
-    values.ValueClass = values.MultiProcessValue(partial(int, number))  # type: ignore[no-untyped-call]
+    values.ValueClass = values.MultiProcessValue(partial(int, worker))  # type: ignore[no-untyped-call]

@@ -1,6 +1,5 @@
-"""Where the server listens: TCP addresses and Unix sockets, and what can be wrong with them at the start."""
+"""Binding TCP addresses and Unix sockets through gRPC, with a sentence for each way that fails."""
 
-import errno
 import os
 import socket
 import stat
@@ -8,66 +7,48 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# Owner and group may connect: read and write, for a socket, are what connecting takes.
+from dedup_service.config.addresses import Address
+from dedup_service.config.errors import AddressUnavailable
+
+# Owner and group may connect, which takes read and write permission.
 _SOCKET_UMASK = 0o117
-
-
-class StartRefused(Exception):
-    """The server cannot start; the message is one sentence that says what to change."""
-
 
 # Binds a target of gRPC and returns its port, or raises RuntimeError.
 AddPort = Callable[[str], int]
 
 
 def add_listener(add_port: AddPort, address: str, *, reuse_port: bool = False) -> str:
-    """Bind one address and return it as it turned out (port 0 becomes the port that was free).
+    """Bind one address and return it; port 0 has become a free port.
 
-    A Unix socket is created with mode 0660. Raises StartRefused when the address cannot be had, also when another
-    server listens there already; with `reuse_port`, one that shares its TCP port does not count.
+    A Unix socket gets mode 0660. Raises AddressUnavailable, also when another server listens there; with `reuse_port`,
+    servers that share the TCP port do not count.
     """
-    if address.startswith("unix:"):
-        path = Path(address.removeprefix("unix://"))
-        _make_way(path)
+    parsed = Address.parse(address)
+    if parsed.socket_path:
+        path = Path(parsed.socket_path)
+        _remove_stale_socket(path)
         with _umask(_SOCKET_UMASK):
             _bind(add_port, f"unix:{path}", address)
         return address
-    host, _, port = address.rpartition(":")
-    _probe(host.strip("[]"), int(port), address, reuse_port=reuse_port)
-    return f"{host}:{_bind(add_port, address, address)}"
+    parsed.probe(reuse_port=reuse_port)
+    return str(parsed.with_port(_bind(add_port, address, address)))
 
 
 def _bind(add_port: AddPort, target: str, address: str) -> int:
     try:
         return add_port(target)
     except RuntimeError:
-        raise StartRefused(f"cannot listen on {address}: the log of gRPC above may say why") from None
+        raise AddressUnavailable(f"cannot listen on {address}: gRPC may have logged the cause above") from None
 
 
-def _probe(host: str, port: int, address: str, *, reuse_port: bool) -> None:
-    # gRPC knows why it cannot bind, and tells only its own log.
-    try:
-        family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, int(reuse_port))
-            probe.bind(where)
-            if not reuse_port:
-                # Beside others it would take connections away from them.
-                probe.listen()
-    except OSError as error:
-        hint = ": does another server listen there?" if error.errno == errno.EADDRINUSE else ""
-        raise StartRefused(f"cannot listen on {address}: {error.strerror}{hint}") from None
-
-
-def _make_way(path: Path) -> None:
-    # gRPC removes whatever socket is in its place, also one that a living server listens on.
+def _remove_stale_socket(path: Path) -> None:
+    # gRPC would remove any socket in its place, also one a live server listens on.
     if not path.parent.is_dir():
-        raise StartRefused(f"cannot listen on unix://{path}: the folder {path.parent} does not exist")
+        raise AddressUnavailable(f"cannot listen on unix://{path}: the folder {path.parent} does not exist")
     if not path.exists():
         return
     if not stat.S_ISSOCK(path.stat().st_mode):
-        raise StartRefused(f"cannot listen on unix://{path}: a file that is no socket is in its place")
+        raise AddressUnavailable(f"cannot listen on unix://{path}: a file that is not a socket is in its place")
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(str(path))
@@ -75,8 +56,8 @@ def _make_way(path: Path) -> None:
             path.unlink()
             return
         except OSError as error:
-            raise StartRefused(f"cannot listen on unix://{path}: {error}") from None
-    raise StartRefused(f"cannot listen on unix://{path}: another server listens there")
+            raise AddressUnavailable(f"cannot listen on unix://{path}: {error}") from None
+    raise AddressUnavailable(f"cannot listen on unix://{path}: another server listens there")
 
 
 @contextmanager

@@ -1,1 +1,4 @@
-"""The stores behind `ClaimStore`, one folder each; `registry` chooses by URL. They know neither gRPC nor protobuf."""
+"""The stores behind `ClaimStore`, one folder each. `registry` chooses one by the scheme of the store URL.
+
+They import neither gRPC nor protobuf, and only a store's own folder imports its driver.
+"""

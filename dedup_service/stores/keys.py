@@ -1,4 +1,4 @@
-"""The key of a transaction: two different pairs of namespace and id never share one."""
+"""The key of a transaction. Two different pairs of namespace and id never share one."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ KeyLayout = Callable[[str, str], bytes]
 
 
 def prefixed_layout(prefix: str) -> KeyLayout:
-    """Return the layout `{prefix}{namespace}:{transaction_id}`; a namespace has no colon, so the pair can be told."""
+    """Return the layout `{prefix}{namespace}:{transaction_id}`. It is injective: a namespace contains no colon."""
     prefix_bytes = prefix.encode()
 
     def key(namespace: str, transaction_id: str) -> bytes:
@@ -18,9 +18,9 @@ def prefixed_layout(prefix: str) -> KeyLayout:
 
 
 def raw_layout(namespace: str, transaction_id: str) -> bytes:
-    """Return the transaction id itself, as services with an in-process SETNX write it.
+    """Return the transaction id itself, the key that services with an in-process SETNX write.
 
-    Raises InvalidRequest for any namespace but the default one, since the key has no room to keep them apart.
+    Raises InvalidRequest unless the namespace is the default one: the key cannot keep namespaces apart.
     """
     if namespace != DEFAULT_NAMESPACE:
         raise InvalidRequest(
@@ -33,5 +33,5 @@ def raw_layout(namespace: str, transaction_id: str) -> bytes:
 
 
 def canary_prefix(layout: KeyLayout, prefix: str) -> bytes:
-    """Return what begins keys that are no transaction's: a namespace has no '~', and an id no control character."""
+    """Return a prefix of keys that no transaction has: a namespace has no '~', and an id no control character."""
     return b"dedup-canary\x1f" if layout is raw_layout else b"%b~canary:" % prefix.encode()

@@ -1,24 +1,35 @@
-"""The stores: one module each behind `ClaimStore`, and the one place that chooses by URL. None knows a protocol."""
+"""Chooses the store by the scheme of its URL. `_STORES` has one row for each scheme.
 
-from collections.abc import Awaitable, Callable
+A row imports its driver only when it makes or examines a store: redis-py costs more than the rest of the start-up.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from dedup_service.claims import ClaimStore, ConnectionObserver, Finding, Severity
+from dedup_service.claims import ClaimStore, ConnectionObserver, Finding
 from dedup_service.config.settings import Settings
 from dedup_service.stores.keys import KeyLayout, canary_prefix, prefixed_layout, raw_layout
+from dedup_service.stores.redis.url import (
+    ClusterTarget,
+    RedisTarget,
+    SentinelTarget,
+    parse_cluster_url,
+    parse_redis_url,
+    parse_sentinel_url,
+)
+from dedup_service.stores.sqlite.url import parse_sqlite_url
 
 if TYPE_CHECKING:
-    from dedup_service.stores.redis.nodes import RedisNodes
+    from dedup_service.stores.redis.link import RedisNodes
+
+TraceAttributes = Mapping[str, str | int]
 
 
 @dataclass(frozen=True, slots=True)
 class StoreConfig:
-    """Where and how claims are kept: the store URL, and the settings that hold for any store.
-
-    `min_replicas` is how many replicas have to acknowledge a claim before it is made.
-    """
+    """Where and how claims are stored. `min_replicas` replicas have to acknowledge a claim before it is CLAIMED."""
 
     url: str = field(repr=False)
     key_layout: str = "prefixed"
@@ -28,17 +39,17 @@ class StoreConfig:
 
     @property
     def layout(self) -> KeyLayout:
-        """The key of a transaction."""
+        """The function that makes the key of a transaction."""
         return raw_layout if self.key_layout == "raw" else prefixed_layout(self.key_prefix)
 
     @property
     def scheme(self) -> str:
-        """What the URL begins with."""
+        """The part of the URL before its first colon."""
         return self.url.partition(":")[0]
 
 
 def store_config(settings: Settings) -> StoreConfig:
-    """Return the part of the settings that says where and how claims are stored."""
+    """Return the part of the settings that concerns the store."""
     return StoreConfig(
         settings.effective_store_url,
         settings.key_layout,
@@ -48,146 +59,160 @@ def store_config(settings: Settings) -> StoreConfig:
     )
 
 
-def make_store(place: StoreConfig, observer: ConnectionObserver | None = None) -> ClaimStore:
-    """Return the store of this place, not yet opened; `observer` hears of the connections that it makes over a network.
+def make_store(config: StoreConfig, connections: ConnectionObserver | None = None) -> ClaimStore:
+    """Return the store, not yet opened; `connections` is notified of its network connections.
 
-    Raises ValueError, with a sentence that never repeats the URL, when the URL names no store that there is.
+    Raises ValueError for an invalid URL, with a sentence that never repeats the URL.
     """
-    make = _MAKERS.get(place.scheme)
-    if make is None:
-        raise ValueError(f"the store URL must begin with one of {', '.join(f'{name}:' for name in _MAKERS)}")
-    return make(place, observer)
+    store = _store_of(config)
+    return store.make(config, store.parse(config.url), connections)
 
 
-async def examine_store(place: StoreConfig) -> list[Finding]:
-    """Return what is found at the store of this place, over connections of its own that are closed again.
+async def examine_store(config: StoreConfig) -> list[Finding]:
+    """Return the findings on the store, over separate connections that are closed again.
 
-    Raises ValueError as `make_store` does, StoreUnavailable when the store cannot be reached, and StoreRefused when
-    nobody there knows it.
+    Raises ValueError as `make_store` does, StoreUnavailable when the store cannot be reached, and StoreRefused when no
+    Sentinel or cluster knows it.
     """
-    examine = _EXAMINERS.get(place.scheme)
-    if examine is None:
-        make_store(place)
-        return [Finding("store", Severity.INFO, "This version does not know how to examine a store of this kind.")]
-    return await examine(place)
+    store = _store_of(config)
+    return await store.examine(config, store.parse(config.url))
 
 
-# Each driver is imported only by who uses it: redis-py alone costs more than the rest of the start.
-def _redis(place: StoreConfig, observer: ConnectionObserver | None) -> ClaimStore:
-    from dedup_service.stores.redis.url import parse_redis_url  # noqa: PLC0415
+def trace_attributes(config: StoreConfig) -> tuple[TraceAttributes, Mapping[str, TraceAttributes]]:
+    """Return the attributes of every span of the store, and those of each operation, by OpenTelemetry's conventions.
 
-    target = parse_redis_url(place.url)
-    from dedup_service.stores.redis.link import FixedServer, RedisLink  # noqa: PLC0415
-    from dedup_service.stores.redis.nodes import OneServer  # noqa: PLC0415
-
-    nodes = OneServer(RedisLink(FixedServer(target), place.timeout_ms, place.min_replicas, observer))
-    return _store_of(nodes, place, f"Redis at {target}")
+    Raises ValueError as `make_store` does.
+    """
+    store = _store_of(config)
+    return store.trace(store.parse(config.url)), store.commands
 
 
-def _redis_by_sentinel(place: StoreConfig, observer: ConnectionObserver | None) -> ClaimStore:
-    from dedup_service.stores.redis.url import parse_sentinel_url  # noqa: PLC0415
+TargetT = TypeVar("TargetT")
 
-    target = parse_sentinel_url(place.url)
-    from dedup_service.stores.redis.link import RedisLink  # noqa: PLC0415
-    from dedup_service.stores.redis.nodes import OneServer  # noqa: PLC0415
+
+@dataclass(frozen=True, slots=True)
+class _Store(Generic[TargetT]):
+    """A kind of store: how its URL is read, how it is made and examined, and its attributes in traces."""
+
+    parse: Callable[[str], TargetT]
+    make: Callable[[StoreConfig, TargetT, ConnectionObserver | None], ClaimStore]
+    examine: Callable[[StoreConfig, TargetT], Awaitable[list[Finding]]]
+    trace: Callable[[TargetT], TraceAttributes]
+    commands: Mapping[str, TraceAttributes]
+
+
+def _store_of(config: StoreConfig) -> _Store[Any]:
+    store = _STORES.get(config.scheme)
+    if store is None:
+        raise ValueError(f"the store URL must begin with one of {', '.join(f'{name}:' for name in _STORES)}")
+    return store
+
+
+def _make_redis(config: StoreConfig, target: RedisTarget, connections: ConnectionObserver | None) -> ClaimStore:
+    from dedup_service.stores.redis.link import FixedServer, OneServer, RedisLink  # noqa: PLC0415
+
+    link = RedisLink(FixedServer(target), config.timeout_ms, config.min_replicas, connections)
+    return _redis_store(config, OneServer(link), f"Redis at {target}")
+
+
+def _make_sentinel(config: StoreConfig, target: SentinelTarget, connections: ConnectionObserver | None) -> ClaimStore:
+    from dedup_service.stores.redis.link import OneServer, RedisLink  # noqa: PLC0415
     from dedup_service.stores.redis.sentinel import SentinelLocator  # noqa: PLC0415
 
-    link = RedisLink(SentinelLocator(target, place.timeout_ms), place.timeout_ms, place.min_replicas, observer)
-    return _store_of(OneServer(link), place, f"Redis master {target}")
+    locator = SentinelLocator(target, config.timeout_ms)
+    link = RedisLink(locator, config.timeout_ms, config.min_replicas, connections)
+    return _redis_store(config, OneServer(link), f"Redis master {target}")
 
 
-def _redis_cluster(place: StoreConfig, observer: ConnectionObserver | None) -> ClaimStore:
-    from dedup_service.stores.redis.url import parse_cluster_url  # noqa: PLC0415
-
-    target = parse_cluster_url(place.url)
+def _make_cluster(config: StoreConfig, target: ClusterTarget, connections: ConnectionObserver | None) -> ClaimStore:
     from dedup_service.stores.redis.cluster import ClusterNodes  # noqa: PLC0415
 
-    nodes = ClusterNodes(target, place.timeout_ms, place.min_replicas, observer)
-    return _store_of(nodes, place, f"Redis cluster {target}")
+    nodes = ClusterNodes(target, config.timeout_ms, config.min_replicas, connections)
+    return _redis_store(config, nodes, f"Redis cluster {target}")
 
 
-def _store_of(nodes: "RedisNodes", place: StoreConfig, description: str) -> ClaimStore:
+def _redis_store(config: StoreConfig, nodes: "RedisNodes", description: str) -> ClaimStore:
     from dedup_service.stores.redis.canary import RedisCanary  # noqa: PLC0415
     from dedup_service.stores.redis.store import RedisStore  # noqa: PLC0415
 
-    canary = RedisCanary(canary_prefix(place.layout, place.key_prefix))
-    return RedisStore(nodes, place.layout, description, canary=canary, min_replicas=place.min_replicas)
+    canary = RedisCanary(canary_prefix(config.layout, config.key_prefix))
+    return RedisStore(nodes, config.layout, description, canary=canary, min_replicas=config.min_replicas)
 
 
-def _sqlite(place: StoreConfig, _: ConnectionObserver | None) -> ClaimStore:
+def _make_sqlite(config: StoreConfig, path: Path, _: ConnectionObserver | None) -> ClaimStore:
     from dedup_service.stores.sqlite.store import SqliteStore  # noqa: PLC0415
 
-    path = sqlite_path(place.url)
-    if place.min_replicas:
+    if config.min_replicas:
         raise ValueError("the embedded store has no replicas: leave DEDUP_MIN_REPLICAS at 0, or name a Redis")
-    return SqliteStore(path, place.layout, timeout_ms=place.timeout_ms)
+    return SqliteStore(path, config.layout, timeout_ms=config.timeout_ms)
 
 
-async def _examine_redis(place: StoreConfig) -> list[Finding]:
-    from dedup_service.stores.redis.url import parse_redis_url  # noqa: PLC0415
-
-    target = parse_redis_url(place.url)
+async def _examine_redis(config: StoreConfig, target: RedisTarget) -> list[Finding]:
     from dedup_service.stores.redis.doctor import examine_redis  # noqa: PLC0415
 
-    return await examine_redis(target, place.layout, place.timeout_ms, min_replicas=place.min_replicas)
+    return await examine_redis(target, config.layout, config.timeout_ms, min_replicas=config.min_replicas)
 
 
-async def _examine_redis_by_sentinel(place: StoreConfig) -> list[Finding]:
-    from dedup_service.stores.redis.url import parse_sentinel_url  # noqa: PLC0415
-
-    target = parse_sentinel_url(place.url)
-    from dedup_service.stores.redis.doctor import examine_redis  # noqa: PLC0415
+async def _examine_sentinel(config: StoreConfig, target: SentinelTarget) -> list[Finding]:
     from dedup_service.stores.redis.sentinel import SentinelLocator  # noqa: PLC0415
 
-    master = await SentinelLocator(target, place.timeout_ms).locate()
-    return await examine_redis(master, place.layout, place.timeout_ms, min_replicas=place.min_replicas)
+    return await _examine_redis(config, await SentinelLocator(target, config.timeout_ms).locate())
 
 
-async def _examine_redis_cluster(place: StoreConfig) -> list[Finding]:
-    from dedup_service.stores.redis.url import parse_cluster_url  # noqa: PLC0415
+async def _examine_cluster(config: StoreConfig, target: ClusterTarget) -> list[Finding]:
+    from dedup_service.stores.redis.doctor import examine_cluster  # noqa: PLC0415
 
-    target = parse_cluster_url(place.url)
-    from dedup_service.stores.redis.cluster_doctor import examine_cluster  # noqa: PLC0415
-
-    return await examine_cluster(target, place.layout, place.timeout_ms, place.min_replicas)
+    return await examine_cluster(target, config.layout, config.timeout_ms, config.min_replicas)
 
 
-async def _examine_sqlite(place: StoreConfig) -> list[Finding]:
+async def _examine_sqlite(_: StoreConfig, path: Path) -> list[Finding]:
     from dedup_service.stores.sqlite.doctor import examine_sqlite  # noqa: PLC0415
 
-    return examine_sqlite(sqlite_path(place.url))
+    return examine_sqlite(path)
 
 
-def sqlite_path(url: str) -> Path:
-    """Return the file that `sqlite:///absolute/path` or `sqlite:relative/path` names; raise ValueError for others."""
-    rest = url.removeprefix("sqlite:")
-    if rest.startswith("//"):
-        if not rest.startswith("///"):
-            raise ValueError("a sqlite: store URL names no host: write sqlite:///var/lib/dedup/claims.db")
-        rest = rest[2:]
-    if not rest.strip("/") or rest.endswith("/") or any(mark in rest for mark in "?#"):
-        raise ValueError("a sqlite: store URL names a file and nothing else: write sqlite:///var/lib/dedup/claims.db")
-    return Path(rest).expanduser()
+def _trace_redis(target: RedisTarget) -> TraceAttributes:
+    attributes: dict[str, str | int] = {
+        "db.system.name": "redis",
+        "db.namespace": str(target.db),
+        "server.address": target.socket_path or target.host,
+    }
+    if not target.socket_path:
+        attributes["server.port"] = target.port
+    return attributes
 
 
-_MAKERS: dict[str, Callable[[StoreConfig, ConnectionObserver | None], ClaimStore]] = {
-    "redis": _redis,
-    "rediss": _redis,
-    "unix": _redis,
-    "redis+sentinel": _redis_by_sentinel,
-    "rediss+sentinel": _redis_by_sentinel,
-    "redis+cluster": _redis_cluster,
-    "rediss+cluster": _redis_cluster,
-    "sqlite": _sqlite,
+def _trace_one_of_several(_: SentinelTarget | ClusterTarget) -> TraceAttributes:
+    # The server that will answer is not known beforehand.
+    return {"db.system.name": "redis"}
+
+
+def _trace_sqlite(_: Path) -> TraceAttributes:
+    return {"db.system.name": "sqlite"}
+
+
+# The name of a script stands for its text, which is the same at every call.
+_REDIS_COMMANDS: Mapping[str, TraceAttributes] = {
+    "claim": {"db.operation.name": "SET"},
+    "claim_all": {"db.operation.name": "SET"},
+    "get": {"db.operation.name": "GET"},
+} | {
+    name: {"db.operation.name": "EVALSHA", "db.stored_procedure.name": name}
+    for name in ("complete", "release", "extend")
 }
 
-_EXAMINERS: dict[str, Callable[[StoreConfig], Awaitable[list[Finding]]]] = {
-    "redis": _examine_redis,
-    "rediss": _examine_redis,
-    "unix": _examine_redis,
-    "redis+sentinel": _examine_redis_by_sentinel,
-    "rediss+sentinel": _examine_redis_by_sentinel,
-    "redis+cluster": _examine_redis_cluster,
-    "rediss+cluster": _examine_redis_cluster,
-    "sqlite": _examine_sqlite,
+_ONE_REDIS = _Store(parse_redis_url, _make_redis, _examine_redis, _trace_redis, _REDIS_COMMANDS)
+_SENTINEL = _Store(parse_sentinel_url, _make_sentinel, _examine_sentinel, _trace_one_of_several, _REDIS_COMMANDS)
+_CLUSTER = _Store(parse_cluster_url, _make_cluster, _examine_cluster, _trace_one_of_several, _REDIS_COMMANDS)
+_SQLITE = _Store(parse_sqlite_url, _make_sqlite, _examine_sqlite, _trace_sqlite, {})
+
+_STORES: dict[str, _Store[Any]] = {
+    "redis": _ONE_REDIS,
+    "rediss": _ONE_REDIS,
+    "unix": _ONE_REDIS,
+    "redis+sentinel": _SENTINEL,
+    "rediss+sentinel": _SENTINEL,
+    "redis+cluster": _CLUSTER,
+    "rediss+cluster": _CLUSTER,
+    "sqlite": _SQLITE,
 }

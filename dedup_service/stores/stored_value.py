@@ -1,8 +1,8 @@
 """The stored value: a msgpack array, version first, the same in every store.
 
 `[1, token, claimant, claim_time_ms, expire_time_ms, state, fingerprint, completion_time_ms, result]`. Readers accept a
-longer array (a newer writer that only added fields) and refuse another version. Anything that is not such an array was
-not written by this service and is read as a claim by an unknown holder.
+longer array (a newer writer that only added fields) and refuse another version. Any other value was not written by this
+service and is a claim by an unknown holder.
 """
 
 import msgpack
@@ -14,10 +14,10 @@ VERSION = 1
 UNREADABLE = {
     Reason.VALUE_VERSION_UNKNOWN: f"the stored value has another version than {VERSION}, which this service reads: "
     "upgrade this service, or wait until the transaction expires",
-    Reason.VALUE_DAMAGED: "the stored value is damaged: find out what else writes to this key, then delete it or let it "
-    "expire",
+    Reason.VALUE_DAMAGED: "the stored value is damaged: find the other writer of this key, then delete the key or "
+    "let it expire",
 }
-"""Why a value cannot be read: the stable reason, and what to do."""
+"""The reasons why a value is unreadable, with remedies."""
 
 _FIELDS = 9
 _FIELD_TYPES = [int, str, str, int, int, int, bytes, int, bytes]
@@ -25,9 +25,9 @@ _STATES = {state.value: state for state in TransactionState}
 
 
 def encode(claim: Transaction, over: bytes | None = None) -> bytes:
-    """Return the stored value of a claim that this service writes.
+    """Return the stored value of a claim.
 
-    `over` is the value of the same claim that it replaces: fields which a newer version added to it are kept.
+    `over` is the value it replaces: fields which a newer version added to that value are kept.
     """
     packed: bytes = msgpack.packb(
         (
@@ -47,15 +47,15 @@ def encode(claim: Transaction, over: bytes | None = None) -> bytes:
 
 
 def decode(value: bytes, namespace: str, transaction_id: str) -> Transaction:
-    """Return the claim that `value` holds, or a claim by an unknown holder when this service did not write it.
+    """Return the claim in `value`, or a claim by an unknown holder when this service did not write it.
 
-    Raises UnreadableValue for another version, and for a value of this version that is damaged: either may be a live
-    claim, so neither is "go" nor "duplicate".
+    Raises UnreadableValue for another version and for a damaged value: either may be a live claim, so it is neither
+    "go" nor "duplicate".
     """
     try:
         fields = msgpack.unpackb(value)
     except ValueError:
-        # msgpack's own errors and bytes that are no UTF-8 are both ValueErrors: whatever this is, it is not ours.
+        # The errors of msgpack and of invalid UTF-8 are ValueErrors: this service did not write the value.
         fields = None
     if not isinstance(fields, list) or not fields or type(fields[0]) is not int:
         return unknown_holder(namespace, transaction_id)
@@ -84,7 +84,7 @@ def _unreadable(reason: Reason) -> UnreadableValue:
 
 
 def unknown_holder(namespace: str, transaction_id: str, expire_time_ms: int | None = None) -> Transaction:
-    """Return the claim that a value which this service did not write stands for."""
+    """Return the claim for a value that this service did not write."""
     return Transaction(
         namespace, transaction_id, claim_token=None, claimant="", claim_time_ms=None, expire_time_ms=expire_time_ms
     )

@@ -1,4 +1,4 @@
-"""Several processes on one port: starts them, starts the dead ones again, hands signals on, and ends last.
+"""Several worker processes on one port: start, restart, replace, signal and stop them.
 
-It knows nothing of claims, and imports neither gRPC nor a driver: what supervises must be small and must not fail.
+Must not import grpc, a driver or pydantic: the supervisor has to stay small and must not fail.
 """

@@ -1,53 +1,43 @@
-"""The TCP ports of the service, held by the supervisor for as long as it lives."""
+"""The TCP ports of the service, held by the supervisor as long as it lives."""
 
-import errno
 import socket
+from collections.abc import Sequence
+
+from dedup_service.config.addresses import Address
 
 
-class PortTaken(Exception):
-    """A port cannot be had; the message is one sentence that says which, and why."""
+class HeldPorts:
+    """Holds the addresses of the workers, so that no other process gets them while a worker is away.
 
-
-class Reservation:
-    """Holds the addresses that the workers listen on, so that nobody else gets them while a worker is away.
-
-    `addresses` are those that were asked for, with the port that was free in the place of port 0. Raises PortTaken when
-    another server listens on one, or holds it.
+    `addresses` are the bound ones; port 0 has become a free port. Raises AddressUnavailable.
     """
 
-    def __init__(self, addresses: list[str]) -> None:
+    def __init__(self, addresses: Sequence[str]) -> None:
         self._sockets: list[socket.socket] = []
         try:
-            self.addresses = [self._hold(address) for address in addresses]
+            self.addresses = [str(self._hold(Address.parse(address))) for address in addresses]
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        """Let go of the ports."""
+        """Release the ports."""
         for held in self._sockets:
             held.close()
 
-    def _hold(self, address: str) -> str:
-        host, _, port = address.rpartition(":")
+    def _hold(self, address: Address) -> Address:
+        # Without SO_REUSEPORT, which would silently share the port of another service.
+        address.probe()
         try:
-            family, kind, protocol, _, where = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[
-                0
-            ]
-            # Without SO_REUSEPORT, which would let us share the port of another service in silence.
-            with socket.socket(family, kind, protocol) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(where)
-                probe.listen()
+            family, kind, protocol, where = address.resolve()
             held = socket.socket(family, kind, protocol)
             self._sockets.append(held)
             held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            # Past the connections that a service before us has left in TIME_WAIT, and then not any more, since the
-            # option would also let the probe of another service past this socket.
+            # SO_REUSEADDR passes the connections an earlier service left in TIME_WAIT. It is then unset, since it would
+            # also let the probe of another service pass this socket.
             held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             held.bind(where)
             held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
         except OSError as error:
-            hint = ": does another server listen there?" if error.errno == errno.EADDRINUSE else ""
-            raise PortTaken(f"cannot listen on {address}: {error.strerror}{hint}") from None
-        return f"{host}:{held.getsockname()[1]}"
+            raise address.unavailable(error) from None
+        return address.with_port(held.getsockname()[1])

@@ -1,4 +1,4 @@
-"""Keeps as many workers as were asked for, replaces them one by one, and ends after the last of them."""
+"""Keeps the configured number of workers alive, replaces them on request, and ends after the last of them."""
 
 import asyncio
 import json
@@ -7,49 +7,50 @@ from collections.abc import Callable, Coroutine, Sequence
 from itertools import count
 from typing import Any, Protocol
 
-from dedup_service.supervisor.messages import Refusal, WorkerOrders
+from dedup_service.observability.logs import Logger
+from dedup_service.supervisor.messages import Refusal, WorkerStart
 from dedup_service.supervisor.worker_process import WorkerProcess, start_worker, status_text
 
-# Before the second restart of a worker that keeps dying; each pause is twice the one before.
+# Backoff of a worker that keeps dying, from its second restart on; each pause is twice the previous one.
 _FIRST_PAUSE_S = 0.25
 _LONGEST_PAUSE_S = 30.0
-# A worker that lived this long was in order, and its death is the first one again.
+# A worker that lived this long starts with a fresh backoff.
 _SETTLED_S = 60.0
 
-# What a worker may take to end beyond its grace and the store's time-out, before it is killed.
+# What a worker may take to end beyond its grace period and the store's timeout, before it is killed.
 _END_SLACK_S = 3.0
 
 
-class SharedFigures(Protocol):
-    """Where the workers leave their figures, as `telemetry.worker_metrics` has it."""
+class Metrics(Protocol):
+    """The metrics of the workers, as `observability.metrics_endpoint` has them."""
 
     folder: str
 
-    def serving(self, workers: int) -> None:
-        """Tell how many workers live."""
+    def set_workers(self, count: int) -> None:
+        """Set the number of live workers."""
 
-    def restarted(self) -> None:
-        """Tell that a worker died and is started again."""
+    def count_restart(self) -> None:
+        """Count a worker that replaces a dead one."""
 
-    def ended(self, number: int) -> None:
-        """Forget what was true of a worker only while it lived."""
+    def drop_worker(self, number: int) -> None:
+        """Remove the values that held only while the worker lived."""
 
 
-class RestartPauses:
-    """How long to wait before a worker is started again: not at all at first, then longer each time, up to a limit."""
+class RestartBackoff:
+    """Pauses before a worker is restarted: none at first, then growing up to a limit."""
 
     def __init__(self) -> None:
         self._next_s = 0.0
 
-    def after(self, lived_s: float) -> float:
-        """Return the seconds to wait after a worker that lived this long."""
-        pause_s = 0.0 if lived_s >= _SETTLED_S else self._next_s
+    def after(self, age_s: float) -> float:
+        """Return the pause in seconds after a worker of this age died."""
+        pause_s = 0.0 if age_s >= _SETTLED_S else self._next_s
         self._next_s = min(max(_FIRST_PAUSE_S, 2 * pause_s), _LONGEST_PAUSE_S)
         return pause_s
 
 
-class _Place:
-    """The place of one worker, which others take after it; whoever changes that holds the lock."""
+class _Slot:
+    """One of the configured workers, and its successors; changing the worker takes the lock."""
 
     def __init__(self, worker: WorkerProcess) -> None:
         self.worker = worker
@@ -57,36 +58,36 @@ class _Place:
 
 
 class Supervisor:
-    """Runs workers with these settings: a dict as `Settings.to_json` wrote it, with the addresses that are reserved."""
+    """Runs workers with these settings: a dict as `Settings.to_json` wrote it, with the addresses that are held."""
 
-    def __init__(self, settings: dict[str, Any], figures: SharedFigures | None, log: Any) -> None:  # noqa: ANN401 - as in logs.logger
+    def __init__(self, settings: dict[str, Any], metrics: Metrics | None, log: Logger) -> None:
         self._count: int = settings["workers"]
         self._settings = json.dumps(settings)
-        self._patience_s = (settings["shutdown_grace"] + settings["store_timeout"]) / 1000 + _END_SLACK_S
-        self._figures = figures
+        self._end_timeout_s = (settings["shutdown_grace"] + settings["store_timeout"]) / 1000 + _END_SLACK_S
+        self._metrics = metrics
         self._log = log
         self._numbers: set[int] = set()
-        self._living: set[WorkerProcess] = set()
-        self._places: list[_Place] = []
+        self._live: set[WorkerProcess] = set()
+        self._slots: list[_Slot] = []
         self._tasks: set[asyncio.Task[None]] = set()
-        self._burials: set[asyncio.Task[None]] = set()
-        self._replacement_wanted = asyncio.Event()
-        # Why it ends: a refusal, or None when it was asked to.
+        self._cleanups: set[asyncio.Task[None]] = set()
+        self._replacement_requested = asyncio.Event()
+        # The end: a refusal, or None after a signal.
         self._over: asyncio.Future[Refusal | None] = asyncio.get_running_loop().create_future()
 
     async def run(self, announce: Callable[[Sequence[str]], None]) -> Refusal | None:
         """Supervise until SIGTERM or SIGINT, or until the workers cannot serve; return why they cannot.
 
-        `announce` is called once with the addresses, when every worker serves. Workers get each SIGTERM, SIGINT and
-        SIGHUP; at SIGUSR2 they are replaced one by one, each new one serving before the old one drains. A worker that
-        dies is started again. Returns after the last of them has ended or was killed.
+        `announce` is called once with the addresses, when every worker is ready. Workers receive each SIGTERM, SIGINT
+        and SIGHUP. SIGUSR2 replaces them one by one, each new one ready before the old one drains. A dead worker is
+        restarted. Returns after the last worker has ended or was killed.
         """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._end, number)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
-        loop.add_signal_handler(signal.SIGUSR2, self._replacement_wanted.set)
-        self._spawn_task(self._start(announce))
+        loop.add_signal_handler(signal.SIGUSR2, self._replacement_requested.set)
+        self._start_task(self._start(announce))
         try:
             return await self._over
         finally:
@@ -96,112 +97,114 @@ class Supervisor:
             await self._end_workers()
 
     def _end(self, number: signal.Signals) -> None:
-        for worker in self._living:
+        for worker in self._live:
             worker.signal(number)
         if not self._over.done():
             self._over.set_result(None)
 
     def _reload(self) -> None:
-        for worker in self._living:
+        for worker in self._live:
             worker.reload()
 
     async def _start(self, announce: Callable[[Sequence[str]], None]) -> None:
         workers = [await self._start_worker() for _ in range(self._count)]
-        for serving in asyncio.as_completed([self._serves_first(worker) for worker in workers]):
-            if refusal := await serving:
+        for ready in asyncio.as_completed([self._first_report(worker) for worker in workers]):
+            if refusal := await ready:
                 self._refuse(refusal)
                 return
-        self._places = [_Place(worker) for worker in workers]
-        for place in self._places:
-            self._spawn_task(self._keep(place))
-        self._spawn_task(self._replace_when_asked())
+        self._slots = [_Slot(worker) for worker in workers]
+        for slot in self._slots:
+            self._start_task(self._keep(slot))
+        self._start_task(self._replace_when_requested())
         announce(workers[0].addresses)
 
-    async def _serves_first(self, worker: WorkerProcess) -> Refusal | None:
-        if await worker.serves():
+    async def _first_report(self, worker: WorkerProcess) -> Refusal | None:
+        if await worker.ready():
             return None
         status = status_text(await worker.ended())
-        return worker.refusal or Refusal(f"worker {worker.number} {status} before it served: the log may say why", 1)
+        return worker.refusal or Refusal(
+            f"worker {worker.number} {status} before it was ready: the log may have the cause", 1
+        )
 
     async def _start_worker(self) -> WorkerProcess:
         number = next(number for number in count(1) if number not in self._numbers)
         self._numbers.add(number)
-        folder = self._figures.folder if self._figures else None
+        folder = self._metrics.folder if self._metrics else None
         try:
-            worker = await start_worker(WorkerOrders(number, self._settings, folder))
+            worker = await start_worker(WorkerStart(number, self._settings, folder))
         except BaseException:
             self._numbers.discard(number)
             raise
-        self._living.add(worker)
-        self._count_living()
+        self._live.add(worker)
+        self._count_live()
         self._log.info("worker_spawned", worker=number, pid=worker.pid)
-        self._burials.add(burial := asyncio.create_task(self._bury(worker)))
-        burial.add_done_callback(self._burials.discard)
+        self._cleanups.add(cleanup := asyncio.create_task(self._clean_up_after(worker)))
+        cleanup.add_done_callback(self._cleanups.discard)
         return worker
 
-    async def _bury(self, worker: WorkerProcess) -> None:
+    async def _clean_up_after(self, worker: WorkerProcess) -> None:
         await worker.ended()
-        self._living.discard(worker)
+        self._live.discard(worker)
         self._numbers.discard(worker.number)
-        if self._figures:
-            self._figures.ended(worker.number)
-        self._count_living()
+        if self._metrics:
+            self._metrics.drop_worker(worker.number)
+        self._count_live()
 
-    def _count_living(self) -> None:
-        if self._figures:
-            self._figures.serving(len(self._living))
+    def _count_live(self) -> None:
+        if self._metrics:
+            self._metrics.set_workers(len(self._live))
 
-    async def _keep(self, place: _Place) -> None:
-        """Start whoever takes the place again when it dies, for ever."""
-        pauses = RestartPauses()
+    async def _keep(self, slot: _Slot) -> None:
+        """Restart the worker of the slot whenever it dies, for ever."""
+        backoff = RestartBackoff()
         while True:
-            worker = place.worker
+            worker = slot.worker
             status = await worker.ended()
-            async with place.lock:
-                if place.worker is not worker:
-                    # It was replaced, and its end wanted.
+            async with slot.lock:
+                if slot.worker is not worker:
+                    # It was replaced.
                     continue
                 if worker.refusal and worker.addresses:
-                    # What it found out while it served is so for all of them.
+                    # A fault found while serving applies to every worker.
                     self._refuse(worker.refusal)
                     return
-                pause_s = pauses.after(worker.lived_s)
+                pause_s = backoff.after(worker.age_s)
                 why = {"refusal": worker.refusal.sentence} if worker.refusal else {}
                 self._log.error(
                     "worker_died",
                     worker=worker.number,
                     pid=worker.pid,
                     status=status_text(status),
-                    lived_s=round(worker.lived_s, 1),
+                    lived_s=round(worker.age_s, 1),
                     restart_in_s=pause_s,
                     **why,
                 )
                 await asyncio.sleep(pause_s)
-                if self._figures:
-                    self._figures.restarted()
-                place.worker = await self._start_worker()
+                if self._metrics:
+                    self._metrics.count_restart()
+                slot.worker = await self._start_worker()
 
-    async def _replace_when_asked(self) -> None:
+    async def _replace_when_requested(self) -> None:
         while True:
-            await self._replacement_wanted.wait()
-            self._replacement_wanted.clear()
+            await self._replacement_requested.wait()
+            self._replacement_requested.clear()
             self._log.info("worker_replacement_started", workers=self._count)
-            for place in self._places:
-                if not place.lock.locked() and not await self._replace(place):
+            for slot in self._slots:
+                if not slot.lock.locked() and not await self._replace(slot):
                     break
             else:
                 self._log.info("workers_replaced", workers=self._count)
 
-    async def _replace(self, place: _Place) -> bool:
-        """Put a new worker into the place, then end the old one; say whether that worked."""
-        async with place.lock:
-            old, new = place.worker, await self._start_worker()
-            if not await new.serves():
+    async def _replace(self, slot: _Slot) -> bool:
+        """Start a successor, then end the old worker; return whether that worked."""
+        async with slot.lock:
+            old, new = slot.worker, await self._start_worker()
+            if not await new.ready():
                 status = status_text(await new.ended())
                 why = new.refusal.sentence if new.refusal else status
                 self._log.error("worker_replacement_failed", worker=old.number, message=f"the old workers stay: {why}")
                 return False
-            place.worker = new
+            slot.worker = new
             old.signal(signal.SIGTERM)
             await self._ended_or_killed(old)
             return True
@@ -213,20 +216,20 @@ class Supervisor:
     async def _end_workers(self) -> None:
         if not self._over.cancelled() and (self._over.exception() or self._over.result()):
             self._end(signal.SIGTERM)
-        await asyncio.gather(*map(self._ended_or_killed, self._living))
-        # Their figures are put in order before the folder of the figures goes.
-        await asyncio.gather(*self._burials)
+        await asyncio.gather(*map(self._ended_or_killed, self._live))
+        # Before the folder of their metrics is removed.
+        await asyncio.gather(*self._cleanups)
 
     async def _ended_or_killed(self, worker: WorkerProcess) -> None:
         try:
-            async with asyncio.timeout(self._patience_s):
+            async with asyncio.timeout(self._end_timeout_s):
                 await worker.ended()
         except TimeoutError:
-            self._log.error("worker_killed", worker=worker.number, pid=worker.pid, after_s=self._patience_s)
+            self._log.error("worker_killed", worker=worker.number, pid=worker.pid, after_s=self._end_timeout_s)
             worker.signal(signal.SIGKILL)
             await worker.ended()
 
-    def _spawn_task(self, work: Coroutine[Any, Any, None]) -> None:
+    def _start_task(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._note_failure)

@@ -1,4 +1,4 @@
-"""One worker as its supervisor sees it: a process that says when it serves, takes signals, and ends."""
+"""A worker as its supervisor sees it: a process that reports when it is ready, takes signals, and ends."""
 
 import asyncio
 import contextlib
@@ -7,9 +7,7 @@ import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Sequence
 
-from dedup_service.supervisor.messages import Refusal, WorkerOrders, python_command, read_line
-
-WORKER_MODULE = "dedup_service.server.worker"
+from dedup_service.supervisor.messages import Refusal, WorkerStart, own_command, read_report
 
 
 class WorkerProcess:
@@ -19,70 +17,68 @@ class WorkerProcess:
         self.number = number
         self.pid = process.pid
         self.addresses: Sequence[str] = ()
-        """Where it serves; empty until it does."""
+        """Empty until the worker is ready."""
         self.refusal: Refusal | None = None
-        """Why it cannot serve, if it said so."""
+        """Why it cannot serve, if it reported so."""
         self._process = process
-        self._began = time.monotonic()
+        self._started = time.monotonic()
         self._reload_due = False
-        self._spoke = asyncio.Event()
+        self._reported = asyncio.Event()
         self._following = asyncio.create_task(self._follow())
 
     @property
-    def lived_s(self) -> float:
+    def age_s(self) -> float:
         """The seconds since its start."""
-        return time.monotonic() - self._began
+        return time.monotonic() - self._started
 
     async def ended(self) -> int:
-        """Wait for its end, and return its exit status; negative when a signal ended it."""
-        # Who is cancelled meanwhile must not take the others' answer along.
+        """Wait for its end, and return the exit status; negative if a signal ended it."""
+        # Shield: cancelling one waiter must not cancel the others.
         return await asyncio.shield(self._following)
 
-    async def serves(self) -> bool:
-        """Wait until it serves or has ended, and say which."""
-        await self._spoke.wait()
+    async def ready(self) -> bool:
+        """Wait until it is ready or has ended, and return which."""
+        await self._reported.wait()
         return bool(self.addresses)
 
     def signal(self, number: signal.Signals) -> None:
-        """Send it a signal, unless it has ended."""
+        """Send a signal, unless the process has ended."""
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(number)
 
     def reload(self) -> None:
-        """Hand a SIGHUP on: now, or as soon as it serves, since before that the signal would end it."""
+        """Forward a SIGHUP, at once or when the worker is ready: before that the signal would end it."""
         if self.addresses:
             self.signal(signal.SIGHUP)
         else:
             self._reload_due = True
 
     async def _follow(self) -> int:
-        assert self._process.stdout is not None  # noqa: S101 - it was asked for as a pipe
+        assert self._process.stdout is not None  # noqa: S101 - it is a pipe
         async for line in self._process.stdout:
-            said = read_line(line)
-            if isinstance(said, Refusal):
-                self.refusal = said
+            report = read_report(line)
+            if isinstance(report, Refusal):
+                self.refusal = report
                 continue
-            self.addresses = said
-            self._spoke.set()
+            self.addresses = report
+            self._reported.set()
             if self._reload_due:
                 self.signal(signal.SIGHUP)
         status = await self._process.wait()
-        self._spoke.set()
+        self._reported.set()
         return status
 
 
-async def start_worker(orders: WorkerOrders) -> WorkerProcess:
-    """Start a worker, and wait for nothing. Raises OSError when the system has no room for a process.
+async def start_worker(start: WorkerStart) -> WorkerProcess:
+    """Start a worker without waiting for it. Raises OSError if the system cannot start a process.
 
-    In a process group of its own, so that Ctrl-C in a terminal reaches it once, by way of the supervisor. Its standard
-    input stays open: the end of it tells the worker that its supervisor is gone.
+    It gets a process group of its own, so that Ctrl-C in a terminal reaches it once, through the supervisor. The end of
+    its standard input tells it that the supervisor is gone.
     """
-    process = await asyncio.create_subprocess_exec(
-        *python_command(WORKER_MODULE), stdin=PIPE, stdout=PIPE, process_group=0
-    )
-    assert process.stdin is not None  # noqa: S101 - as above
-    process.stdin.write(orders.to_line())
-    return WorkerProcess(orders.number, process)
+    process = await asyncio.create_subprocess_exec(*own_command("worker"), stdin=PIPE, stdout=PIPE, process_group=0)
+    assert process.stdin is not None  # noqa: S101 - it is a pipe
+    process.stdin.write(start.to_line())
+    return WorkerProcess(start.number, process)
 
 
 def status_text(status: int) -> str:

@@ -1,4 +1,4 @@
-"""Opened stores of every kind, for the contract suite and for what is particular to one of them."""
+"""Opened stores of every kind."""
 
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from dedup_service.claims import ClaimStore
-from dedup_service.stores.registry import StoreConfig, make_store
 from dedup_service.stores.keys import prefixed_layout
 from dedup_service.stores.redis.canary import RedisCanary
-from dedup_service.stores.redis.nodes import OneServer
+from dedup_service.stores.redis.link import OneServer
 from dedup_service.stores.redis.store import RedisStore
+from dedup_service.stores.registry import StoreConfig, make_store
 from tests.support.cluster import ClusterDeployment
 from tests.support.fakeredis_link import FakeredisLink
 from tests.support.processes import RedisProcess
@@ -19,7 +19,7 @@ from tests.support.sentinel import SentinelProcess, sentinel_url
 
 @pytest.fixture(scope="session")
 def sentinel(redis_server: RedisProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SentinelProcess]:
-    """A Sentinel that watches the Redis of this test worker."""
+    """A Sentinel that monitors the Redis of this test worker."""
     process = SentinelProcess(tmp_path_factory.mktemp("sentinel") / "one", redis_server.port)
     yield process.start()
     process.stop()
@@ -27,7 +27,7 @@ def sentinel(redis_server: RedisProcess, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="session")
 def masters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterDeployment]:
-    """A cluster of three masters without replicas, which no test may change for good."""
+    """A cluster of three masters without replicas; tests restore what they change."""
     deployment = ClusterDeployment(tmp_path_factory.mktemp("cluster"), replicas=False)
     try:
         yield deployment.start()

@@ -1,4 +1,4 @@
-"""The contract suite: what every store promises, the same cases over each of them."""
+"""The contract suite: the same cases over every store."""
 
 import asyncio
 
@@ -12,12 +12,13 @@ from dedup_service.claims import (
     InvalidRequest,
     Policies,
     Policy,
+    RequestedExpiry,
     StoreUnavailable,
     TransactionNotFound,
     TransactionState,
     system_clock_ms,
 )
-from tests.support.claims import a_claim
+from tests.support.claims import MINUTE, a_claim, end_of, lasting
 from tests.support.polling import eventually
 
 POLICY = Policy(default_ttl_ms=60_000, max_ttl_ms=86_400_000, retention_ms=3_600_000)
@@ -30,47 +31,47 @@ def claims(store: ClaimStore) -> ClaimService:
 
 
 async def test_the_first_claim_is_stored_and_the_second_meets_it(store: ClaimStore, unique: str) -> None:
-    """A claim answers None when it was stored, and every field of the holder afterwards."""
+    """`claim` returns None when it stored the claim, and otherwise the holder with every field."""
     first = a_claim(unique, claimant="worker-1", payload_fingerprint=b"\x00\xff")
-    assert await store.claim(first, 60_000) is None
-    assert await store.claim(a_claim(unique, token="another-token-16"), 60_000) == first
+    assert await store.claim(first, MINUTE) is None
+    assert await store.claim(a_claim(unique, token="another-token-16"), MINUTE) == first
     assert await store.get("default", unique) == first
 
 
 async def test_of_many_concurrent_claims_one_is_stored(store: ClaimStore, unique: str) -> None:
-    """Of 90 concurrent claims of one id exactly one is stored, and the others are all shown that one."""
+    """Of 90 concurrent claims of one id exactly one is stored, and all others receive it as the holder."""
     contenders = [a_claim(unique, token=f"token-number-{number:04}") for number in range(90)]
-    holders = await asyncio.gather(*(store.claim(contender, 60_000) for contender in contenders))
+    holders = await asyncio.gather(*(store.claim(contender, MINUTE) for contender in contenders))
     winners = [contender for contender, holder in zip(contenders, holders, strict=True) if holder is None]
     assert len(winners) == 1
     assert {holder for holder in holders if holder is not None} == set(winners)
 
 
-async def test_every_answer_goes_to_its_own_question(store: ClaimStore, unique: str) -> None:
-    """Concurrent claims and look-ups of different ids never see each other's answers."""
+async def test_every_answer_reaches_its_own_caller(store: ClaimStore, unique: str) -> None:
+    """Concurrent claims and look-ups of different ids never receive each other's answers."""
     held = [a_claim(f"{unique}-{number}", token=f"token-number-{number:04}") for number in range(50)]
-    await asyncio.gather(*(store.claim(claim, 60_000) for claim in held))
-    again = [store.claim(claim._replace(claim_token="another-token-16"), 60_000) for claim in held]
+    await asyncio.gather(*(store.claim(claim, MINUTE) for claim in held))
+    again = [store.claim(claim._replace(claim_token="another-token-16"), MINUTE) for claim in held]
     looked = [store.get("default", claim.transaction_id) for claim in held]
     assert await asyncio.gather(*again, *looked) == held + held
 
 
-async def test_nothing_is_found_where_nothing_was_claimed(store: ClaimStore, unique: str) -> None:
-    """A look-up of an unclaimed id answers None and claims nothing."""
+async def test_an_unclaimed_id_is_not_found(store: ClaimStore, unique: str) -> None:
+    """A look-up of an unclaimed id returns None and claims nothing."""
     assert await store.get("default", unique) is None
-    assert await store.claim(a_claim(unique), 60_000) is None
+    assert await store.claim(a_claim(unique), MINUTE) is None
 
 
 @pytest.mark.parametrize("absolute", [False, True], ids=["ttl", "expire-time"])
-async def test_a_claim_ends_when_it_said(store: ClaimStore, unique: str, absolute: bool) -> None:  # noqa: FBT001
-    """A claim is there until its ttl or expire time has passed, and can be taken again after it."""
+async def test_a_claim_ends_at_its_expiry(store: ClaimStore, unique: str, absolute: bool) -> None:  # noqa: FBT001
+    """A claim is held until its ttl or expire time has passed, and can be claimed again after it."""
     first = a_claim(unique, ttl_ms=300)
-    assert await store.claim(first, None if absolute else 300) is None
+    assert await store.claim(first, end_of(first) if absolute else lasting(300)) is None
     assert await store.get("default", unique) == first
     second = a_claim(unique, token="another-token-16")
 
     async def is_taken() -> bool:
-        return await store.claim(second, 60_000) is None
+        return await store.claim(second, MINUTE) is None
 
     await eventually(is_taken, what="the expiry")
     assert first.expire_time_ms is not None
@@ -79,38 +80,39 @@ async def test_a_claim_ends_when_it_said(store: ClaimStore, unique: str, absolut
 
 
 async def test_an_expire_time_in_the_past_is_refused(store: ClaimStore, unique: str) -> None:
-    """An expire time that has passed is refused, not stored, and never reported as claimed."""
+    """A past expire time is refused: it is not stored and never reported as claimed."""
+    past = a_claim(unique, ttl_ms=-1)
     with pytest.raises(InvalidRequest, match="expire_time"):
-        await store.claim(a_claim(unique, ttl_ms=-1), None)
+        await store.claim(past, end_of(past))
     assert await store.get("default", unique) is None
 
 
 async def test_namespaces_and_ids_are_kept_apart(store: ClaimStore, unique: str) -> None:
-    """The same text split differently between namespace and id, and NFC and NFD spellings, are different claims."""
+    """Different splits of one text into namespace and id, and NFC and NFD spellings, are different claims."""
     spellings = ("\u00e9", "e\u0301")
     pairs = [("a", f"b:{unique}"), ("b", f"a:{unique}"), ("a.b", unique)]
     pairs += [("default", f"{spelling}{unique}") for spelling in spellings]
-    stored = [await store.claim(a_claim(text, namespace=namespace), 60_000) for namespace, text in pairs]
+    stored = [await store.claim(a_claim(text, namespace=namespace), MINUTE) for namespace, text in pairs]
     assert stored == [None] * len(pairs)
 
 
 async def test_a_cancelled_claim_leaves_the_store_in_order(store: ClaimStore, unique: str) -> None:
-    """After cancelled claims every later answer still belongs to its own question."""
-    tasks = [asyncio.create_task(store.claim(a_claim(f"{unique}-{number}"), 60_000)) for number in range(40)]
+    """After cancelled claims every later answer still reaches its own caller."""
+    tasks = [asyncio.create_task(store.claim(a_claim(f"{unique}-{number}"), MINUTE)) for number in range(40)]
     await asyncio.sleep(0)
     for task in tasks[::2]:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     probe = a_claim(f"{unique}-probe")
-    assert await store.claim(probe, 60_000) is None
+    assert await store.claim(probe, MINUTE) is None
     assert await store.get("default", probe.transaction_id) == probe
 
 
 async def test_many_claims_are_answered_in_order_and_each_alone(store: ClaimStore, unique: str) -> None:
-    """Of claims made together the first of an id holds it, and one that is refused disturbs none of the others."""
-    claims = [(a_claim(f"{unique}-{number // 2}", claimant=str(number)), 60_000) for number in range(100)]
-    past = (a_claim(f"{unique}-past", ttl_ms=-1), None)
-    answers = await store.claim_all([*claims[:50], past, *claims[50:]])
+    """In a batch the first claim of an id holds it, and a refused claim does not affect the others."""
+    claims = [(a_claim(f"{unique}-{number // 2}", claimant=str(number)), MINUTE) for number in range(100)]
+    past = a_claim(f"{unique}-past", ttl_ms=-1)
+    answers = await store.claim_all([*claims[:50], (past, end_of(past)), *claims[50:]])
     assert isinstance(answers[50], InvalidRequest)
     holders = [claims[number - 1][0] if number % 2 else None for number in range(100)]
     assert [*answers[:50], *answers[51:]] == holders
@@ -118,46 +120,46 @@ async def test_many_claims_are_answered_in_order_and_each_alone(store: ClaimStor
 
 
 async def test_many_claims_that_are_cancelled_leave_the_store_in_order(store: ClaimStore, unique: str) -> None:
-    """Later answers still belong to their own questions, and nothing is said of the claims that nobody awaits."""
+    """Later answers reach their own callers, and abandoned claims leave no message in the log of the loop."""
     complaints: list[object] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
-    claims = [(a_claim(f"{unique}-{number}"), 60_000) for number in range(40)]
+    claims = [(a_claim(f"{unique}-{number}"), MINUTE) for number in range(40)]
     task = asyncio.create_task(store.claim_all(claims))
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     probe = a_claim(f"{unique}-probe")
-    assert await store.claim_all([(probe, 60_000)]) == [None]
+    assert await store.claim_all([(probe, MINUTE)]) == [None]
     assert await store.get("default", probe.transaction_id) == probe
     assert not complaints
 
 
 async def test_a_closed_store_refuses_each_of_many_claims(store: ClaimStore, unique: str) -> None:
-    """Every one of them hears it as its own error."""
+    """Each of them receives its own error."""
     await store.close()
-    answers = await store.claim_all([(a_claim(f"{unique}-{number}"), 60_000) for number in range(3)])
+    answers = await store.claim_all([(a_claim(f"{unique}-{number}"), MINUTE) for number in range(3)])
     assert [type(answer) for answer in answers] == [StoreUnavailable] * 3
 
 
-async def test_a_healthy_store_checks_out_and_a_closed_one_does_not(store: ClaimStore, unique: str) -> None:
-    """`check` returns while the store answers; after `close`, which may be called twice, every call is refused."""
+async def test_a_closed_store_fails_its_check(store: ClaimStore, unique: str) -> None:
+    """`check` succeeds while the store answers; after `close`, which may be called twice, every call is refused."""
     await store.check()
     await store.close()
     await store.close()
     with pytest.raises(StoreUnavailable):
         await store.check()
     with pytest.raises(StoreUnavailable):
-        await store.claim(a_claim(unique), 60_000)
+        await store.claim(a_claim(unique), MINUTE)
 
 
 async def test_its_description_is_for_people(store: ClaimStore) -> None:
-    """A store says where its claims are."""
+    """A store describes where its claims are."""
     assert str(store.description)
 
 
 async def test_the_same_token_is_a_replay(claims: ClaimService, unique: str) -> None:
-    """Repeating a claim with its own token is CLAIMED and replayed, and shows the first claim unchanged."""
+    """Repeating a claim with its own token is CLAIMED and replayed, and returns the first claim unchanged."""
     request = ClaimRequest(unique, claim_token="token-of-sixteen", claimant="first")
     first = await claims.claim(request)
     again = await claims.claim(request._replace(claimant="changed"))
@@ -167,7 +169,7 @@ async def test_the_same_token_is_a_replay(claims: ClaimService, unique: str) -> 
 
 
 async def test_another_token_is_a_duplicate(claims: ClaimService, unique: str) -> None:
-    """A claim with another token, or with a generated one, is a duplicate that shows the holder."""
+    """A claim with another token, or with a generated one, is a duplicate and receives the holder."""
     first = await claims.claim(ClaimRequest(unique, claimant="first"))
     for token in ("", "another-token-16"):
         answer = await claims.claim(ClaimRequest(unique, claim_token=token))
@@ -176,7 +178,7 @@ async def test_another_token_is_a_duplicate(claims: ClaimService, unique: str) -
 
 
 async def test_another_fingerprint_is_a_mismatch(claims: ClaimService, unique: str) -> None:
-    """The same id with another fingerprint is a mismatch, even with the holder's token; none is not compared."""
+    """The same id with another fingerprint is a mismatch, even with the token of the holder; absent is not compared."""
     request = ClaimRequest(unique, claim_token="token-of-sixteen", payload_fingerprint=b"one")
     await claims.claim(request)
     for token in ("token-of-sixteen", ""):
@@ -189,26 +191,27 @@ async def test_another_fingerprint_is_a_mismatch(claims: ClaimService, unique: s
 async def test_a_completed_transaction_is_a_duplicate_even_to_its_own_token(
     store: ClaimStore, claims: ClaimService, unique: str
 ) -> None:
-    """CLAIMED always means go, so the token of a completed transaction is told DUPLICATE, with the result."""
+    """CLAIMED always means go, so the token of a completed transaction receives DUPLICATE, with the result."""
     now_ms = system_clock_ms()
     done = a_claim(unique, state=TransactionState.COMPLETED, completion_time_ms=now_ms, result=b"paid 5")
-    assert await store.claim(done, 60_000) is None
+    assert await store.claim(done, MINUTE) is None
     answer = await claims.claim(ClaimRequest(unique, claim_token=done.claim_token or ""))
     assert (answer.outcome, answer.transaction) == (ClaimOutcome.DUPLICATE, done)
 
 
-async def test_looking_up_what_nobody_holds_is_an_error_of_its_own(claims: ClaimService, unique: str) -> None:
+async def test_looking_up_an_unclaimed_id_is_an_error(claims: ClaimService, unique: str) -> None:
     """A look-up of an unclaimed id raises TransactionNotFound."""
     with pytest.raises(TransactionNotFound):
-        await claims.get("", unique)
+        await claims.get("default", unique)
 
 
 async def test_default_and_given_lifetimes_are_kept(claims: ClaimService, unique: str) -> None:
     """The transaction expires after the default, the ttl, or at the expire time, to the millisecond."""
     now_ms = system_clock_ms()
     by_default = (await claims.claim(ClaimRequest(f"{unique}-1"))).transaction
-    by_ttl = (await claims.claim(ClaimRequest(f"{unique}-2", ttl_ms=1_234))).transaction
-    by_time = (await claims.claim(ClaimRequest(f"{unique}-3", expire_time_ms=now_ms + 9_999))).transaction
+    by_ttl = (await claims.claim(ClaimRequest(f"{unique}-2", expiry=RequestedExpiry(ttl_ms=1_234)))).transaction
+    at_time = RequestedExpiry(time_ms=now_ms + 9_999)
+    by_time = (await claims.claim(ClaimRequest(f"{unique}-3", expiry=at_time))).transaction
     assert by_default.expire_time_ms == (by_default.claim_time_ms or 0) + POLICY.default_ttl_ms
     assert by_ttl.expire_time_ms == (by_ttl.claim_time_ms or 0) + 1_234
     assert by_time.expire_time_ms == now_ms + 9_999

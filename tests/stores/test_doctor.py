@@ -1,7 +1,4 @@
-"""The doctor at real servers, each in the state that a check is about; what no server here can be is judged alone.
-
-Protection: in each case the check that it is about.
-"""
+"""The doctor on real servers, each in the state that a check detects. Protection: in each case that check."""
 
 import os
 import shutil
@@ -15,11 +12,11 @@ import redis
 
 from dedup_service.claims import StoreRefused, StoreUnavailable
 from dedup_service.claims.findings import Finding, Severity
-from dedup_service.stores.registry import StoreConfig, examine_store
 from dedup_service.stores.keys import prefixed_layout
 from dedup_service.stores.redis.doctor import examine_redis
 from dedup_service.stores.redis.findings import TimeSample, judge_info, judge_time
 from dedup_service.stores.redis.url import parse_redis_url
+from dedup_service.stores.registry import StoreConfig, examine_store
 from tests.support.polling import eventually, wait_until
 from tests.support.processes import RedisProcess, free_port
 from tests.support.sentinel import SentinelProcess, sentinel_url
@@ -94,10 +91,10 @@ def user_with(server: RedisProcess, *rules: str) -> str:
         ((), "rights", OK, ""),
     ],
 )
-async def test_what_each_configuration_is_found_to_be(
+async def test_each_configuration_has_its_severity(
     start_redis: StartRedis, options: tuple[str, ...], check: str, severity: Severity, remedy: str
 ) -> None:
-    """Each state of a server has its severity, and what is wrong comes with the line that mends it."""
+    """Each state of a server has its severity, and each fault comes with a command that repairs it."""
     finding = of(check, await examined(start_redis(*options).url))
     assert finding.severity is severity
     assert finding.remedy.startswith(remedy) if not remedy else remedy in finding.remedy
@@ -105,8 +102,8 @@ async def test_what_each_configuration_is_found_to_be(
 
 
 async def test_a_node_of_a_cluster_is_critical(start_redis: StartRedis) -> None:
-    """A plain URL that leads to a node of a cluster is one critical finding, and no second one for its refusals."""
-    # By default the cluster's own port is 10,000 above, where there may be none.
+    """The plain URL of a cluster node is one critical finding, without a second one for its refusals."""
+    # By default the cluster bus port is 10,000 above, which may not exist.
     findings = await examined(start_redis("--cluster-enabled", "yes", "--cluster-port", str(free_port())).url)
     assert of("cluster", findings).severity is CRITICAL
     assert "redis+cluster://" in of("cluster", findings).remedy
@@ -114,7 +111,7 @@ async def test_a_node_of_a_cluster_is_critical(start_redis: StartRedis) -> None:
 
 
 async def test_evicted_keys_are_found(start_redis: StartRedis) -> None:
-    """Keys that were evicted are a warning with their number, also after the policy was mended."""
+    """Evicted keys are a warning with their number, even after the policy was corrected."""
     server = start_redis("--maxmemory-policy", "allkeys-lru", "--maxmemory", "4mb")
     with redis.Redis(port=server.port) as admin:
         for number in range(100):
@@ -127,13 +124,13 @@ async def test_evicted_keys_are_found(start_redis: StartRedis) -> None:
 
 
 async def test_fewer_replicas_than_claims_ask_for_are_critical(start_redis: StartRedis) -> None:
-    """With DEDUP_MIN_REPLICAS and no replica every claim would fail, which is said beforehand."""
+    """DEDUP_MIN_REPLICAS without a replica is critical: every claim would fail."""
     finding = of("replicas", await examined(start_redis().url, min_replicas=1))
     assert (finding.severity, "DEDUP_MIN_REPLICAS" in finding.message) == (CRITICAL, True)
 
 
-async def test_the_remedy_for_eviction_mends_it(start_redis: StartRedis) -> None:
-    """The command of the remedy, given as it stands, makes the finding go away."""
+async def test_the_remedy_for_eviction_works(start_redis: StartRedis) -> None:
+    """The command of the remedy, run verbatim, resolves the finding."""
     server = start_redis("--maxmemory-policy", "allkeys-lru", "--maxmemory", "50mb")
     remedy = of("eviction", await examined(server.url)).remedy
     with redis.Redis(port=server.port) as admin:
@@ -162,7 +159,7 @@ async def test_replicas_need_a_floor_for_writes_and_take_no_claims(start_redis: 
 
 @pytest.mark.parametrize("right", ["set", "get", "del", "eval", "evalsha", "pexpiretime", "time"])
 async def test_every_missing_right_is_found_by_its_name(start_redis: StartRedis, right: str) -> None:
-    """A user who lacks one command is told which, with the ACL line that, given as it stands, mends it."""
+    """A missing right is found with the ACL command that, run verbatim, grants it."""
     server = start_redis()
     url = user_with(server, "~dedup:*", *EVERY_RIGHT, f"-{right}")
     finding = of("rights", await examined(url))
@@ -173,7 +170,7 @@ async def test_every_missing_right_is_found_by_its_name(start_redis: StartRedis,
 
 
 async def test_all_missing_rights_are_found_at_once(start_redis: StartRedis) -> None:
-    """A user without any right gets one finding for each, and nobody is sent back and forth."""
+    """A user without any right gets one finding for each of them in one examination."""
     findings = await examined(user_with(start_redis(), "~dedup:*"))
     remedies = {finding.remedy for finding in findings if finding.check == "rights"}
     commands = ("set", "get", "del", "eval", "evalsha", "pexpiretime", "pexpireat", "time")
@@ -188,7 +185,7 @@ async def test_a_missing_right_to_the_database_is_found(start_redis: StartRedis)
     assert [(finding.check, finding.remedy) for finding in findings] == [("rights", "ACL SETUSER limited +select")]
 
 
-async def test_keys_outside_of_the_users_pattern_are_found(start_redis: StartRedis) -> None:
+async def test_keys_outside_the_pattern_of_the_user_are_found(start_redis: StartRedis) -> None:
     """A key pattern that does not cover the prefix is critical; in the raw layout it may cover the ids."""
     url = user_with(start_redis(), "~dedup:*", *EVERY_RIGHT)
     assert of("rights", await examined(url)).severity is OK
@@ -198,7 +195,7 @@ async def test_keys_outside_of_the_users_pattern_are_found(start_redis: StartRed
 
 
 async def test_without_info_and_config_the_rest_is_still_examined(start_redis: StartRedis) -> None:
-    """What the user may not ask is a remark that names the right, and what it may is examined all the same."""
+    """A refused INFO or CONFIG is an INFO finding that names the right, and the rest is examined."""
     server = start_redis("--appendonly", "yes")
     findings = await examined(user_with(server, "~dedup:*", *EVERY_RIGHT, "-info", "-config|get"))
     assert (of("info", findings).severity, of("info", findings).remedy) == (INFO, "ACL SETUSER limited +info")
@@ -212,18 +209,20 @@ async def test_without_info_and_config_the_rest_is_still_examined(start_redis: S
 
 
 async def test_a_server_that_refuses_writes_is_critical(start_redis: StartRedis) -> None:
-    """A Redis without memory for one more key is found to refuse claims now."""
+    """A Redis without memory for one more key is critical."""
     server = start_redis()
     with redis.Redis(port=server.port) as admin:
         admin.config_set("maxmemory", 1)
     finding = of("write", await examined(server.url))
     assert finding.severity is CRITICAL
+    assert finding.remedy == "see docs/errors.md and the log of Redis"
+    assert (Path(__file__).parents[2] / "docs/errors.md").is_file()
     assert "memory" in finding.message
 
 
 @pytest.mark.parametrize("layout", ["prefixed", "raw"])
 async def test_nothing_is_left_behind(start_redis: StartRedis, layout: str) -> None:
-    """An examination leaves no key, and the one that it tried with would have expired by itself."""
+    """An examination leaves no key; without the right to DEL the scratch key expires by itself."""
     server = start_redis()
     limited = user_with(server, "~*", *EVERY_RIGHT, "-del")
     with redis.Redis(port=server.port) as admin:
@@ -247,8 +246,8 @@ async def test_clocks_that_differ_are_found(start_redis: StartRedis, ahead_s: fl
     assert of("clock", findings).severity is severity
 
 
-def test_a_slow_answer_is_no_skew() -> None:
-    """What half a round trip may hide is not taken for a difference of the clocks, and the slowness is a warning."""
+def test_a_slow_answer_is_not_skew() -> None:
+    """A difference within half a round trip is not skew, and a slow round trip is a warning."""
     findings = judge_time([TimeSample(took_s=0.6, ahead_s=0.3), TimeSample(took_s=0.8, ahead_s=0.4)])
     assert of("clock", findings).severity is OK
     assert of("latency", findings).severity is WARNING
@@ -267,14 +266,14 @@ def test_a_slow_answer_is_no_skew() -> None:
     ],
 )
 def test_the_version_is_judged(info: dict[str, str], severity: Severity, words: str) -> None:
-    """Older than 7.0 is critical, Valkey is named, and a server that does not say is no crash."""
+    """Older than 7.0 is critical, Valkey is named, and an unknown version is an INFO finding."""
     finding = of("version", judge_info(info))
     assert finding.severity is severity
     assert words in finding.message
 
 
-async def test_a_store_that_is_away_cannot_be_examined(start_redis: StartRedis) -> None:
-    """A server that is not there, and one that refuses the password, raise; no message has the password."""
+async def test_an_unreachable_store_cannot_be_examined(start_redis: StartRedis) -> None:
+    """An unreachable server and a refused password raise; no message contains the password."""
     with pytest.raises(StoreUnavailable) as caught:
         await examined(f"redis://127.0.0.1:{free_port()}")
     assert caught.value.reason == "STORE_UNREACHABLE"
@@ -285,7 +284,7 @@ async def test_a_store_that_is_away_cannot_be_examined(start_redis: StartRedis) 
 
 
 async def test_a_server_that_stops_answering_ends_the_examination(start_redis: StartRedis) -> None:
-    """A server that accepts and says nothing is given up after the time-out of the store."""
+    """An examination of a server that never answers ends at the store timeout."""
     server = start_redis()
     server.pause()
     with pytest.raises(StoreUnavailable) as caught:
@@ -294,7 +293,7 @@ async def test_a_server_that_stops_answering_ends_the_examination(start_redis: S
 
 
 async def test_the_master_that_sentinels_name_is_examined(start_redis: StartRedis, tmp_path: Path) -> None:
-    """By Sentinel the findings are those of the present master; a name that no Sentinel knows is refused."""
+    """With Sentinel the current master is examined; a name unknown to the Sentinels is refused."""
     server = start_redis("--maxmemory-policy", "allkeys-lru", "--maxmemory", "50mb")
     sentinel = SentinelProcess(tmp_path / "sentinel", server.port)
     try:
@@ -306,8 +305,8 @@ async def test_the_master_that_sentinels_name_is_examined(start_redis: StartRedi
         sentinel.stop()
 
 
-async def test_the_embedded_store_is_examined_without_being_made(tmp_path: Path) -> None:
-    """A file that can be made is in order, with the remark that only this host sees it, and it is not made."""
+async def test_the_embedded_store_is_examined_without_being_created(tmp_path: Path) -> None:
+    """A path where the file can be created is OK, with an INFO finding on its scope, and nothing is created."""
     path = tmp_path / "new" / "claims.db"
     findings = await examined(f"sqlite://{path}")
     assert {finding.check: finding.severity for finding in findings} == {
@@ -318,19 +317,19 @@ async def test_the_embedded_store_is_examined_without_being_made(tmp_path: Path)
     assert not path.parent.exists()
 
 
-async def test_a_place_that_can_be_no_file_is_critical(tmp_path: Path) -> None:
-    """A folder in the place of the file, and a file in the place of its folder, are critical."""
+async def test_an_impossible_path_is_critical(tmp_path: Path) -> None:
+    """A folder in place of the file, and a file in place of its folder, are critical."""
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "file" / "claims.db", tmp_path / "folder"):
         assert of("writable", await examined(f"sqlite://{path}")).severity is CRITICAL
 
 
-async def test_a_place_that_cannot_be_written_is_critical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both the file and its folder have to be writable, since SQLite keeps its log beside the file."""
+async def test_an_unwritable_path_is_critical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file and its folder must be writable, since SQLite keeps its log beside the file."""
     path = tmp_path / "claims.db"
     path.write_text("")
-    # Root, whom tests may run as, may write everywhere.
+    # Tests may run as root, which may write everywhere.
     for closed in (path, tmp_path):
         monkeypatch.setattr(os, "access", lambda place, _mode, closed=closed: place != closed)
         finding = of("writable", await examined(f"sqlite://{path}"))
@@ -338,7 +337,7 @@ async def test_a_place_that_cannot_be_written_is_critical(tmp_path: Path, monkey
 
 
 async def test_a_nearly_full_disk_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Less than 100 MiB left is a warning, which names the folder."""
+    """Less than 100 MiB of free space is a warning that names the folder."""
     usage = namedtuple("usage", "total used free")  # noqa: PYI024 - as shutil has it
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, 99 * 1024 * 1024))
     finding = of("disk_space", await examined(f"sqlite://{tmp_path / 'claims.db'}"))

@@ -1,4 +1,4 @@
-"""Durable mode: a claim is told CLAIMED only once as many replicas have it as were asked for."""
+"""Durable mode: a claim is CLAIMED only once as many replicas have it as the settings ask for."""
 
 import asyncio
 import contextlib
@@ -17,17 +17,19 @@ from dedup_service.claims import (
     Applied,
     Completion,
     Extension,
+    Reason,
     Release,
     StoreUnavailable,
     Transaction,
     TransactionState,
     system_clock_ms,
 )
-from dedup_service.stores.registry import StoreConfig, make_store
 from dedup_service.stores.keys import prefixed_layout
 from dedup_service.stores.redis.canary import RedisCanary
+from dedup_service.stores.redis.channel import ReplicaQuorum
 from dedup_service.stores.redis.store import RedisStore
-from tests.support.claims import a_claim
+from dedup_service.stores.registry import StoreConfig, make_store
+from tests.support.claims import MINUTE, a_claim, lasting
 from tests.support.cluster import ClusterDeployment
 from tests.support.polling import eventually, wait_until
 from tests.support.processes import RedisProcess
@@ -42,13 +44,13 @@ OpenStore = Callable[..., Awaitable[RedisStore]]
 
 @dataclass
 class Pair:
-    """A master and its replica, without anybody who watches them."""
+    """A master and its replica, without Sentinel."""
 
     master: RedisProcess
     replica: RedisProcess
 
     def promote(self) -> None:
-        """Make the replica a master of its own, with what it has received."""
+        """Stop the master, and promote the replica with the data it has received."""
         self.master.stop()
         with redis.Redis(port=self.replica.port, protocol=2) as client:
             client.execute_command("REPLICAOF", "NO", "ONE")
@@ -67,7 +69,7 @@ def pair(start_redis: Callable[..., RedisProcess]) -> Pair:
 
 @pytest.fixture
 async def open_store() -> AsyncIterator[OpenStore]:
-    """Opens stores that ask for one replica, or as many as are said, and closes them at the end."""
+    """Opens stores that require one replica or the given number, and closes them at the end."""
     async with contextlib.AsyncExitStack() as opened:
 
         async def open_it(url: str, min_replicas: int = 1, timeout_ms: int = 600) -> RedisStore:
@@ -91,64 +93,79 @@ def paused(server: RedisProcess) -> Iterator[None]:
 
 
 async def failure_of(call: Awaitable[object]) -> tuple[str, Applied]:
-    """Return what a call fails with."""
+    """Return reason and `applied` of a failed call."""
     with pytest.raises(StoreUnavailable) as caught:
         await call
     return caught.value.reason, caught.value.applied
 
 
-async def told(call: Callable[[], Awaitable[Transaction | None]]) -> Transaction | None:
-    """Return the answer to a call that is repeated until there is one."""
+async def answered(call: Callable[[], Awaitable[Transaction | None]]) -> Transaction | None:
+    """Repeat a call until it is answered, and return the answer."""
     answers: list[Transaction | None] = []
 
-    async def answered() -> bool:
+    async def attempted() -> bool:
         with contextlib.suppress(StoreUnavailable):
             answers.append(await call())
         return bool(answers)
 
-    await eventually(answered, what="an answer")
+    await eventually(attempted, what="an answer")
     return answers[0]
 
 
 async def test_a_claim_without_its_replica_is_doubt(open_store: OpenStore, pair: Pair, unique: str) -> None:
-    """While the replica does not acknowledge nobody is told CLAIMED, and the claim may be there all the same.
+    """While the replica does not acknowledge, no caller receives CLAIMED, although the claim may be stored.
 
-    Protection: WAIT after the SET, and its count. A retry with the same token is no exception, also not over a new
-    connection, which has written nothing itself: that is what the confirming write is for.
+    Protection: WAIT after the SET, and its count. A retry with the same token also needs the replica, even over a new
+    connection that has written nothing itself: the confirming write covers that.
     """
     store = await open_store(pair.master.url)
-    assert await store.claim(a_claim(f"{unique}-before"), 60_000) is None
+    assert await store.claim(a_claim(f"{unique}-before"), MINUTE) is None
     claim = a_claim(unique, token=MINE)
     with paused(pair.replica):
-        assert await failure_of(store.claim(claim, 60_000)) == ("STORE_NOT_REPLICATED", Applied.UNKNOWN)
-        assert await failure_of(store.claim(claim, 60_000)) == ("STORE_NOT_REPLICATED", Applied.UNKNOWN)
+        assert await failure_of(store.claim(claim, MINUTE)) == ("STORE_NOT_REPLICATED", Applied.UNKNOWN)
+        assert await failure_of(store.claim(claim, MINUTE)) == ("STORE_NOT_REPLICATED", Applied.UNKNOWN)
         second = await open_store(pair.master.url)
-        assert await failure_of(second.claim(claim, 60_000)) == ("STORE_NOT_REPLICATED", Applied.UNKNOWN)
+        assert await failure_of(second.claim(claim, MINUTE)) == ("STORE_NOT_REPLICATED", Applied.UNKNOWN)
         # A duplicate needs no replica: it starts no work.
-        duplicate = await store.claim(a_claim(unique, token=OTHER), 60_000)
+        duplicate = await store.claim(a_claim(unique, token=OTHER), MINUTE)
         assert duplicate is not None
         assert duplicate.claim_token == MINE
-    replayed = await told(lambda: store.claim(claim, 60_000))
+    replayed = await answered(lambda: store.claim(claim, MINUTE))
     assert replayed is not None
     assert replayed.claim_token == MINE
     pair.promote()
     survivor = await open_store(pair.replica.url, min_replicas=0)
-    held = await survivor.claim(a_claim(unique, token=OTHER), 60_000)
+    held = await survivor.claim(a_claim(unique, token=OTHER), MINUTE)
     assert held is not None
     assert held.claim_token == MINE
 
 
-async def test_completions_and_extensions_wait_too(open_store: OpenStore, pair: Pair, unique: str) -> None:
-    """What a holder is told of its claim outlives a failover, also when it repeats what it was not told.
+async def test_a_retry_writes_before_its_wait(open_store: OpenStore, pair: Pair, unique: str) -> None:
+    """A retry with the same token writes the expiry again.
 
-    Protection: WAIT after the scripts, and the write that a repetition makes although nothing changes.
+    Protection: the write of the confirming script. Since Redis 7.2 WAIT covers only writes of its own connection.
     """
     store = await open_store(pair.master.url)
     claim = a_claim(unique, token=MINE)
-    assert await store.claim(claim, 60_000) is None
-    end_ms = system_clock_ms() + 120_000
-    extension = Extension("default", unique, MINE, end_ms, None, allow_shortening=False)
-    completion = Completion("default", unique, MINE, b"paid", system_clock_ms(), end_ms, 120_000)
+    assert await store.claim(claim, MINUTE) is None
+    with redis.Redis(port=pair.master.port, protocol=2) as admin:
+        ends_at_ms = admin.pexpiretime(f"dedup:default:{unique}")
+        admin.config_resetstat()
+        assert await store.claim(claim, MINUTE) == claim
+        assert admin.info("commandstats")["cmdstat_pexpireat"]["calls"] == 1
+        assert admin.pexpiretime(f"dedup:default:{unique}") == ends_at_ms
+
+
+async def test_completions_and_extensions_wait_too(open_store: OpenStore, pair: Pair, unique: str) -> None:
+    """Acknowledged completions and extensions survive a failover, also those that repeat an unacknowledged one.
+
+    Protection: WAIT after the scripts, and the write of a repetition that changes nothing.
+    """
+    store = await open_store(pair.master.url)
+    claim = a_claim(unique, token=MINE)
+    assert await store.claim(claim, MINUTE) is None
+    extension = Extension("default", unique, MINE, lasting(120_000), allow_shortening=False)
+    completion = Completion("default", unique, MINE, b"paid", system_clock_ms(), lasting(120_000))
 
     def extend(by: RedisStore) -> Awaitable[Transaction | None]:
         return by.extend(extension)
@@ -161,7 +178,7 @@ async def test_completions_and_extensions_wait_too(open_store: OpenStore, pair: 
             assert await failure_of(change(store)) == ("STORE_NOT_REPLICATED", Applied.UNKNOWN)
             second = await open_store(pair.master.url)
             assert await failure_of(change(second)) == ("STORE_NOT_REPLICATED", Applied.UNKNOWN)
-        assert await told(partial(change, store)) is not None
+        assert await answered(partial(change, store)) is not None
     pair.promote()
     survivor = await open_store(pair.replica.url, min_replicas=0)
     found = await survivor.get("default", unique)
@@ -170,9 +187,9 @@ async def test_completions_and_extensions_wait_too(open_store: OpenStore, pair: 
 
 
 async def test_a_release_needs_no_replica(open_store: OpenStore, pair: Pair, unique: str) -> None:
-    """A release is told without one: a failover that forgets it costs time, and never pays twice."""
+    """A release is acknowledged without a replica: losing it in a failover costs time, and never pays twice."""
     store = await open_store(pair.master.url)
-    assert await store.claim(a_claim(unique, token=MINE), 60_000) is None
+    assert await store.claim(a_claim(unique, token=MINE), MINUTE) is None
     with paused(pair.replica):
         assert await store.release(Release("default", unique, MINE))
 
@@ -180,7 +197,7 @@ async def test_a_release_needs_no_replica(open_store: OpenStore, pair: Pair, uni
 async def test_more_replicas_than_there_are(open_store: OpenStore, pair: Pair, unique: str) -> None:
     """Two replicas cannot acknowledge where there is one."""
     store = await open_store(pair.master.url, min_replicas=2)
-    assert await failure_of(store.claim(a_claim(unique), 60_000)) == ("STORE_NOT_REPLICATED", Applied.UNKNOWN)
+    assert await failure_of(store.claim(a_claim(unique), MINUTE)) == ("STORE_NOT_REPLICATED", Applied.UNKNOWN)
 
 
 async def test_a_user_without_the_right_to_wait(open_store: OpenStore, pair: Pair, unique: str) -> None:
@@ -188,19 +205,19 @@ async def test_a_user_without_the_right_to_wait(open_store: OpenStore, pair: Pai
     with redis.Redis(port=pair.master.port, protocol=2) as admin:
         admin.execute_command("ACL", "SETUSER", "limited", "on", ">pw", "~*", "+@all", "-wait")
     store = await open_store(f"redis://limited:pw@127.0.0.1:{pair.master.port}")
-    assert await failure_of(store.claim(a_claim(unique), 60_000)) == ("STORE_NOT_PERMITTED", Applied.UNKNOWN)
+    assert await failure_of(store.claim(a_claim(unique), MINUTE)) == ("STORE_NOT_PERMITTED", Applied.UNKNOWN)
 
 
 async def test_one_wait_answers_for_many_claims(open_store: OpenStore, pair: Pair, unique: str) -> None:
-    """Claims that come together wait together: far fewer WAITs than claims, and one winner each.
+    """Concurrent claims wait together: far fewer WAITs than claims, and one winner each.
 
-    Protection of speed: rounds. Redis serves nothing else on a connection that waits.
+    Protection of throughput: rounds. Redis serves nothing else on a connection that waits.
     """
     store = await open_store(pair.master.url)
     with redis.Redis(port=pair.master.port, protocol=2) as admin:
         admin.config_resetstat()
         crowd = [
-            store.claim(a_claim(f"{unique}-{number}", token=f"{token}-{attempt}"), 60_000)
+            store.claim(a_claim(f"{unique}-{number}", token=f"{token}-{attempt}"), MINUTE)
             for number in range(50)
             for attempt, token in enumerate((MINE, OTHER, OTHER, OTHER))
         ]
@@ -211,14 +228,28 @@ async def test_one_wait_answers_for_many_claims(open_store: OpenStore, pair: Pai
     assert calls["cmdstat_wait"]["calls"] <= 5
 
 
-async def test_a_caller_that_has_gone_is_not_sent(open_store: OpenStore, pair: Pair, unique: str) -> None:
-    """What waits for its round and whose caller goes is never sent."""
+async def test_a_bug_in_a_round_leaves_no_caller_waiting() -> None:
+    """When sending a round fails unexpectedly its callers receive an error, and the next round is sent.
+
+    Protection: the rounds outlive any exception.
+    """
+    answer: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+    answer.set_result(1)
+    channel = Mock(send=Mock(side_effect=[KeyError("hunter2"), answer, answer]))
+    quorum = ReplicaQuorum(channel, replicas=1, wait_ms=10)
+    async with asyncio.timeout(5):
+        assert await failure_of(quorum.send("SET")) == ("STORE_ERROR", Applied.UNKNOWN)
+        assert await quorum.send("SET") == (1, 1)
+
+
+async def test_a_cancelled_caller_is_not_sent(open_store: OpenStore, pair: Pair, unique: str) -> None:
+    """A command whose caller is cancelled before its round is never sent."""
     store = await open_store(pair.master.url)
     with paused(pair.replica):
-        first = asyncio.create_task(store.claim(a_claim(f"{unique}-first"), 60_000))
+        first = asyncio.create_task(store.claim(a_claim(f"{unique}-first"), MINUTE))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
-        second = asyncio.create_task(store.claim(a_claim(f"{unique}-second"), 60_000))
+        second = asyncio.create_task(store.claim(a_claim(f"{unique}-second"), MINUTE))
         await asyncio.sleep(0)
         second.cancel()
         assert await failure_of(first) == ("STORE_NOT_REPLICATED", Applied.UNKNOWN)
@@ -226,19 +257,19 @@ async def test_a_caller_that_has_gone_is_not_sent(open_store: OpenStore, pair: P
 
 
 async def claims_lost(deployment: SentinelDeployment, min_replicas: int) -> tuple[int, int]:
-    """Kill a master whose replica lags behind; return how many claims were told CLAIMED, and how many were lost.
+    """Kill a master whose replica lags; return the number of claims acknowledged, and the number lost.
 
-    The replica is held up while half of the claims are made, as by a network that is slow.
+    The replica is paused while half of the claims are made, as by a slow network.
     """
     claimed = []
 
     async def claim(store: RedisStore, number: int) -> None:
         with contextlib.suppress(StoreUnavailable):
-            if await store.claim(a_claim(f"lost-{number}", token=MINE), 60_000) is None:
+            if await store.claim(a_claim(f"lost-{number}", token=MINE), MINUTE) is None:
                 claimed.append(number)
 
     async def is_lost(store: RedisStore, number: int) -> bool:
-        holder = await told(lambda: store.claim(a_claim(f"lost-{number}", token=OTHER), 60_000))
+        holder = await answered(lambda: store.claim(a_claim(f"lost-{number}", token=OTHER), MINUTE))
         return holder is None or holder.claim_token != MINE
 
     async with contextlib.AsyncExitStack() as opened:
@@ -262,14 +293,14 @@ async def claims_lost(deployment: SentinelDeployment, min_replicas: int) -> tupl
 
 
 def fill_sockets(master: RedisProcess) -> None:
-    """Write more than lies in the buffers of a connection, which a replica would still read after a crash."""
+    """Write more than the buffers of a connection hold, which a replica would still read after a crash."""
     with redis.Redis(port=master.port, protocol=2) as client:
         for _ in range(32):
             client.set("filler", "x" * 2**20, ex=60)
 
 
 @pytest.mark.parametrize("min_replicas", [0, 1])
-async def test_what_a_failover_loses(tmp_path: Path, min_replicas: int) -> None:
+async def test_losses_of_a_failover(tmp_path: Path, min_replicas: int) -> None:
     """A failover to a replica that lags loses acknowledged claims without durable mode, and none with it.
 
     Protection: WAIT. The figures are those of docs/guarantees.md.
@@ -290,22 +321,23 @@ async def test_in_a_cluster(open_store: OpenStore, tmp_path: Path, unique: str) 
         await asyncio.to_thread(deployment.start)
         store = await open_store(deployment.url)
         for number in range(30):
-            await told(lambda number=number: store.claim(a_claim(f"{unique}-{number}", token=MINE), 60_000))  # type: ignore[misc]
+            await answered(lambda number=number: store.claim(a_claim(f"{unique}-{number}", token=MINE), MINUTE))  # type: ignore[misc]
         for replica in deployment.replicas:
             replica.pause()
-        failures = {await failure_of(store.claim(a_claim(f"{unique}-x{number}"), 60_000)) for number in range(6)}
+        failures = {await failure_of(store.claim(a_claim(f"{unique}-x{number}"), MINUTE)) for number in range(6)}
         assert failures == {("STORE_NOT_REPLICATED", Applied.UNKNOWN)}
     finally:
         deployment.stop()
 
 
-async def test_what_fails_after_a_redirected_write_is_doubt() -> None:
-    """When the WAIT after a write that was redirected cannot be sent, the write was made all the same.
+async def test_a_failure_after_a_redirected_write_is_doubt() -> None:
+    """If the WAIT after a redirected write cannot be sent, the write was made all the same, and its outcome is unknown.
 
-    Protection: what follows a write never says "not applied". No server here loses a connection at that very moment.
+    Protection: a failure after a write is never "not applied". A mock, since no server here loses a connection at that
+    moment.
     """
     moved = hiredis.ReplyError("MOVED 1 127.0.0.1:7000")
-    away = StoreUnavailable("STORE_CONNECTION_LOST", "the connection was lost", Applied.NO)
+    away = StoreUnavailable(Reason.STORE_CONNECTION_LOST, "the connection was lost", Applied.NO)
     written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     written.set_result(None)
     link = SimpleNamespace(
@@ -314,4 +346,4 @@ async def test_what_fails_after_a_redirected_write_is_doubt() -> None:
     )
     nodes = Mock(link_of=Mock(return_value=link), redirected=Mock(return_value=link))
     store = RedisStore(nodes, prefixed_layout("dedup:"), "a test", canary=RedisCanary(b"canary:"), min_replicas=1)
-    assert await failure_of(store.claim(a_claim("x"), 60_000)) == ("STORE_CONNECTION_LOST", Applied.UNKNOWN)
+    assert await failure_of(store.claim(a_claim("x"), MINUTE)) == ("STORE_CONNECTION_LOST", Applied.UNKNOWN)

@@ -1,6 +1,6 @@
-"""The contract suite, second part: what a token may do with its transaction, the same cases over each store.
+"""The contract suite, second part: the rights of a token, the same cases over every store.
 
-Not over fakeredis, whose Lua lacks cmsgpack. Protection: the token compare, in one atomic step with the change.
+Without fakeredis, whose Lua lacks cmsgpack. Protection: the token compare, in one atomic step with the change.
 """
 
 import asyncio
@@ -20,12 +20,13 @@ from dedup_service.claims import (
     InvalidRequest,
     Policies,
     Policy,
+    RequestedExpiry,
     Transaction,
     TransactionState,
     system_clock_ms,
 )
 from dedup_service.claims import waiting as waiting_module
-from tests.support.claims import a_claim
+from tests.support.claims import MINUTE, a_claim
 from tests.support.polling import eventually
 
 pytestmark = pytest.mark.parametrize("store", ["redis", "redis-unix-socket", "redis-cluster", "sqlite"], indirect=True)
@@ -42,9 +43,8 @@ def claims(store: ClaimStore) -> ClaimService:
 
 async def hold(claims: ClaimService, unique: str, ttl_ms: int = 60_000) -> Transaction:
     """Claim an id with TOKEN and return the transaction."""
-    answer = await claims.claim(
-        ClaimRequest(unique, claim_token=TOKEN, claimant="é", ttl_ms=ttl_ms, payload_fingerprint=b"\xff\x00")
-    )
+    request = ClaimRequest(unique, claim_token=TOKEN, claimant="é", payload_fingerprint=b"\xff\x00")
+    answer = await claims.claim(request._replace(expiry=RequestedExpiry(ttl_ms)))
     assert answer.outcome is ClaimOutcome.CLAIMED
     return answer.transaction
 
@@ -62,13 +62,16 @@ async def taken_over(claims: ClaimService, unique: str) -> Transaction:
     return answers[-1].transaction
 
 
-def asks(unique: str, token: str = TOKEN, **fields: Any) -> HolderRequest:
-    """Return what a holder asks."""
-    return HolderRequest(unique, claim_token=token)._replace(**fields)
+def asks(
+    unique: str, token: str = TOKEN, *, ttl_ms: int | None = None, expire_time_ms: int | None = None, **fields: Any
+) -> HolderRequest:
+    """Return a request of a holder."""
+    expiry = RequestedExpiry(ttl_ms, expire_time_ms)
+    return HolderRequest(unique, claim_token=token, expiry=expiry)._replace(**fields)
 
 
 async def test_completing_keeps_the_result_and_the_rest(claims: ClaimService, unique: str) -> None:
-    """A completion sets state, result, time and end, leaves the other fields, and is what everybody sees then."""
+    """A completion sets state, result, time and expiry, keeps the other fields, and every later call sees it."""
     held = await hold(claims, unique)
     before = system_clock_ms()
     completed = await claims.complete(asks(unique, result=b"paid \xff"))
@@ -82,7 +85,7 @@ async def test_completing_keeps_the_result_and_the_rest(claims: ClaimService, un
         completion_time_ms=completed.completion_time_ms,
         expire_time_ms=completed.expire_time_ms,
     )
-    assert await claims.get("", unique) == completed
+    assert await claims.get("default", unique) == completed
     for token in (TOKEN, STRANGER, ""):
         answer = await claims.claim(ClaimRequest(unique, claim_token=token))
         assert (answer.outcome, answer.transaction) == (ClaimOutcome.DUPLICATE, completed)
@@ -90,35 +93,35 @@ async def test_completing_keeps_the_result_and_the_rest(claims: ClaimService, un
 
 @pytest.mark.parametrize("size", [0, 31, 32, 255, 256, 4096])
 async def test_results_of_every_size_come_back(claims: ClaimService, unique: str, size: int) -> None:
-    """A result is opaque bytes, up to the limit, also where its encoding changes."""
+    """A result is opaque bytes up to the limit, also at the sizes where its encoding changes."""
     await hold(claims, unique)
     result = bytes(range(256)) * 16
     completed = await claims.complete(asks(unique, result=result[:size]))
     assert completed is not None
-    assert (await claims.get("", unique)).result == result[:size]
+    assert (await claims.get("default", unique)).result == result[:size]
 
 
 async def test_repeating_a_completion_changes_nothing(claims: ClaimService, unique: str) -> None:
-    """The same token and result are answered with the first completion; another result is not held."""
+    """The same token and result receive the first completion; another result is NOT_HELD."""
     await hold(claims, unique)
     first = await claims.complete(asks(unique, result=b"paid"))
     assert await claims.complete(asks(unique, result=b"paid", ttl_ms=1_000)) == first
     assert await claims.complete(asks(unique, result=b"other")) is None
-    assert await claims.get("", unique) == first
+    assert await claims.get("default", unique) == first
 
 
 async def test_a_completed_transaction_is_neither_released_nor_extended(claims: ClaimService, unique: str) -> None:
-    """Once completed, nobody gives it back or moves its end, and no other token completes it."""
+    """A completed transaction cannot be released, extended, or completed by another token."""
     await hold(claims, unique)
     completed = await claims.complete(asks(unique, result=b"paid"))
     assert not await claims.release(asks(unique))
     assert await claims.extend(asks(unique, ttl_ms=86_400_000)) is None
     assert await claims.complete(asks(unique, STRANGER, result=b"paid")) is None
-    assert await claims.get("", unique) == completed
+    assert await claims.get("default", unique) == completed
 
 
 async def test_another_fingerprint_is_a_mismatch_also_when_completed(claims: ClaimService, unique: str) -> None:
-    """A completed transaction is compared by its fingerprint as one in progress is."""
+    """The fingerprint of a completed transaction is compared like that of one in progress."""
     await hold(claims, unique)
     await claims.complete(asks(unique))
     answer = await claims.claim(ClaimRequest(unique, payload_fingerprint=b"other"))
@@ -126,7 +129,7 @@ async def test_another_fingerprint_is_a_mismatch_also_when_completed(claims: Cla
 
 
 @pytest.mark.parametrize("absolute", [False, True], ids=["ttl", "expire-time"])
-async def test_a_completed_transaction_is_forgotten_when_it_said(
+async def test_a_completed_transaction_ends_with_its_retention(
     claims: ClaimService,
     unique: str,
     absolute: bool,  # noqa: FBT001
@@ -146,7 +149,7 @@ async def test_a_completed_transaction_is_forgotten_when_it_said(
 
 
 async def test_a_released_claim_can_be_claimed_at_once(claims: ClaimService, unique: str) -> None:
-    """After a release the next caller wins; the first token holds nothing any more."""
+    """After a release the next caller receives CLAIMED, and the first token holds nothing."""
     await hold(claims, unique)
     assert not await claims.release(asks(unique, STRANGER))
     assert await claims.release(asks(unique))
@@ -155,8 +158,8 @@ async def test_a_released_claim_can_be_claimed_at_once(claims: ClaimService, uni
     assert await claims.complete(asks(unique)) is None
 
 
-async def test_an_extension_moves_the_end_and_nothing_else(claims: ClaimService, unique: str) -> None:
-    """An extended claim outlives its first end, and shows the new one."""
+async def test_an_extension_changes_only_the_expiry(claims: ClaimService, unique: str) -> None:
+    """An extended claim outlives its first expiry, and has the new one."""
     held = await hold(claims, unique, ttl_ms=300)
     extended = await claims.extend(asks(unique, ttl_ms=60_000))
     assert extended is not None
@@ -169,16 +172,16 @@ async def test_an_extension_moves_the_end_and_nothing_else(claims: ClaimService,
         return system_clock_ms() > (held.expire_time_ms or 0) + 20
 
     await eventually(first_end_has_passed)
-    assert await claims.get("", unique) == extended
+    assert await claims.get("default", unique) == extended
 
 
 async def test_an_extension_never_shortens_unless_asked(claims: ClaimService, unique: str) -> None:
-    """A shorter ttl or an earlier time leaves the end where it is, unless shortening is allowed."""
+    """A shorter ttl or an earlier time does not change the expiry unless shortening is allowed."""
     held = await hold(claims, unique, ttl_ms=60_000)
     sooner = system_clock_ms() + 10_000
     assert await claims.extend(asks(unique, ttl_ms=1_000)) == held
     assert await claims.extend(asks(unique, expire_time_ms=sooner)) == held
-    assert await claims.get("", unique) == held
+    assert await claims.get("default", unique) == held
     shortened = await claims.extend(asks(unique, expire_time_ms=sooner, allow_shortening=True))
     assert shortened == held._replace(expire_time_ms=sooner)
     ended = await claims.extend(asks(unique, ttl_ms=20, allow_shortening=True))
@@ -190,25 +193,25 @@ async def test_an_extension_never_shortens_unless_asked(claims: ClaimService, un
     await eventually(claimed_again, what="the shortened end")
 
 
-async def test_an_extension_says_nothing_means_the_default_ttl(claims: ClaimService, unique: str) -> None:
-    """An extension without an end moves it to the default ttl from now."""
+async def test_an_extension_without_an_expiry_uses_the_default_ttl(claims: ClaimService, unique: str) -> None:
+    """An extension without an expiry lasts the default ttl from now."""
     await hold(claims, unique, ttl_ms=1_000)
     extended = await claims.extend(asks(unique))
     assert extended is not None
     assert abs((extended.expire_time_ms or 0) - system_clock_ms() - POLICY.default_ttl_ms) < 5_000
 
 
-async def test_what_expired_and_was_taken_is_left_alone(claims: ClaimService, unique: str) -> None:
+async def test_a_claim_that_expired_and_was_taken_is_left_alone(claims: ClaimService, unique: str) -> None:
     """A token whose claim expired and was taken by another cannot complete, release or extend it."""
     theirs = await taken_over(claims, unique)
     assert await claims.complete(asks(unique, result=b"late")) is None
     assert not await claims.release(asks(unique))
     assert await claims.extend(asks(unique, ttl_ms=86_400_000)) is None
-    assert await claims.get("", unique) == theirs
+    assert await claims.get("default", unique) == theirs
 
 
-async def test_nothing_is_held_where_nothing_was_claimed(claims: ClaimService, unique: str) -> None:
-    """Without a claim every change is refused as not held, and nothing appears."""
+async def test_an_unclaimed_id_is_not_held(claims: ClaimService, unique: str) -> None:
+    """Without a claim every change is NOT_HELD and creates nothing."""
     assert await claims.complete(asks(unique)) is None
     assert not await claims.release(asks(unique))
     assert await claims.extend(asks(unique)) is None
@@ -231,17 +234,17 @@ async def test_nothing_is_held_where_nothing_was_claimed(claims: ClaimService, u
 async def test_bad_changes_are_refused_with_their_field(
     claims: ClaimService, unique: str, fields: dict[str, Any], field: str
 ) -> None:
-    """What breaks the contract names its field and the limit, and changes nothing."""
+    """An invalid request is refused with its field, and changes nothing."""
     held = await hold(claims, unique)
     for change in (claims.complete, claims.release, claims.extend):
         with pytest.raises(InvalidRequest) as caught:
             await change(asks(unique, **fields))
         assert [violation.field for violation in caught.value.violations] == [field]
-    assert await claims.get("", unique) == held
+    assert await claims.get("default", unique) == held
 
 
 async def test_of_concurrent_changes_one_decides(claims: ClaimService, unique: str) -> None:
-    """Completions with different results and releases race: one wins, and what it says is what is found."""
+    """Of racing completions with different results and a release exactly one wins, and its result is stored."""
     for number in range(20):
         name = f"{unique}-{number}"
         await hold(claims, name)
@@ -251,20 +254,20 @@ async def test_of_concurrent_changes_one_decides(claims: ClaimService, unique: s
         winners = [result for result, answer in zip(results, completed, strict=True) if answer is not None]
         assert len(winners) + released == 1
         if winners:
-            assert (await claims.get("", name)).result == winners[0]
+            assert (await claims.get("default", name)).result == winners[0]
 
 
 async def waiting(claims: ClaimService, count: int) -> None:
     """Return when that many callers wait."""
 
     async def all_wait() -> bool:
-        return sum(map(len, claims._waiting._waiters.values())) == count
+        return sum(map(len, claims._waiters._waiters.values())) == count
 
     await eventually(all_wait, what="the waiters")
 
 
-async def test_a_waiter_hears_of_the_completion(store: ClaimStore, claims: ClaimService, unique: str) -> None:
-    """A duplicate that waits is answered with the result, whether this process completes the work or another one."""
+async def test_a_waiter_receives_the_completion(store: ClaimStore, claims: ClaimService, unique: str) -> None:
+    """A waiting duplicate receives the result, whether this process completes the work or another one."""
     for name, by in ((f"{unique}-1", claims), (f"{unique}-2", ClaimService(store, Policies(POLICY)))):
         await hold(claims, name)
         waiter = asyncio.create_task(claims.claim(ClaimRequest(name, wait_ms=60_000)))
@@ -275,7 +278,7 @@ async def test_a_waiter_hears_of_the_completion(store: ClaimStore, claims: Claim
 
 
 async def test_of_fifty_waiters_on_a_released_claim_one_wins(claims: ClaimService, unique: str) -> None:
-    """When a claim is released exactly one of those who wait is told CLAIMED; the others wait on, for that one."""
+    """When a claim is released exactly one waiter receives CLAIMED, and the others wait for that one."""
     await hold(claims, unique)
     requests = [ClaimRequest(unique, claim_token=f"token-number-{number:04}", wait_ms=60_000) for number in range(50)]
     waiters = [asyncio.create_task(claims.claim(request)) for request in requests]
@@ -292,14 +295,14 @@ async def test_of_fifty_waiters_on_a_released_claim_one_wins(claims: ClaimServic
 
 
 async def test_a_waiter_takes_over_what_expires(claims: ClaimService, unique: str) -> None:
-    """When the holder's claim expires a waiter is told CLAIMED itself."""
+    """When the claim of the holder expires a waiter receives CLAIMED."""
     await hold(claims, unique, ttl_ms=200)
     answer = await claims.claim(ClaimRequest(unique, claim_token=STRANGER, wait_ms=60_000))
     assert (answer.outcome, answer.claim_token) == (ClaimOutcome.CLAIMED, STRANGER)
 
 
 async def test_a_wait_ends_with_a_duplicate(claims: ClaimService, unique: str) -> None:
-    """When nothing happens the waiter is answered DUPLICATE at the end of its wait, and not before."""
+    """If nothing changes the waiter receives DUPLICATE at the end of its wait, and not before."""
     held = await hold(claims, unique)
     begun = time.monotonic()
     answer = await claims.claim(ClaimRequest(unique, wait_ms=250))
@@ -308,7 +311,7 @@ async def test_a_wait_ends_with_a_duplicate(claims: ClaimService, unique: str) -
 
 
 async def test_waiters_leave_at_once_when_cancelled_and_at_the_shutdown(claims: ClaimService, unique: str) -> None:
-    """A cancelled waiter leaves nothing behind; at the shutdown every other one is answered, and nobody waits anew."""
+    """A cancelled waiter leaves no state; at shutdown every other waiter is answered, and none waits again."""
     held = await hold(claims, unique)
     waiters = [asyncio.create_task(claims.claim(ClaimRequest(unique, wait_ms=300_000))) for _ in range(10)]
     await waiting(claims, 10)
@@ -318,7 +321,7 @@ async def test_waiters_leave_at_once_when_cancelled_and_at_the_shutdown(claims: 
     await claims.close()
     answers = await asyncio.gather(*waiters[1::2])
     assert {answer.transaction for answer in answers} == {held}
-    assert not claims._waiting._waiters
+    assert not claims._waiters._waiters
     late = await claims.claim(ClaimRequest(unique, wait_ms=300_000))
     assert late.outcome is ClaimOutcome.DUPLICATE
 
@@ -326,7 +329,7 @@ async def test_waiters_leave_at_once_when_cancelled_and_at_the_shutdown(claims: 
 async def test_many_waiters_ask_the_store_once(
     store: ClaimStore, claims: ClaimService, unique: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many wait for one transaction, the store is asked about it once a turn."""
+    """However many callers wait for one transaction, the store is asked once per poll."""
     monkeypatch.setattr(waiting_module, "POLL_S", 0.01)
     asked = 0
     get = store.get
@@ -351,8 +354,8 @@ async def test_many_waiters_ask_the_store_once(
     await asyncio.gather(*waiters)
 
 
-async def test_shadow_mode_lets_everybody_through_and_counts(store: ClaimStore, unique: str) -> None:
-    """In shadow mode duplicates and mismatches are CLAIMED with a mark, at once and with their own token alone."""
+async def test_shadow_mode_lets_duplicates_through_and_counts_them(store: ClaimStore, unique: str) -> None:
+    """In shadow mode duplicates and mismatches receive CLAIMED with a mark, at once and with their own token."""
     claims = ClaimService(store, Policies(POLICY, {"pay": replace(POLICY, shadow=True)}))
     first = await claims.claim(ClaimRequest(unique, "pay", claim_token=TOKEN, payload_fingerprint=b"1"))
     assert (first.outcome, first.shadow_duplicate) == (ClaimOutcome.CLAIMED, False)
@@ -366,7 +369,7 @@ async def test_shadow_mode_lets_everybody_through_and_counts(store: ClaimStore, 
 
 
 async def test_policies_apply_by_namespace_and_may_be_replaced(store: ClaimStore, unique: str) -> None:
-    """Each namespace has its own lifetimes; unknown ones can be refused; new rules apply to the next call."""
+    """Each namespace has its own lifetimes, unknown ones can be refused, and new rules apply to the next call."""
     pay = Policy(default_ttl_ms=5_000, max_ttl_ms=9_000, retention_ms=7_000)
     claims = ClaimService(store, Policies(POLICY, {"pay": pay}, allow_unknown=False))
     held = (await claims.claim(ClaimRequest(unique, "pay", claim_token=TOKEN))).transaction
@@ -375,7 +378,7 @@ async def test_policies_apply_by_namespace_and_may_be_replaced(store: ClaimStore
     assert completed is not None
     assert completed.expire_time_ms == (completed.completion_time_ms or 0) + 7_000
     with pytest.raises(InvalidRequest, match="maximum of 9s"):
-        await claims.claim(ClaimRequest(unique, "pay", ttl_ms=9_001))
+        await claims.claim(ClaimRequest(unique, "pay", expiry=RequestedExpiry(9_001)))
     for call in (
         claims.claim(ClaimRequest(unique, "other")),
         claims.get("other", unique),
@@ -387,10 +390,10 @@ async def test_policies_apply_by_namespace_and_may_be_replaced(store: ClaimStore
     assert (await claims.claim(ClaimRequest(unique, "other"))).outcome is ClaimOutcome.CLAIMED
 
 
-async def test_the_life_of_a_claim_made_by_somebody_else_is_not_ours(store: ClaimStore, unique: str) -> None:
-    """The holder's token is compared in full: a prefix, or an empty one, holds nothing."""
+async def test_a_similar_token_holds_nothing(store: ClaimStore, unique: str) -> None:
+    """The token of the holder is compared in full: a prefix, an extension or a changed one holds nothing."""
     claim = a_claim(unique, token=TOKEN)
-    await store.claim(claim, 60_000)
+    await store.claim(claim, MINUTE)
     claims = ClaimService(store, Policies(POLICY))
     for token in (TOKEN[:-1] + "x", TOKEN + "x", "x" + TOKEN):
         assert not await claims.release(asks(unique, token))

@@ -1,9 +1,9 @@
-"""Claims in a real Redis Cluster: the promises hold while slots move and nodes die, and nobody has to help."""
+"""Claims in a real Redis Cluster: the promises hold while slots move and nodes die, without intervention."""
 
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -24,12 +24,13 @@ from dedup_service.claims import (
     StoreRefused,
     StoreUnavailable,
     Transaction,
-    system_clock_ms,
 )
 from dedup_service.claims.findings import Severity
-from dedup_service.stores.registry import StoreConfig, examine_store, make_store
+from dedup_service.stores.redis.cluster import ClusterNodes, SlotRange, _slot_ranges
 from dedup_service.stores.redis.store import RedisStore
-from tests.support.claims import a_claim
+from dedup_service.stores.redis.url import RedisTarget
+from dedup_service.stores.registry import StoreConfig, examine_store, make_store
+from tests.support.claims import MINUTE, a_claim, lasting
 from tests.support.cluster import ClusterDeployment, ClusterNode
 from tests.support.polling import eventually, wait_until
 from tests.support.processes import RedisProcess
@@ -58,7 +59,7 @@ async def open_store() -> AsyncIterator[OpenStore]:
 
 @pytest.fixture
 def six_nodes(tmp_path: Path) -> Iterator[ClusterDeployment]:
-    """Three masters with a replica each, for the test alone."""
+    """Three masters with a replica each, for one test only."""
     deployment = ClusterDeployment(tmp_path)
     try:
         yield deployment.start()
@@ -72,17 +73,17 @@ def key_of(transaction_id: str) -> bytes:
 
 
 def ids_of(unique: str) -> list[str]:
-    """Return the ids of a test, which lie on all nodes."""
+    """Return the ids of a test, spread over all nodes."""
     return [f"{unique}-{number}" for number in range(IDS)]
 
 
 async def answered(store: RedisStore, claim: Transaction) -> Transaction | None:
-    """Return the answer to a claim, once there is one; nothing certain may be said before."""
+    """Repeat a claim until it is answered, and return the answer."""
     answers: list[Transaction | None] = []
 
     async def claimed() -> bool:
         with contextlib.suppress(StoreUnavailable):
-            answers.append(await store.claim(claim, 60_000))
+            answers.append(await store.claim(claim, MINUTE))
         return bool(answers)
 
     await eventually(claimed, what="an answer")
@@ -90,7 +91,7 @@ async def answered(store: RedisStore, claim: Transaction) -> Transaction | None:
 
 
 class Claimers:
-    """Claim the ids of a test with two tokens for as long as the context lasts; keep every answer and every error."""
+    """Claims the ids of a test with two tokens during the context, and counts answers and errors."""
 
     def __init__(self, store: RedisStore, ids: list[str]) -> None:
         self._store = store
@@ -110,7 +111,7 @@ class Claimers:
         await asyncio.gather(*self._tasks)
 
     async def more(self, answers: int) -> None:
-        """Return after that many further answers."""
+        """Return after that many more answers."""
         until = self.holders.total() + answers
 
         async def enough() -> bool:
@@ -122,7 +123,7 @@ class Claimers:
         while not self._over.is_set():
             for transaction_id in self._ids:
                 try:
-                    holder = await self._store.claim(a_claim(transaction_id, token=token), 60_000)
+                    holder = await self._store.claim(a_claim(transaction_id, token=token), MINUTE)
                     self.holders[holder.claim_token if holder else None] += 1
                 except StoreUnavailable as error:
                     self.errors[error.reason, error.applied] += 1
@@ -130,7 +131,7 @@ class Claimers:
 
 
 def replicate(deployment: ClusterDeployment) -> None:
-    """Return when every replica has what its master acknowledged so far."""
+    """Return when every replica has the writes its master acknowledged."""
     for master in deployment.masters:
         offset = str(master.ask("INFO", "replication")).split("'master_repl_offset': ")[1].split(",")[0]
 
@@ -145,7 +146,7 @@ def replicate(deployment: ClusterDeployment) -> None:
 async def test_claims_go_to_the_node_of_their_key(
     open_store: OpenStore, masters: ClusterDeployment, unique: str
 ) -> None:
-    """Each id is claimed once, on the master that holds its slot; a batch leaves in one part for each node.
+    """Each id is claimed once, on the master that holds its slot, and no other node receives it.
 
     Protection: the key chooses the node.
     """
@@ -170,15 +171,15 @@ async def test_claims_go_to_the_node_of_their_key(
 
 
 async def test_the_whole_life_of_a_claim(open_store: OpenStore, masters: ClusterDeployment, unique: str) -> None:
-    """Complete, release and look-ups reach the node of the key, whose scripts it learns by itself."""
+    """Completions, releases and look-ups reach the node of the key, and load their scripts there."""
     store = await open_store(masters.url)
     for transaction_id in ids_of(unique):
         claim = a_claim(transaction_id, token=MINE)
-        assert await store.claim(claim, 60_000) is None
+        assert await store.claim(claim, MINUTE) is None
         found = await store.get("default", transaction_id)
         assert found is not None
         assert found.claim_token == MINE
-        completion = Completion("default", transaction_id, MINE, b"paid", 1, system_clock_ms() + 60_000, 60_000)
+        completion = Completion("default", transaction_id, MINE, b"paid", 1, lasting(60_000))
         completed = await store.complete(completion)
         assert completed is not None
         assert completed.result == b"paid"
@@ -186,23 +187,23 @@ async def test_the_whole_life_of_a_claim(open_store: OpenStore, masters: Cluster
 
 
 async def test_ids_with_braces_stay_apart(open_store: OpenStore, masters: ClusterDeployment, unique: str) -> None:
-    """What Redis reads as a hash tag in an id chooses the node and nothing else."""
+    """A hash tag in an id chooses the node and nothing else."""
     store = await open_store(masters.url)
     for transaction_id in (f"{{{unique}}}a", f"{{{unique}}}b", f"{unique}{{}}", f"{unique}}}{{"):
-        assert await store.claim(a_claim(transaction_id), 60_000) is None
+        assert await store.claim(a_claim(transaction_id), MINUTE) is None
 
 
-async def test_slots_that_move_make_no_second_winner(
+async def test_moving_slots_make_no_second_winner(
     open_store: OpenStore, six_nodes: ClusterDeployment, unique: str
 ) -> None:
-    """While the slots of the claims move to a new node and back, each claim keeps its one holder, without an error.
+    """While slots move to a new node and back, each claim keeps its holder, and no call fails.
 
-    Protection: MOVED and ASK are followed. Neither server has carried the redirected command out.
+    Protection: MOVED and ASK are followed, since neither server has carried the redirected command out.
     """
     store = await open_store(six_nodes.url)
     ids = ids_of(unique)
     for transaction_id in ids:
-        assert await store.claim(a_claim(transaction_id, token=MINE), 60_000) is None
+        assert await store.claim(a_claim(transaction_id, token=MINE), MINUTE) is None
     new = await asyncio.to_thread(six_nodes.add_master)
     source = six_nodes.masters[0]
     slots = sorted({slot for name in ids if (slot := key_slot(key_of(name))) < 5462})
@@ -215,31 +216,31 @@ async def test_slots_that_move_make_no_second_winner(
         await claimers.more(400)
     assert set(claimers.holders) == {MINE}
     assert not claimers.errors
-    assert await store.claim(a_claim(f"{unique}-new"), 60_000) is None
+    assert await store.claim(a_claim(f"{unique}-new"), MINUTE) is None
 
 
 async def test_a_slot_between_two_nodes_takes_claims_once(
     open_store: OpenStore, masters: ClusterDeployment, unique: str
 ) -> None:
-    """While a slot is being handed over, a new id is claimed at its new node by ASKING, and an old one at the old.
+    """During the migration of a slot new ids are claimed at the target by ASKING, and existing ones at the source.
 
-    Protection: ASKING goes right before the command that was redirected.
+    Protection: ASKING directly precedes the redirected command.
     """
     store = await open_store(masters.url)
     source, target = masters.masters[:2]
     ids = [f"{{{unique}-{n}}}" for n in range(100) if key_slot(key_of(f"{{{unique}-{n}}}")) < 5462][:1]
     slot = key_slot(key_of(ids[0]))
     old, new = (f"{ids[0]}-{age}" for age in ("old", "new"))
-    assert await store.claim(a_claim(old, token=MINE), 60_000) is None
+    assert await store.claim(a_claim(old, token=MINE), MINUTE) is None
     source_id, target_id = source.node_id, target.node_id
     target.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", source_id)
     source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", target_id)
     try:
-        crowd = [store.claim(a_claim(new, token=f"{OTHER}-{number}"), 60_000) for number in range(50)]
+        crowd = [store.claim(a_claim(new, token=f"{OTHER}-{number}"), MINUTE) for number in range(50)]
         answers = await asyncio.gather(*crowd)
         assert answers.count(None) == 1
         assert len({answer.claim_token for answer in answers if answer is not None}) == 1
-        held = await store.claim(a_claim(old, token=OTHER), 60_000)
+        held = await store.claim(a_claim(old, token=OTHER), MINUTE)
         assert held is not None
         assert held.claim_token == MINE
         with redis.Redis(port=target.port, protocol=2) as client:
@@ -252,9 +253,9 @@ async def test_a_slot_between_two_nodes_takes_claims_once(
 async def test_a_new_master_is_kept_while_its_first_slot_is_handed_over(
     open_store: OpenStore, tmp_path: Path, unique: str
 ) -> None:
-    """A master that the map does not name yet keeps its connection while ASK points at it.
+    """A master missing from the slot map keeps its connection while ASK points at it.
 
-    Protection: servers at which a redirection pointed lately are not left.
+    Protection: links to the targets of recent redirections are kept.
     """
     deployment = ClusterDeployment(tmp_path, replicas=False)
     try:
@@ -266,7 +267,7 @@ async def test_a_new_master_is_kept_while_its_first_slot_is_handed_over(
         slot = key_slot(key_of(transaction_id))
         new.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", source.node_id)
         source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", new.node_id)
-        assert await store.claim(a_claim(transaction_id, token=MINE), 60_000) is None
+        assert await store.claim(a_claim(transaction_id, token=MINE), MINUTE) is None
         [link] = [link for server, link in store._nodes._links.items() if server.port == new.port]  # type: ignore[attr-defined]
         channel = link.channel
 
@@ -277,7 +278,7 @@ async def test_a_new_master_is_kept_while_its_first_slot_is_handed_over(
 
         before = maps_read()
         await asyncio.to_thread(wait_until, lambda: maps_read() >= before + 3, what="the map to be read again")
-        holder = await store.claim(a_claim(transaction_id, token=OTHER), 60_000)
+        holder = await store.claim(a_claim(transaction_id, token=OTHER), MINUTE)
         assert holder is not None
         assert holder.claim_token == MINE
         assert channel is not None
@@ -286,35 +287,35 @@ async def test_a_new_master_is_kept_while_its_first_slot_is_handed_over(
         deployment.stop()
 
 
-async def test_a_node_that_is_cut_off_is_not_believed(
+async def test_an_isolated_node_is_not_trusted(
     open_store: OpenStore, masters: ClusterDeployment, tmp_path: Path, unique: str
 ) -> None:
-    """A node that knows some slots and no cluster in order is passed over for the next one of the URL.
+    """A node with slots but without a working cluster is skipped for the next one of the URL.
 
-    Protection: the cluster_state that a node says.
+    Protection: the cluster_state of a node is checked.
     """
     lone = ClusterNode(tmp_path / "lone").start()
     try:
         lone.ask("CLUSTER", "ADDSLOTSRANGE", 0, 16000)
         store = await open_store(f"redis+cluster://127.0.0.1:{lone.port},127.0.0.1:{masters.masters[0].port}")
         for transaction_id in ids_of(unique):
-            assert await store.claim(a_claim(transaction_id), 60_000) is None
+            assert await store.claim(a_claim(transaction_id), MINUTE) is None
         assert lone.ask("DBSIZE") == 0
     finally:
         lone.stop()
 
 
-async def test_a_node_that_dies_is_replaced_without_help(
+async def test_a_killed_node_is_replaced_without_help(
     open_store: OpenStore, six_nodes: ClusterDeployment, unique: str
 ) -> None:
-    """After a master was killed its replica serves, and still knows the holders; others go on meanwhile.
+    """After a master was killed its replica serves with the same holders; other masters serve meanwhile.
 
-    Protection: the map of the slots is asked for again, and errors are never guessed into answers.
+    Protection: the slot map is refreshed, and errors never become answers.
     """
     store = await open_store(six_nodes.url)
     ids = ids_of(unique)
     for transaction_id in ids:
-        assert await store.claim(a_claim(transaction_id, token=MINE), 60_000) is None
+        assert await store.claim(a_claim(transaction_id, token=MINE), MINUTE) is None
     await asyncio.to_thread(replicate, six_nodes)
     async with Claimers(store, ids) as claimers:
         await claimers.more(200)
@@ -330,18 +331,62 @@ async def test_a_node_that_dies_is_replaced_without_help(
     assert await answered(store, a_claim(f"{unique}-new")) is None
 
 
-async def test_a_cluster_that_is_away_is_certainly_not_asked(
+async def test_a_bug_in_a_refresh_does_not_end_the_refreshes(
+    open_store: OpenStore, masters: ClusterDeployment, unique: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an unexpected exception the slot map is refreshed again, also if it happened at start-up.
+
+    Protection: the keeper of the map outlives any exception of a refresh.
+    """
+    refreshes = 0
+    adopt = ClusterNodes._adopt
+
+    def fails_twice(nodes: ClusterNodes, ranges: Sequence[SlotRange]) -> None:
+        nonlocal refreshes
+        refreshes += 1
+        if refreshes <= 2:
+            raise KeyError("hunter2")
+        adopt(nodes, ranges)
+
+    monkeypatch.setattr(ClusterNodes, "_adopt", fails_twice)
+    store = await open_store(masters.url)
+    with pytest.raises(StoreUnavailable) as caught:
+        await store.claim(a_claim(unique), MINUTE)
+    assert (caught.value.reason, caught.value.applied) == ("STORE_UNREACHABLE", Applied.NO)
+    assert "hunter2" not in str(caught.value)
+    assert await answered(store, a_claim(unique)) is None
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        [],
+        [[0, 5]],
+        [[b"0", b"5", [b"host", 1]]],
+        [[0, 99_999, [b"host", 6379]]],
+        [[0, 5, [b"host", b"port"]]],
+        [[0, 5, [b"\xff", 6379]]],
+        7,
+    ],
+)
+def test_a_malformed_slot_map_is_an_error_of_its_node(reply: object) -> None:
+    """A malformed map raises ValueError, after which the next node is asked."""
+    with pytest.raises(ValueError, match="slot"):
+        _slot_ranges(reply, RedisTarget(host="one"))
+
+
+async def test_an_unreachable_cluster_applied_nothing(
     open_store: OpenStore, start_redis: Callable[..., RedisProcess], unique: str
 ) -> None:
-    """While no node answers, claims certainly were not made; a URL of a single server is refused with a sentence."""
+    """While no node answers, claims certainly were not applied; a single server is refused with a remedy."""
     server = start_redis()
-    with pytest.raises(StoreRefused, match="is no node of a cluster: write redis://"):
+    with pytest.raises(StoreRefused, match="is not a node of a cluster: write redis://"):
         await open_store(f"redis+cluster://127.0.0.1:{server.port}")
     url = f"redis+cluster://127.0.0.1:{server.port}"
     server.stop()
     store = await open_store(url)
     with pytest.raises(StoreUnavailable) as caught:
-        await store.claim(a_claim(unique), 60_000)
+        await store.claim(a_claim(unique), MINUTE)
     assert (caught.value.reason, caught.value.applied) == ("CLUSTER_UNREACHABLE", Applied.NO)
     with pytest.raises(StoreUnavailable):
         await store.check()
@@ -350,16 +395,16 @@ async def test_a_cluster_that_is_away_is_certainly_not_asked(
 async def test_a_node_by_the_url_of_a_single_server_is_refused_by_key(
     open_store: OpenStore, masters: ClusterDeployment, unique: str
 ) -> None:
-    """A plain URL of one node takes its own keys, and certainly no other; the reason says what to write."""
+    """The plain URL of one node serves only the keys of that node; the error names the remedy."""
     store = await open_store(masters.masters[0].url)
     refused = next(name for name in ids_of(unique) if key_slot(key_of(name)) > 5462)
     with pytest.raises(StoreUnavailable) as caught:
-        await store.claim(a_claim(refused), 60_000)
+        await store.claim(a_claim(refused), MINUTE)
     assert (caught.value.reason, "redis+cluster://" in str(caught.value)) == ("STORE_MOVED", True)
 
 
 async def test_over_tls(open_store: OpenStore, tmp_path: Path, unique: str) -> None:
-    """`rediss+cluster://` trusts every node by the given authority, and none without it."""
+    """`rediss+cluster://` trusts nodes certified by the given authority, and none without it."""
     authority = trustme.CA()
     authority_file, key_file = tmp_path / "ca.pem", tmp_path / "server.pem"
     authority.cert_pem.write_to_path(authority_file)
@@ -378,17 +423,17 @@ async def test_over_tls(open_store: OpenStore, tmp_path: Path, unique: str) -> N
         await asyncio.to_thread(deployment.start)
         store = await open_store(f"{deployment.url}?ssl_ca_certs={authority_file}")
         for transaction_id in ids_of(unique):
-            assert await store.claim(a_claim(transaction_id), 60_000) is None
+            assert await store.claim(a_claim(transaction_id), MINUTE) is None
         untrusting = await open_store(deployment.url)
         with pytest.raises(StoreUnavailable) as caught:
-            await untrusting.claim(a_claim(unique), 60_000)
+            await untrusting.claim(a_claim(unique), MINUTE)
         assert caught.value.reason == "CLUSTER_UNREACHABLE"
     finally:
         deployment.stop()
 
 
 async def test_the_doctor_examines_every_master(masters: ClusterDeployment) -> None:
-    """The cluster as a whole and each master are examined, and what they share is said once."""
+    """The cluster and each master are examined, and findings shared by all masters appear once."""
     masters.masters[1].ask("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
     try:
         findings = await examine_store(StoreConfig(masters.url))
@@ -402,8 +447,8 @@ async def test_the_doctor_examines_every_master(masters: ClusterDeployment) -> N
 
 
 @pytest.mark.parametrize("all_or_nothing", ["yes", "no"])
-async def test_the_doctor_sees_keys_that_no_node_serves(masters: ClusterDeployment, all_or_nothing: str) -> None:
-    """A slot without a master is critical, also where the cluster goes on without it and says that it is in order."""
+async def test_the_doctor_finds_uncovered_slots(masters: ClusterDeployment, all_or_nothing: str) -> None:
+    """A slot without a master is critical, even if the cluster serves without it and reports to be ok."""
     for node in masters.masters:
         node.ask("CONFIG", "SET", "cluster-require-full-coverage", all_or_nothing)
     masters.masters[0].ask("CLUSTER", "DELSLOTS", 0)

@@ -1,4 +1,4 @@
-"""Claims in a Redis whose master Sentinels name: failovers need nobody's help and never make a second winner."""
+"""Claims in a Redis located by Sentinel: failovers need no intervention and never make a second winner."""
 
 import asyncio
 import contextlib
@@ -10,11 +10,11 @@ import redis
 import trustme
 
 from dedup_service.claims import Applied, StoreRefused, StoreUnavailable, Transaction
-from dedup_service.stores.registry import StoreConfig, make_store
 from dedup_service.stores.redis.sentinel import SentinelLocator
 from dedup_service.stores.redis.store import RedisStore
-from dedup_service.stores.redis.url import parse_sentinel_url
-from tests.support.claims import a_claim
+from dedup_service.stores.redis.url import RedisTarget, parse_sentinel_url
+from dedup_service.stores.registry import StoreConfig, make_store
+from tests.support.claims import MINUTE, a_claim
 from tests.support.polling import eventually, wait_until
 from tests.support.processes import RedisProcess, free_port
 from tests.support.sentinel import SentinelDeployment, SentinelProcess, sentinel_url
@@ -68,7 +68,7 @@ def start_sentinel(tmp_path: Path) -> Iterator[StartSentinel]:
 
 @contextlib.asynccontextmanager
 async def silent_server() -> AsyncIterator[tuple[int, list[None]]]:
-    """Yield the port of a server that accepts connections and says nothing, and a list that grows with each."""
+    """Yield the port of a server that accepts connections and never answers, and a list that grows with each."""
     connections: list[None] = []
 
     async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -83,12 +83,12 @@ async def silent_server() -> AsyncIterator[tuple[int, list[None]]]:
 
 
 async def answered(store: RedisStore, claim: Transaction) -> Transaction | None:
-    """Return the answer to a claim, once the store can be reached; nothing certain may be said before."""
+    """Repeat a claim until it is answered, and return the answer."""
     answers: list[Transaction | None] = []
 
     async def claimed() -> bool:
         with contextlib.suppress(StoreUnavailable):
-            answers.append(await store.claim(claim, 60_000))
+            answers.append(await store.claim(claim, MINUTE))
         return bool(answers)
 
     await eventually(claimed, what="an answer")
@@ -96,15 +96,15 @@ async def answered(store: RedisStore, claim: Transaction) -> Transaction | None:
 
 
 async def holders(store: RedisStore, unique: str, token: str) -> set[str | None]:
-    """Claim every id of the test again, and return who holds them by the answers; None is a new claim."""
+    """Claim every id of the test again, and return the tokens of the holders; None is a new claim."""
     found = [await answered(store, a_claim(f"{unique}-{number}", token=token)) for number in range(IDS)]
     return {holder.claim_token if holder else None for holder in found}
 
 
 async def claim_and_replicate(store: RedisStore, deployment: SentinelDeployment, unique: str) -> None:
-    """Claim every id of the test, and return when the replica knows."""
+    """Claim every id of the test, and return when the replica has the claims."""
     for number in range(IDS):
-        assert await store.claim(a_claim(f"{unique}-{number}", token=MINE), 60_000) is None
+        assert await store.claim(a_claim(f"{unique}-{number}", token=MINE), MINUTE) is None
     await asyncio.to_thread(deployment.replicate)
 
 
@@ -126,7 +126,7 @@ async def grown_to(seen: list[tuple[str, str | None]], length: int) -> bool:
 
 
 async def reason_of(call: Awaitable[object]) -> tuple[str, Applied, str]:
-    """Return what a call fails with."""
+    """Return reason, `applied` and message of a failed call."""
     with pytest.raises(StoreUnavailable) as caught:
         await call
     return caught.value.reason, caught.value.applied, str(caught.value)
@@ -135,7 +135,7 @@ async def reason_of(call: Awaitable[object]) -> tuple[str, Applied, str]:
 async def test_a_failover_under_load_makes_no_second_winner(
     open_store: OpenStore, deployment: SentinelDeployment, unique: str
 ) -> None:
-    """While Sentinel fails over, replicated claims are answered rightly or not at all, and served again by themselves.
+    """During a failover replicated claims are answered correctly or not at all, and are served again without help.
 
     Protection: the master is located for every connection.
     """
@@ -148,7 +148,7 @@ async def test_a_failover_under_load_makes_no_second_winner(
         while not over.is_set():
             for number in range(IDS):
                 with contextlib.suppress(StoreUnavailable):
-                    holder = await store.claim(a_claim(f"{unique}-{number}", token=token), 60_000)
+                    holder = await store.claim(a_claim(f"{unique}-{number}", token=token), MINUTE)
                     seen.append((token, holder.claim_token if holder else None))
             await asyncio.sleep(0.005)
 
@@ -167,7 +167,7 @@ async def test_a_failover_under_load_makes_no_second_winner(
 async def test_a_killed_master_is_replaced_without_help(
     open_store: OpenStore, deployment: SentinelDeployment, unique: str
 ) -> None:
-    """After the master was killed, the promoted replica serves claims and still knows the holders of the old ones.
+    """After the master was killed, the promoted replica serves claims with the same holders.
 
     Protection: the master is located for every connection.
     """
@@ -180,12 +180,12 @@ async def test_a_killed_master_is_replaced_without_help(
     assert await answered(store, a_claim(f"{unique}-new")) is None
 
 
-async def test_a_master_that_hangs_is_left_when_sentinel_names_another(
+async def test_a_hanging_master_is_left_when_sentinel_names_another(
     open_store: OpenStore, deployment: SentinelDeployment, unique: str
 ) -> None:
-    """A connection that is idle while its master hangs moves to the new master before anybody claims.
+    """An idle connection to a hanging master moves to the new master before the next claim.
 
-    Protection: the address is asked again while connected.
+    Protection: the master is located again while connected.
     """
     store = await open_store(deployment.url)
     await claim_and_replicate(store, deployment, unique)
@@ -196,7 +196,7 @@ async def test_a_master_that_hangs_is_left_when_sentinel_names_another(
             return any(entry["cmd"] == "role" for entry in client.client_list())
 
         await asyncio.to_thread(wait_until, moved, what="the store to connect to the new master")
-    holder = await store.claim(a_claim(f"{unique}-0", token=OTHER), 60_000)
+    holder = await store.claim(a_claim(f"{unique}-0", token=OTHER), MINUTE)
     assert holder is not None
     assert holder.claim_token == MINE
 
@@ -204,22 +204,22 @@ async def test_a_master_that_hangs_is_left_when_sentinel_names_another(
 async def test_a_deposed_master_that_still_answers_is_left(
     open_store: OpenStore, start_redis: StartRedis, start_sentinel: StartSentinel, unique: str
 ) -> None:
-    """When Sentinel names another master, the old one is left although it still takes claims.
+    """When Sentinel names another master, the service leaves the old one although it still takes claims.
 
-    Protection: the address is asked again while connected.
+    Protection: the master is located again while connected.
     """
     old, new = start_redis(), start_redis()
     sentinel = start_sentinel(old.port)
     store = await open_store(sentinel_url(sentinel.port))
-    assert await store.claim(a_claim(f"{unique}-old"), 60_000) is None
+    assert await store.claim(a_claim(f"{unique}-old"), MINUTE) is None
     await asyncio.to_thread(sentinel.watch, new.port)
     await served_by(store, new, unique)
 
 
-async def test_a_server_that_still_answers_is_kept_while_no_sentinel_does(
+async def test_a_working_server_is_kept_while_no_sentinel_answers(
     open_store: OpenStore, start_redis: StartRedis, start_sentinel: StartSentinel, unique: str
 ) -> None:
-    """Losing every Sentinel, or the name at every Sentinel, does not end the claims of a master that is there."""
+    """The service keeps a working master when every Sentinel is lost, or has lost the name of the master."""
     server = start_redis()
     sentinel = start_sentinel(server.port)
     store = await open_store(sentinel_url(sentinel.port))
@@ -246,15 +246,46 @@ async def test_a_server_that_still_answers_is_kept_while_no_sentinel_does(
     await eventually(lambda: asked_in_vain(StoreRefused), what="the Sentinel to be asked")
     sentinel.stop()
     await eventually(lambda: asked_in_vain(StoreUnavailable), what="the Sentinel to be asked in vain")
-    assert await store.claim(a_claim(unique), 60_000) is None
+    assert await store.claim(a_claim(unique), MINUTE) is None
     assert link.channel is channel
+
+
+async def test_a_bug_in_a_recheck_does_not_end_the_rechecks(
+    open_store: OpenStore,
+    start_redis: StartRedis,
+    start_sentinel: StartSentinel,
+    unique: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After a recheck failed unexpectedly, the next one still detects a new master.
+
+    Protection: the recheck outlives any exception of the locator.
+    """
+    old, new = start_redis(), start_redis()
+    sentinel = start_sentinel(old.port)
+    store = await open_store(sentinel_url(sentinel.port))
+    locate = SentinelLocator.locate
+    failed = asyncio.Event()
+
+    async def fails_once(locator: SentinelLocator) -> RedisTarget:
+        if not failed.is_set():
+            failed.set()
+            raise KeyError("hunter2")
+        return await locate(locator)
+
+    monkeypatch.setattr(SentinelLocator, "locate", fails_once)
+    async with asyncio.timeout(10):
+        await failed.wait()
+    assert await store.claim(a_claim(unique), MINUTE) is None
+    await asyncio.to_thread(sentinel.watch, new.port)
+    await served_by(store, new, unique)
 
 
 @pytest.mark.parametrize("forbidden", ["", "-role"])
 async def test_a_replica_is_not_taken_for_the_master(
     open_store: OpenStore, start_redis: StartRedis, start_sentinel: StartSentinel, unique: str, forbidden: str
 ) -> None:
-    """A server that Sentinel names but that is a replica, such as one not promoted yet, makes nothing ready.
+    """A replica that Sentinel names, such as one not promoted yet, makes nothing ready.
 
     Protection: the role is checked after connecting, by INFO where ROLE is forbidden.
     """
@@ -270,19 +301,19 @@ async def test_a_replica_is_not_taken_for_the_master(
     assert await answered(store, a_claim(unique)) is None
 
 
-async def test_a_sentinel_that_is_down_is_passed_over(
+async def test_a_sentinel_that_is_down_is_skipped(
     open_store: OpenStore, start_redis: StartRedis, start_sentinel: StartSentinel, unique: str
 ) -> None:
-    """Of one Sentinel that is down, one that hangs and one that answers, the last is believed."""
+    """Of one Sentinel that is down, one that hangs and one that answers, the last one counts."""
     server = start_redis()
     sentinel = start_sentinel(server.port)
     async with silent_server() as (silent, _):
         store = await open_store(sentinel_url(free_port(), silent, sentinel.port), timeout_ms=300)
-        assert await store.claim(a_claim(unique), 60_000) is None
+        assert await store.claim(a_claim(unique), MINUTE) is None
 
 
 async def test_the_sentinel_that_answered_is_asked_first_next_time(start_sentinel: StartSentinel) -> None:
-    """A Sentinel that hangs costs its time-out once and not at every question."""
+    """A hanging Sentinel costs its timeout once, not at every call."""
     sentinel = start_sentinel(free_port())
     async with silent_server() as (silent, connections):
         locator = SentinelLocator(parse_sentinel_url(sentinel_url(silent, sentinel.port)), timeout_ms=300)
@@ -290,8 +321,8 @@ async def test_the_sentinel_that_answered_is_asked_first_next_time(start_sentine
         assert len(connections) == 1
 
 
-async def test_an_unknown_master_is_refused_at_the_start(open_store: OpenStore, start_sentinel: StartSentinel) -> None:
-    """A master that the Sentinels do not know stops the start with a sentence that names it."""
+async def test_an_unknown_master_is_refused_at_startup(open_store: OpenStore, start_sentinel: StartSentinel) -> None:
+    """A master unknown to the Sentinels is refused at start-up with a sentence that names it."""
     sentinel = start_sentinel(free_port())
     with pytest.raises(StoreRefused, match=r"knows no master 'another'.*sentinel monitor"):
         await open_store(sentinel_url(sentinel.port, rest="/another"))
@@ -300,10 +331,10 @@ async def test_an_unknown_master_is_refused_at_the_start(open_store: OpenStore, 
 async def test_without_any_sentinel_nothing_was_applied(
     open_store: OpenStore, start_redis: StartRedis, unique: str
 ) -> None:
-    """While no Sentinel says where the master is, claims certainly were not applied, and the sentence says why."""
+    """While no Sentinel locates the master, claims certainly were not applied, and the error names the causes."""
     server = start_redis()
     store = await open_store(sentinel_url(free_port(), server.port))
-    reason, applied, message = await reason_of(store.claim(a_claim(unique), 60_000))
+    reason, applied, message = await reason_of(store.claim(a_claim(unique), MINUTE))
     assert (reason, applied) == ("SENTINEL_UNREACHABLE", Applied.NO)
     assert "none of the 2 Sentinels asked" in message
     assert "unknown command" in message
@@ -312,7 +343,7 @@ async def test_without_any_sentinel_nothing_was_applied(
 async def test_servers_and_sentinels_have_their_own_passwords(
     open_store: OpenStore, start_redis: StartRedis, start_sentinel: StartSentinel, unique: str
 ) -> None:
-    """User, password and database are for the servers, the query arguments for the Sentinels; no sentence shows one."""
+    """User, password and database apply to the servers, the query arguments to the Sentinels; no error shows one."""
     server = start_redis("--requirepass", "p@ss")
     sentinel = start_sentinel(
         server.port,
@@ -322,7 +353,7 @@ async def test_servers_and_sentinels_have_their_own_passwords(
     )
     rest = "/mymaster/3?sentinel_username=asker&sentinel_password=s%40nt+"
     store = await open_store(sentinel_url(sentinel.port, user=":p%40ss@", rest=rest))
-    assert await store.claim(a_claim(unique), 60_000) is None
+    assert await store.claim(a_claim(unique), MINUTE) is None
     with redis.Redis(port=server.port, password="p@ss", db=3) as client:
         assert client.exists(f"dedup:default:{unique}")
     for user, rest, expected in (
@@ -340,7 +371,7 @@ async def test_servers_and_sentinels_have_their_own_passwords(
 async def test_sentinels_and_servers_are_asked_over_tls(
     open_store: OpenStore, start_redis: StartRedis, start_sentinel: StartSentinel, tmp_path: Path, unique: str
 ) -> None:
-    """`rediss+sentinel://` trusts Sentinels and servers by the given authority, and neither without it."""
+    """`rediss+sentinel://` trusts Sentinels and servers certified by the given authority, and none without it."""
     authority = trustme.CA()
     authority_file, key_file = tmp_path / "ca.pem", tmp_path / "server.pem"
     authority.cert_pem.write_to_path(authority_file)
@@ -356,6 +387,6 @@ async def test_sentinels_and_servers_are_asked_over_tls(
     sentinel = start_sentinel(server.tls_port, *(f"{name} {value}" for name, value in options.items()), tls=True)
     rest = f"/mymaster?ssl_ca_certs={authority_file}"
     store = await open_store(sentinel_url(sentinel.tls_port, scheme="rediss+sentinel", rest=rest))
-    assert await store.claim(a_claim(unique), 60_000) is None
+    assert await store.claim(a_claim(unique), MINUTE) is None
     untrusting = await open_store(sentinel_url(sentinel.tls_port, scheme="rediss+sentinel"))
     assert (await reason_of(untrusting.check()))[0] == "SENTINEL_UNREACHABLE"

@@ -1,4 +1,4 @@
-"""What is particular to Redis: keys and values as they lie there, foreign claims, refusals, and faults of the way."""
+"""Cases particular to Redis: stored keys and values, foreign claims, refusals, and faults of the connection."""
 
 import asyncio
 import contextlib
@@ -13,6 +13,7 @@ import trustme
 
 from dedup_service.claims import (
     Applied,
+    ClaimAnswer,
     ClaimOutcome,
     ClaimRequest,
     ClaimService,
@@ -20,23 +21,26 @@ from dedup_service.claims import (
     InvalidRequest,
     Policies,
     Policy,
+    Reason,
+    RequestedExpiry,
+    StoreNotice,
     StoreRefused,
     StoreUnavailable,
     UnreadableValue,
 )
-from dedup_service.stores.registry import StoreConfig, make_store
-from dedup_service.stores.registry import redis_channel as channel_module
 from dedup_service.stores.keys import prefixed_layout
+from dedup_service.stores.redis import channel as channel_module
 from dedup_service.stores.redis.canary import RedisCanary
-from dedup_service.stores.redis.link import FixedServer, RedisLink
-from dedup_service.stores.redis.nodes import OneServer
+from dedup_service.stores.redis.link import FixedServer, OneServer, RedisLink
 from dedup_service.stores.redis.scripts import COMPLETE, EXTEND, RELEASE
 from dedup_service.stores.redis.store import RedisStore
 from dedup_service.stores.redis.url import RedisTarget, parse_redis_url
-from tests.support.claims import a_claim
+from dedup_service.stores.registry import StoreConfig, make_store
+from tests.support.claims import MINUTE, a_claim, end_of
 from tests.support.fault_proxy import FaultProxy
 from tests.support.polling import eventually
 from tests.support.processes import RedisProcess, free_port
+from tests.support.scripted_redis import ScriptedRedis, says
 
 TOKEN = "token-of-sixteen"
 
@@ -62,7 +66,7 @@ async def open_store(redis_server: RedisProcess) -> AsyncIterator[OpenStore]:
 
 @pytest.fixture
 def own_redis(tmp_path: Path) -> Iterator[RedisProcess]:
-    """A Redis for this test alone, which may be reconfigured, stopped and broken; not started yet."""
+    """A Redis for this test only, to reconfigure, stop and break; not started yet."""
     server = RedisProcess(tmp_path)
     yield server
     server.stop()
@@ -91,7 +95,7 @@ async def test_key_and_value_are_as_documented(open_store: OpenStore, redis_clie
     """A claim is one key `{prefix}{namespace}:{id}` with a msgpack array, version first, and an expiry."""
     store = await open_store()
     claim = a_claim(unique, namespace="pay", claimant="w", payload_fingerprint=b"\x01")
-    await store.claim(claim, 60_000)
+    await store.claim(claim, MINUTE)
     key = f"dedup:pay:{unique}"
     assert msgpack.unpackb(redis_client.get(key)) == [
         *(1, "token-of-sixteen", "w", claim.claim_time_ms, claim.expire_time_ms, 1, b"\x01", 0, b"")
@@ -102,7 +106,7 @@ async def test_key_and_value_are_as_documented(open_store: OpenStore, redis_clie
 async def test_raw_layout_and_the_original_see_each_other(
     open_store: OpenStore, redis_client: redis.Redis, unique: str
 ) -> None:
-    """A flag that the original set is a duplicate here, and its own SET NX loses against a claim of ours."""
+    """A flag set by the original service is a duplicate here, and its SET NX fails against a claim of this service."""
     store = await open_store(layout="raw")
     service = service_over(store)
     theirs = f"lucky_box:{unique}:405:daily:2025-11-28"
@@ -117,10 +121,36 @@ async def test_raw_layout_and_the_original_see_each_other(
     redis_client.delete(theirs, ours)
 
 
+@pytest.mark.parametrize("layout", ["prefixed", "raw"])
+async def test_an_empty_foreign_value_is_a_duplicate(
+    open_store: OpenStore, redis_client: redis.Redis, unique: str, layout: str
+) -> None:
+    """A key with an empty value is held by an unknown holder, and the other entries of its batch get their own answers.
+
+    Protection: an empty reply is a value, and only nil means that the claim was stored.
+    """
+    store = await open_store(layout=layout)
+    service = service_over(store)
+    key = f"dedup:default:{unique}" if layout == "prefixed" else unique
+    redis_client.set(key, b"", px=30_000)
+    names = [f"{unique}-before", unique, f"{unique}-after"]
+    answers = await service.claim_all([ClaimRequest(name) for name in names])
+    outcomes = [answer.outcome if isinstance(answer, ClaimAnswer) else answer for answer in answers]
+    assert outcomes == [ClaimOutcome.CLAIMED, ClaimOutcome.DUPLICATE, ClaimOutcome.CLAIMED]
+    single = await service.claim(ClaimRequest(unique))
+    assert (single.outcome, single.transaction.claim_token) == (ClaimOutcome.DUPLICATE, None)
+    found = await service.get("default", unique)
+    assert (found.claim_token, found.expire_time_ms) == (None, redis_client.pexpiretime(key))
+    assert redis_client.get(key) == b""
+    for name in names[::2]:
+        assert await store.get("default", name) is not None
+    redis_client.delete(*names)
+
+
 async def test_a_foreign_claim_is_looked_up_with_its_expiry(
     open_store: OpenStore, redis_client: redis.Redis, unique: str
 ) -> None:
-    """Looking up a claim by an unknown holder says when it ends, or nothing where it never does."""
+    """A look-up of a claim by an unknown holder returns its expiry, or none for a key without an expiry."""
     store = await open_store(layout="raw")
     redis_client.set(unique, b"\xc3", px=30_000)
     found = await store.get("default", unique)
@@ -134,7 +164,7 @@ async def test_a_foreign_claim_is_looked_up_with_its_expiry(
 
 
 async def test_raw_layout_has_one_namespace(open_store: OpenStore, unique: str) -> None:
-    """In the raw layout another namespace is refused, since its keys would collide with the default one's."""
+    """In the raw layout another namespace is refused: its keys would collide with those of the default one."""
     service = service_over(await open_store(layout="raw"))
     with pytest.raises(InvalidRequest, match="namespace"):
         await service.claim(ClaimRequest(unique, namespace="pay"))
@@ -146,14 +176,14 @@ async def test_raw_layout_has_one_namespace(open_store: OpenStore, unique: str) 
     ("value", "reason"),
     [(msgpack.packb([2, "x"]), "VALUE_VERSION_UNKNOWN"), (msgpack.packb([1, "too short"]), "VALUE_DAMAGED")],
 )
-async def test_what_cannot_be_read_is_neither_go_nor_duplicate(
+async def test_an_unreadable_value_is_neither_go_nor_duplicate(
     open_store: OpenStore, redis_client: redis.Redis, unique: str, value: bytes, reason: str
 ) -> None:
-    """A value of another version, or a damaged one, fails the claim and is left alone."""
+    """A value of another version, or a damaged one, fails the claim and is left unchanged."""
     store = await open_store()
     redis_client.set(f"dedup:default:{unique}", value, px=60_000)
     with pytest.raises(UnreadableValue) as caught:
-        await store.claim(a_claim(unique), 60_000)
+        await store.claim(a_claim(unique), MINUTE)
     assert caught.value.reason == reason
     assert redis_client.get(f"dedup:default:{unique}") == value
 
@@ -161,12 +191,12 @@ async def test_what_cannot_be_read_is_neither_go_nor_duplicate(
 async def test_a_key_of_another_type_is_left_alone(
     open_store: OpenStore, redis_client: redis.Redis, unique: str
 ) -> None:
-    """A hash under the key of a transaction fails claim and look-up, and stays."""
+    """A hash under the key of a transaction fails claim and look-up, and is left unchanged."""
     store = await open_store()
     key = f"dedup:default:{unique}"
     redis_client.hset(key, "field", "value")
     redis_client.expire(key, 60)
-    for call in (store.claim(a_claim(unique), 60_000), store.get("default", unique)):
+    for call in (store.claim(a_claim(unique), MINUTE), store.get("default", unique)):
         with pytest.raises(UnreadableValue) as caught:
             await call
         assert caught.value.reason == "KEY_OF_ANOTHER_TYPE"
@@ -176,7 +206,7 @@ async def test_a_key_of_another_type_is_left_alone(
 async def test_forgotten_scripts_are_loaded_again(
     open_store: OpenStore, redis_client: redis.Redis, unique: str
 ) -> None:
-    """When Redis forgot the scripts a change still works, and is carried out once."""
+    """After SCRIPT FLUSH a change still works, and is carried out once."""
     service = service_over(await open_store())
     await service.claim(ClaimRequest(unique, claim_token=TOKEN))
     holder = HolderRequest(unique, claim_token=TOKEN)
@@ -191,13 +221,13 @@ async def test_forgotten_scripts_are_loaded_again(
 async def test_fields_of_a_newer_version_survive_a_change(
     open_store: OpenStore, redis_client: redis.Redis, unique: str
 ) -> None:
-    """Extending and completing leave what a newer writer added at the end of the value as it is."""
+    """Extending and completing keep the fields that a newer writer added at the end of the value."""
     service = service_over(await open_store())
     await service.claim(ClaimRequest(unique, claim_token=TOKEN, payload_fingerprint=b"\xff" * 64))
     key = f"dedup:default:{unique}"
     newer = [*msgpack.unpackb(redis_client.get(key)), "added", b"\xfe", 7]
     redis_client.set(key, msgpack.packb(newer), keepttl=True)
-    holder = HolderRequest(unique, claim_token=TOKEN, result=b"paid", ttl_ms=70_000)
+    holder = HolderRequest(unique, claim_token=TOKEN, result=b"paid", expiry=RequestedExpiry(70_000))
     assert await service.extend(holder) is not None
     assert await service.complete(holder) is not None
     fields = msgpack.unpackb(redis_client.get(key))
@@ -220,10 +250,10 @@ async def test_fields_of_a_newer_version_survive_a_change(
         (msgpack.packb(["1", TOKEN]), None),
     ],
 )
-async def test_a_change_leaves_alone_what_it_cannot_read(
+async def test_a_change_leaves_an_unreadable_value_alone(
     open_store: OpenStore, redis_client: redis.Redis, unique: str, value: bytes, reason: str | None
 ) -> None:
-    """Values of another version fail a change, values of others are not held, and neither is touched."""
+    """Values of another version fail a change, foreign values are NOT_HELD, and neither is changed."""
     service = service_over(await open_store())
     key = f"dedup:default:{unique}"
     redis_client.set(key, value, px=60_000)
@@ -239,26 +269,27 @@ async def test_a_change_leaves_alone_what_it_cannot_read(
 
 
 async def test_an_expire_time_past_by_the_clock_of_redis_is_refused(open_store: OpenStore, unique: str) -> None:
-    """Redis accepts a PXAT that is past by its clock and forgets the key at once; such a claim is refused unsent."""
+    """Redis accepts a PXAT in the past by its clock and deletes the key at once; such a claim is refused unsent."""
     store = await open_store()
     await store.check()
     store._clock_ahead_ms = 30_000
+    early, late = (a_claim(unique, ttl_ms=ttl_ms) for ttl_ms in (20_000, 40_000))
     with pytest.raises(InvalidRequest, match="clock of Redis"):
-        await store.claim(a_claim(unique, ttl_ms=20_000), None)
-    assert await store.claim(a_claim(unique, ttl_ms=40_000), None) is None
+        await store.claim(early, end_of(early))
+    assert await store.claim(late, end_of(late)) is None
 
 
-async def test_the_connection_says_nothing_by_itself(
+async def test_the_connection_sends_nothing_by_itself(
     open_store: OpenStore, redis_server: RedisProcess, unique: str
 ) -> None:
-    """A connection asks who answers, and from then on each command is one that was meant: no HELLO, no notifications.
+    """A connection sends INFO and ROLE, and then only commands of the store: no HELLO, no notifications.
 
     Protection: the explicit protocol and the options of redis-py that are off; its defaults send HELLO and CLIENT.
     """
     async with FaultProxy(redis_server.port) as proxy:
         store = await open_store(proxy.url)
-        assert await store.claim(a_claim(unique), 60_000) is None
-        assert await store.claim(a_claim(unique), 60_000) is not None
+        assert await store.claim(a_claim(unique), MINUTE) is None
+        assert await store.claim(a_claim(unique), MINUTE) is not None
         sent = proxy.sent_upstream.split(b"\r\n")
         # A command begins with the number of its parts and the length of its name.
         names = [sent[at + 2] for at, line in enumerate(sent) if line.startswith(b"*")]
@@ -268,7 +299,7 @@ async def test_the_connection_says_nothing_by_itself(
 async def test_a_lost_reply_is_doubt_and_the_same_token_resolves_it(
     open_store: OpenStore, redis_server: RedisProcess, unique: str
 ) -> None:
-    """After a swallowed reply the caller is told unknown; its token is then CLAIMED, another one DUPLICATE.
+    """After a lost reply the outcome is unknown; a retry with the token is then CLAIMED, another one DUPLICATE.
 
     Protection: no client retries (a resent SET NX would read its own value back), and the token in the value.
     """
@@ -305,7 +336,7 @@ async def answered(service: ClaimService, request: ClaimRequest) -> ClaimOutcome
 async def test_an_overdue_reply_is_doubt_and_ends_the_connection(
     open_store: OpenStore, redis_server: RedisProcess, unique: str
 ) -> None:
-    """When Redis does not answer in time every waiting caller is told unknown, and no late reply reaches anybody.
+    """If Redis does not answer in time the outcome is unknown to every caller, and no late reply answers a call.
 
     Protection: the watchdog over the oldest command, and a connection that ends with it.
     """
@@ -324,9 +355,9 @@ async def test_an_overdue_reply_is_doubt_and_ends_the_connection(
 
 
 async def test_stray_bytes_never_answer_a_claim(open_store: OpenStore, redis_server: RedisProcess, unique: str) -> None:
-    """Bytes that nobody asked for end the connection; the next claim is answered by Redis, on another one.
+    """Unsolicited bytes end the connection; Redis answers the next claim on another one.
 
-    Protection: the channel ends on a reply without a command.
+    Protection: the channel ends on a reply to no command.
     """
     async with FaultProxy(redis_server.port) as proxy:
         service = service_over(await open_store(proxy.url))
@@ -343,11 +374,11 @@ async def test_stray_bytes_never_answer_a_claim(open_store: OpenStore, redis_ser
 async def test_nonsense_from_redis_ends_the_connection(
     open_store: OpenStore, redis_server: RedisProcess, unique: str
 ) -> None:
-    """What is not the protocol of Redis fails the waiting callers with doubt and never becomes an answer."""
+    """Bytes outside the protocol of Redis fail the waiting callers as unknown, and never answer a call."""
     async with FaultProxy(redis_server.port) as proxy:
         store = await open_store(proxy.url)
         proxy.hold_replies.clear()
-        waiting = asyncio.create_task(store.claim(a_claim(unique), 60_000))
+        waiting = asyncio.create_task(store.claim(a_claim(unique), MINUTE))
 
         async def sent() -> bool:
             return b"\r\nSET\r\n" in proxy.sent_upstream
@@ -363,9 +394,9 @@ async def test_nonsense_from_redis_ends_the_connection(
 async def test_random_cancels_cost_no_connection_and_mix_nothing_up(
     open_store: OpenStore, redis_server: RedisProcess, unique: str
 ) -> None:
-    """Of 3,000 claims a random third is cancelled: every other answer is its own, over one and the same connection.
+    """Of 3,000 claims a random third is cancelled: every other answer reaches its own caller, over one connection.
 
-    Protection: replies of cancelled callers are read in their turn.
+    Protection: replies to cancelled callers are read in their turn.
     """
     async with FaultProxy(redis_server.port) as proxy:
         store = await open_store(proxy.url)
@@ -374,8 +405,8 @@ async def test_random_cancels_cost_no_connection_and_mix_nothing_up(
         async def claim(number: int) -> None:
             mine = a_claim(f"{unique}-{number}", token=f"token-number-{number:04}")
             held = mine._replace(claim_token="another-token-16")
-            assert await store.claim(mine, 60_000) is None
-            assert await store.claim(held, 60_000) == mine
+            assert await store.claim(mine, MINUTE) is None
+            assert await store.claim(held, MINUTE) == mine
 
         tasks: list[asyncio.Task[None]] = []
         for number in range(3_000):
@@ -394,7 +425,7 @@ async def test_random_cancels_cost_no_connection_and_mix_nothing_up(
 async def test_too_many_unanswered_commands_are_refused_unsent(
     open_store: OpenStore, redis_server: RedisProcess, unique: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beyond the bound of waiting commands a claim is refused at once, and was certainly not applied.
+    """Beyond the limit of unanswered commands a claim is refused at once, certainly not applied.
 
     Protection: the bounded queue of the channel.
     """
@@ -402,7 +433,7 @@ async def test_too_many_unanswered_commands_are_refused_unsent(
     async with FaultProxy(redis_server.port) as proxy:
         store = await open_store(proxy.url)
         proxy.hold_replies.clear()
-        claims = [asyncio.create_task(store.claim(a_claim(f"{unique}-{n}"), 60_000)) for n in range(11)]
+        claims = [asyncio.create_task(store.claim(a_claim(f"{unique}-{n}"), MINUTE)) for n in range(11)]
         done, waiting = await asyncio.wait(claims, return_when=asyncio.FIRST_COMPLETED)
         error = done.pop().exception()
         assert isinstance(error, StoreUnavailable)
@@ -414,11 +445,11 @@ async def test_too_many_unanswered_commands_are_refused_unsent(
 async def test_a_redis_that_comes_later_is_used_by_itself(
     open_store: OpenStore, own_redis: RedisProcess, unique: str
 ) -> None:
-    """A store opens while Redis is away, refuses claims as certainly not applied, and serves once Redis is there."""
+    """A store opens while Redis is down, refuses claims as certainly not applied, and serves once Redis runs."""
     port = free_port()
     store = await open_store(f"redis://127.0.0.1:{port}")
     with pytest.raises(StoreUnavailable) as caught:
-        await store.claim(a_claim(unique), 60_000)
+        await store.claim(a_claim(unique), MINUTE)
     assert (caught.value.reason, caught.value.applied) == ("STORE_UNREACHABLE", Applied.NO)
     own_redis.start(port)
     assert await answered(service_over(store), ClaimRequest(unique)) is ClaimOutcome.CLAIMED
@@ -430,10 +461,10 @@ def store_over(locator: FixedServer) -> RedisStore:
     return RedisStore(OneServer(link), prefixed_layout("dedup:"), "a test", canary=RedisCanary(b"canary:"))
 
 
-async def test_a_fault_of_ours_while_connecting_leaves_nobody_waiting(redis_server: RedisProcess, unique: str) -> None:
-    """When connecting fails in a way that nobody thought of, callers are refused, and it is tried again.
+async def test_a_bug_while_connecting_leaves_no_caller_waiting(redis_server: RedisProcess, unique: str) -> None:
+    """When connecting fails unexpectedly, callers are refused, and the link tries again.
 
-    Protection: the keeper of the connection outlives whatever an attempt raises.
+    Protection: the keeper of the connection outlives any exception of an attempt.
     """
     target = parse_redis_url(redis_server.url)
     attempts = 0
@@ -449,7 +480,7 @@ async def test_a_fault_of_ours_while_connecting_leaves_nobody_waiting(redis_serv
     store = store_over(Forgetful(target))
     await store.open()
     with pytest.raises(StoreUnavailable) as caught:
-        await store.claim(a_claim(unique), 60_000)
+        await store.claim(a_claim(unique), MINUTE)
     assert (caught.value.reason, caught.value.applied) == ("STORE_UNREACHABLE", Applied.NO)
     assert "hunter2" not in str(caught.value)
     assert await answered(service_over(store), ClaimRequest(unique)) is ClaimOutcome.CLAIMED
@@ -457,7 +488,7 @@ async def test_a_fault_of_ours_while_connecting_leaves_nobody_waiting(redis_serv
 
 
 async def test_closing_ends_also_when_a_cancellation_is_swallowed(redis_server: RedisProcess) -> None:
-    """A store closes even if the attempt to connect under way swallows its cancellation and succeeds.
+    """A store closes even if an attempt to connect swallows its cancellation and succeeds.
 
     Protection: the keeper of the connection is cancelled until it has ended.
     """
@@ -479,13 +510,36 @@ async def test_closing_ends_also_when_a_cancellation_is_swallowed(redis_server: 
 
 
 async def test_a_restarted_redis_is_used_again(open_store: OpenStore, own_redis: RedisProcess, unique: str) -> None:
-    """After Redis was killed and started again, claims are served without anybody's help."""
+    """After a restart of Redis claims are served again without help."""
     own_redis.start()
     service = service_over(await open_store(own_redis.url))
     assert await answered(service, ClaimRequest(f"{unique}-1")) is ClaimOutcome.CLAIMED
     own_redis.stop()
     own_redis.start(own_redis.port)
     assert await answered(service, ClaimRequest(f"{unique}-2")) is ClaimOutcome.CLAIMED
+
+
+async def test_a_flush_is_noticed(open_store: OpenStore, own_redis: RedisProcess) -> None:
+    """After FLUSHALL one check reports that claims were lost, and the next ones report nothing.
+
+    Protection: the canary.
+    """
+    own_redis.start()
+    store = await open_store(own_redis.url)
+    notices: list[StoreNotice] = []
+
+    async def noticed() -> bool:
+        notices.extend(await store.check())
+        return bool(notices)
+
+    for _ in range(3):
+        assert not await noticed()
+    with redis.Redis(port=own_redis.port) as admin:
+        admin.flushall()
+    await eventually(noticed, what="the notice")
+    assert [(notice.event, notice.forgot) for notice in notices] == [("claims_forgotten", True)]
+    for _ in range(3):
+        assert not await store.check()
 
 
 @pytest.mark.parametrize(
@@ -495,7 +549,7 @@ async def test_a_restarted_redis_is_used_again(open_store: OpenStore, own_redis:
         ({"min-replicas-to-write": "1"}, "STORE_TOO_FEW_REPLICAS"),
     ],
 )
-async def test_what_redis_refuses_was_not_applied(
+async def test_a_refused_claim_was_not_applied(
     open_store: OpenStore, own_redis: RedisProcess, unique: str, configuration: dict[str, str], reason: str
 ) -> None:
     """A Redis without memory or replicas refuses a claim, which is then certainly not applied."""
@@ -505,32 +559,34 @@ async def test_what_redis_refuses_was_not_applied(
         for name, value in configuration.items():
             admin.config_set(name, value)
     with pytest.raises(StoreUnavailable) as caught:
-        await store.claim(a_claim(unique), 60_000)
+        await store.claim(a_claim(unique), MINUTE)
     assert (caught.value.reason, caught.value.applied) == (reason, Applied.NO)
 
 
 async def test_a_read_only_replica_refuses_and_the_connection_is_replaced(
     open_store: OpenStore, own_redis: RedisProcess, unique: str
 ) -> None:
-    """A primary that became a replica refuses claims; once it is a primary again, they are served.
+    """A primary that became a replica refuses claims; they are served by a new connection to a primary.
 
     Protection: READONLY retires the connection.
     """
     own_redis.start()
-    store = await open_store(own_redis.url)
-    with redis.Redis(port=own_redis.port) as admin:
-        admin.replicaof("127.0.0.1", free_port())
-        with pytest.raises(StoreUnavailable) as caught:
-            await store.claim(a_claim(unique), 60_000)
-        assert (caught.value.reason, caught.value.applied) == ("STORE_READ_ONLY", Applied.NO)
-        admin.replicaof("NO", "ONE")
-    assert await answered(service_over(store), ClaimRequest(unique)) is ClaimOutcome.CLAIMED
+    async with FaultProxy(own_redis.port) as proxy:
+        store = await open_store(proxy.url)
+        with redis.Redis(port=own_redis.port) as admin:
+            admin.replicaof("127.0.0.1", free_port())
+            with pytest.raises(StoreUnavailable) as caught:
+                await store.claim(a_claim(unique), MINUTE)
+            assert (caught.value.reason, caught.value.applied) == ("STORE_READ_ONLY", Applied.NO)
+            admin.replicaof("NO", "ONE")
+        assert await answered(service_over(store), ClaimRequest(unique)) is ClaimOutcome.CLAIMED
+        assert proxy.connections >= 2
 
 
 async def test_user_password_and_database_come_from_the_url(
     open_store: OpenStore, own_redis: RedisProcess, unique: str
 ) -> None:
-    """User name, password (percent-encoded) and database of the URL are used; a wrong password is said so."""
+    """User name, password (percent-encoded) and database of the URL are used; a wrong password is reported."""
     own_redis.start()
     with redis.Redis(port=own_redis.port, db=3) as admin:
         admin.execute_command(
@@ -554,7 +610,7 @@ async def test_user_password_and_database_come_from_the_url(
         )
         store = await open_store(f"redis://dedup:p%40ss%2Fword@127.0.0.1:{own_redis.port}/3")
         await store.check()
-        assert await store.claim(a_claim(unique), 60_000) is None
+        assert await store.claim(a_claim(unique), MINUTE) is None
         assert admin.exists(f"dedup:default:{unique}")
         holder = HolderRequest(unique, claim_token=TOKEN)
         assert await service_over(store).extend(holder)
@@ -569,12 +625,12 @@ async def test_user_password_and_database_come_from_the_url(
 
         admin.execute_command("ACL", "SETUSER", "dedup", "-set")
         with pytest.raises(StoreUnavailable) as caught:
-            await store.claim(a_claim(f"{unique}-2"), 60_000)
+            await store.claim(a_claim(f"{unique}-2"), MINUTE)
         assert (caught.value.reason, caught.value.applied) == ("STORE_NOT_PERMITTED", Applied.NO)
 
 
 async def test_claims_travel_over_tls(open_store: OpenStore, tls_redis: tuple[RedisProcess, Path], unique: str) -> None:
-    """`rediss://` with the authority's certificate works, and without it the server is not trusted."""
+    """`rediss://` works with the certificate of the authority, and fails without it."""
     server, authority = tls_redis
     store = await open_store(f"rediss://127.0.0.1:{server.tls_port}/0?ssl_ca_certs={authority}")
     service = service_over(store)
@@ -586,8 +642,60 @@ async def test_claims_travel_over_tls(open_store: OpenStore, tls_redis: tuple[Re
     assert caught.value.reason == "STORE_UNREACHABLE"
 
 
+async def protocol_error_of(call: Awaitable[object]) -> tuple[Reason, Applied]:
+    """Return reason and `applied` of a failed call whose message names the remedy."""
+    with pytest.raises(StoreUnavailable) as caught:
+        await call
+    assert "proxy" in str(caught.value)
+    return caught.value.reason, caught.value.applied
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"+OK\r\n",
+        b"$-1\r\n",
+        b":1700000000\r\n",
+        b"*0\r\n",
+        b"*1\r\n$10\r\n1700000000\r\n",
+        b"*3\r\n$1\r\n1\r\n$1\r\n2\r\n$1\r\n3\r\n",
+        b"*2\r\n$3\r\nnow\r\n$1\r\n0\r\n",
+        b"*2\r\n$-1\r\n$1\r\n0\r\n",
+        b"*2\r\n*1\r\n:1\r\n$1\r\n0\r\n",
+        b"*2\r\n-ERR inside\r\n$1\r\n0\r\n",
+    ],
+)
+async def test_a_malformed_time_makes_the_store_unavailable(open_store: OpenStore, reply: bytes) -> None:
+    """A malformed reply to TIME fails the check as a protocol error.
+
+    Protection: any other exception would end the task that checks the store, and its last state would stay.
+    """
+    async with ScriptedRedis(says(b"$-1\r\n"), time=says(reply)) as server:
+        store = await open_store(server.url)
+        assert await protocol_error_of(store.check()) == (Reason.STORE_PROTOCOL_ERROR, Applied.NO)
+
+
+@pytest.mark.parametrize("reply", [b"+OK\r\n", b"$-1\r\n", b"*0\r\n", b"$2\r\n77\r\n"])
+async def test_a_malformed_expiry_makes_the_store_unavailable(open_store: OpenStore, unique: str, reply: bytes) -> None:
+    """A malformed reply to PEXPIRETIME fails the look-up of a foreign claim as a protocol error."""
+    async with ScriptedRedis(says(b"$-1\r\n"), get=says(b"$1\r\nx\r\n"), pexpiretime=says(reply)) as server:
+        store = await open_store(server.url)
+        assert (await protocol_error_of(store.get("default", unique)))[0] is Reason.STORE_PROTOCOL_ERROR
+
+
+@pytest.mark.parametrize("reply", [b"+OK\r\n", b"$-1\r\n", b"*0\r\n", b"$1\r\n1\r\n"])
+async def test_a_malformed_reply_to_wait_is_doubt(unique: str, reply: bytes) -> None:
+    """After a malformed reply to WAIT it is unknown whether replicas have the claim."""
+    async with ScriptedRedis(says(b"$-1\r\n"), wait=says(reply)) as server:
+        store = make_store(StoreConfig(server.url, min_replicas=1))
+        await store.open()
+        failure = await protocol_error_of(store.claim(a_claim(unique), MINUTE))
+        await store.close()
+    assert failure == (Reason.STORE_PROTOCOL_ERROR, Applied.UNKNOWN)
+
+
 async def serve_info(info: bytes) -> asyncio.Server:
-    """Serve a Redis that answers INFO with `info` and knows nothing else: a version that cannot be installed here."""
+    """Serve a Redis that answers INFO with `info` and nothing else: a version that cannot be installed here."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while await reader.read(65536):
@@ -607,7 +715,7 @@ async def serve_info(info: bytes) -> asyncio.Server:
 async def test_a_server_that_can_never_serve_is_refused_at_once(
     open_store: OpenStore, info: bytes, sentence: str
 ) -> None:
-    """A Redis that is too old, or a Sentinel, is refused at the start with a sentence that says what to use."""
+    """A Redis that is too old, or a Sentinel, is refused at start-up with a sentence that names the remedy."""
     async with await serve_info(info) as server:
         port = server.sockets[0].getsockname()[1]
         with pytest.raises(StoreRefused, match=sentence):

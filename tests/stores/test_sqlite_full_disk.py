@@ -1,4 +1,4 @@
-"""The embedded store on a disk that is truly full: a small file system that only this test has."""
+"""The embedded store on a full disk: a small file system mounted for this test."""
 
 import contextlib
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 from dedup_service.claims import Applied, StoreUnavailable
 from dedup_service.stores.keys import prefixed_layout
 from dedup_service.stores.sqlite.store import SqliteStore
-from tests.support.claims import a_claim
+from tests.support.claims import MINUTE, a_claim
 from tests.support.polling import eventually
 
 LAYOUT = prefixed_layout("dedup:")
@@ -19,7 +19,7 @@ LAYOUT = prefixed_layout("dedup:")
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MiB, where this process may mount one."""
+    """A file system of 2 MiB, if this process may mount one."""
     if sys.platform != "linux":
         pytest.skip("a tmpfs can be mounted on Linux alone")
     folder = tmp_path / "disk"
@@ -36,9 +36,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 async def test_a_full_disk_is_never_a_claim(small_disk: Path) -> None:
-    """On a full disk a claim is an error, earlier claims stay, and with room again the store serves by itself.
+    """On a full disk a claim is an error and earlier claims stay; with free space the store serves again.
 
-    Protection: the answers of a batch are given only after its commit.
+    Protection: a batch is answered only after its commit.
     """
     path = small_disk / "claims.db"
     store = SqliteStore(path, LAYOUT, timeout_ms=20_000)
@@ -49,7 +49,7 @@ async def test_a_full_disk_is_never_a_claim(small_disk: Path) -> None:
 
     async def claim(transaction_id: str) -> None:
         try:
-            assert await store.claim(a_claim(transaction_id), 60_000) is None
+            assert await store.claim(a_claim(transaction_id), MINUTE) is None
         except StoreUnavailable as failure:
             failures.append(failure)
             if failure.applied is Applied.NO:
@@ -66,7 +66,7 @@ async def test_a_full_disk_is_never_a_claim(small_disk: Path) -> None:
             pass
     number = 0
     while len(failures) < 5:
-        # What lies allocated in the log may still take a few.
+        # Space already allocated in the log may take a few.
         assert number < 10_000
         await claim(f"during:{number}")
         number += 1

@@ -1,4 +1,4 @@
-"""What is particular to the embedded store: one file, several processes, a disk that may fail."""
+"""Cases particular to the embedded store: one file, several processes, a disk that may fail."""
 
 import asyncio
 import contextlib
@@ -27,20 +27,20 @@ from dedup_service.claims import (
     UnreadableValue,
     system_clock_ms,
 )
-from dedup_service.stores.registry import sqlite_file
 from dedup_service.stores.keys import prefixed_layout
+from dedup_service.stores.sqlite import file as sqlite_file
 from dedup_service.stores.sqlite.store import SqliteStore
 from dedup_service.stores.sqlite.thread import MAX_BATCH, Operation
-from tests.support.claims import a_claim
+from tests.support.claims import MINUTE, a_claim, claim_to_end, lasting
 from tests.support.polling import eventually, wait_until
 
 LAYOUT = prefixed_layout("dedup:")
 
-# What the child processes begin with; `store` is opened by each of them.
+# The head of the child processes; each opens `store`.
 CHILD = """
 import asyncio, os, random, resource, sys
 from pathlib import Path
-from tests.support.claims import a_claim
+from tests.support.claims import MINUTE, a_claim
 from dedup_service.claims import StoreRefused, StoreUnavailable
 from dedup_service.stores.keys import prefixed_layout
 from dedup_service.stores.sqlite.store import SqliteStore
@@ -52,14 +52,14 @@ async def main():
     await store.open()
     print("ready", flush=True)
     sys.stdin.readline()
-    # Each process in another order, so that none is simply ahead of the others.
+    # Each process in another order, so that none is ahead of the others.
     numbers = list(range(500))
     random.Random(sys.argv[2]).shuffle(numbers)
     async def worker():
         while numbers:
             number = numbers.pop()
             claim = a_claim(f"lucky_box:{number}", token=f"process-{os.getpid():010}")
-            if await store.claim(claim, 60_000) is None:
+            if await store.claim(claim, MINUTE) is None:
                 print(number, flush=True)
     await asyncio.gather(*(worker() for _ in range(8)))
     await store.close()
@@ -70,7 +70,7 @@ async def main():
     await store.open()
     async def one(worker):
         for number in range(10**9):
-            if await store.claim(a_claim(f"{worker}:{number}"), 60_000) is None:
+            if await store.claim(a_claim(f"{worker}:{number}"), MINUTE) is None:
                 print(f"{worker}:{number}", flush=True)
     await asyncio.gather(*(one(worker) for worker in range(16)))
 """
@@ -83,7 +83,7 @@ async def main():
 
 OPENS_AS_NOBODY = """
 async def main():
-    # Root may write anything, so it stops being root.
+    # Root may write anything, so drop its rights.
     if os.getuid() == 0:
         os.setgid(65534)
         os.setuid(65534)
@@ -98,13 +98,13 @@ async def main():
 
 FILLS_THE_DISK = """
 def limit(size):
-    # No file may grow beyond it: what a write sees of a full disk, without one.
+    # No file may grow beyond it, which to a write looks like a full disk.
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 async def main():
     await store.open()
-    await store.claim(a_claim("before"), 60_000)
-    for call in (store.claim(a_claim("during"), 60_000), store.check()):
+    await store.claim(a_claim("before"), MINUTE)
+    for call in (store.claim(a_claim("during"), MINUTE), store.check()):
         await store.check()
         limit(os.stat(sys.argv[1] + "-wal").st_size)
         try:
@@ -112,8 +112,8 @@ async def main():
         except StoreUnavailable as error:
             print(error.reason, error.applied.value)
         limit(resource.RLIM_INFINITY)
-    print((await store.claim(a_claim("before"), 60_000)) is not None)
-    print(await store.claim(a_claim("after"), 60_000))
+    print((await store.claim(a_claim("before"), MINUTE)) is not None)
+    print(await store.claim(a_claim("after"), MINUTE))
     await store.close()
 """
 
@@ -130,7 +130,7 @@ def child(script: str, path: Path, *arguments: str) -> "subprocess.Popen[str]":
 
 
 def output_of(script: str, path: Path) -> list[str]:
-    """Return the lines that `script` wrote to its end."""
+    """Run `script` to its end and return its output lines."""
     with child(script, path) as process:
         output = process.communicate(timeout=20)[0]
     assert process.returncode == 0
@@ -138,7 +138,7 @@ def output_of(script: str, path: Path) -> list[str]:
 
 
 class Clock:
-    """A clock that is set by hand, and that can hold up whoever reads it: the store then stalls inside a batch."""
+    """A clock set by hand, which can block its readers: the store then stalls inside a batch."""
 
     def __init__(self) -> None:
         self.now_ms = 1_000_000
@@ -153,7 +153,7 @@ class Clock:
         return self.now_ms
 
     async def stall(self, store: SqliteStore) -> "asyncio.Task[Any]":
-        """Return a check that is held up in a batch of its own; all that follows waits behind it."""
+        """Return a check that blocks in its own batch; all later calls wait behind it."""
         self.running.clear()
         reads = self.reads
         task = asyncio.create_task(store.check())
@@ -167,7 +167,7 @@ async def _later(value: object) -> object:
 
 @pytest.fixture
 def clock() -> Iterator[Clock]:
-    """A clock set by hand, which runs again at the end whatever the test left."""
+    """A clock set by hand, which runs again at the end."""
     clock = Clock()
     yield clock
     clock.running.set()
@@ -175,7 +175,7 @@ def clock() -> Iterator[Clock]:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """A file that is not there yet, in a folder that is not there yet."""
+    """A file and a folder that do not exist yet."""
     return tmp_path / "state" / "claims.db"
 
 
@@ -202,7 +202,7 @@ def rows(path: Path) -> dict[str, int]:
 
 
 async def unavailable(call: "asyncio.Future[Any]") -> tuple[str, Applied]:
-    """Return how a call failed."""
+    """Return reason and `applied` of a failed call."""
     with pytest.raises(StoreUnavailable) as failure:
         await call
     return failure.value.reason, failure.value.applied
@@ -243,7 +243,7 @@ async def test_an_acknowledged_claim_survives_kill_9(path: Path) -> None:
 
 
 async def test_commits_are_synced(path: Path) -> None:
-    """The connection that writes claims syncs every commit, in a write-ahead log."""
+    """The connection syncs every commit, in a write-ahead log."""
     file = sqlite_file.ClaimFile(path, system_clock_ms)
     assert file.begin()
     assert file._execute("PRAGMA synchronous").fetchall() == [(2,)]
@@ -257,7 +257,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def a_text_file(path: Path) -> None:
-    """Make a file that is no database."""
+    """Make a file that is not a database."""
     path.write_text("claims, by hand\n" * 1_000)
 
 
@@ -274,7 +274,7 @@ def a_damaged_database(path: Path) -> None:
 
 
 def a_foreign_database(path: Path) -> None:
-    """Make a database of another application, which marked it in no way."""
+    """Make a database of another application without an application id."""
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.execute("CREATE TABLE accounts (id INTEGER PRIMARY KEY)")
 
@@ -305,7 +305,7 @@ def a_newer_database(path: Path) -> None:
     ],
 )
 async def test_a_file_that_is_not_ours_is_refused_and_left_alone(path: Path, make: object, sentence: str) -> None:
-    """A file that is no database, damaged, another application's or a newer version's is refused, byte for byte."""
+    """A file that is not a database, damaged, foreign, or of a newer version is refused and not changed."""
     path.parent.mkdir()
     assert callable(make)
     make(path)
@@ -318,7 +318,7 @@ async def test_a_file_that_is_not_ours_is_refused_and_left_alone(path: Path, mak
 
 
 async def test_a_folder_in_place_of_the_file_is_refused(tmp_path: Path) -> None:
-    """A path that is a folder, or that leads through a file, is refused."""
+    """A path that is a folder, or leads through a file, is refused."""
     (tmp_path / "file").write_text("")
     for path in (tmp_path, tmp_path / "file" / "claims.db"):
         with pytest.raises(StoreRefused, match=str(path)):
@@ -327,7 +327,7 @@ async def test_a_folder_in_place_of_the_file_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("forbidden", ["folder", "new file", "file"])
 def test_a_file_without_permission_is_refused(forbidden: str) -> None:
-    """A process that may not write the file, or not beside it, refuses it and does not wait."""
+    """A process that may not write the file or its folder refuses it at once."""
     # Not below tmp_path, whose parents only its owner may enter.
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "claims.db"
@@ -343,29 +343,29 @@ def test_a_file_without_permission_is_refused(forbidden: str) -> None:
 
 async def test_only_the_owner_may_read_the_claims(store: SqliteStore, path: Path) -> None:
     """The folder that the store creates has mode 0700, the file and its log 0600."""
-    await store.claim(claim_for(1), None)
+    await claim_to_end(store, claim_for(1))
     modes = [stat.S_IMODE(one.stat().st_mode) for one in (path.parent, path, Path(f"{path}-wal"))]
     assert modes == [0o700, 0o600, 0o600]
 
 
 async def test_a_lock_of_another_process_is_busy_and_not_applied(path: Path) -> None:
-    """While another connection holds the lock, a claim fails with STORE_BUSY and is not made later either."""
+    """While another connection holds the lock, a claim fails with STORE_BUSY and is never applied."""
     store = SqliteStore(path, LAYOUT, timeout_ms=100)
     await store.open()
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
-        calls = [store.claim(a_claim(f"{number}"), 60_000) for number in range(3)]
+        calls = [store.claim(a_claim(f"{number}"), MINUTE) for number in range(3)]
         failures = [await unavailable(asyncio.ensure_future(call)) for call in calls]
         assert failures == [("STORE_BUSY", Applied.NO)] * 3
         other.execute("COMMIT")
     await store.check()
     assert not rows(path)
-    assert await store.claim(a_claim("0"), 60_000) is None
+    assert await store.claim(a_claim("0"), MINUTE) is None
     await store.close()
 
 
 async def test_a_store_that_is_locked_at_the_start_is_tried_again(path: Path) -> None:
-    """A file that another process keeps locked does not stop `open`, and serves once the lock is gone."""
+    """A file locked by another process does not prevent `open`, and serves once the lock is released."""
     path.parent.mkdir()
     store = SqliteStore(path, LAYOUT, timeout_ms=100)
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
@@ -377,7 +377,7 @@ async def test_a_store_that_is_locked_at_the_start_is_tried_again(path: Path) ->
         try:
             await store.check()
         except StoreUnavailable:
-            # On a loaded machine the first write may take longer than this short time-out.
+            # On a loaded machine the first write may take longer than this short timeout.
             return False
         return True
 
@@ -388,11 +388,11 @@ async def test_a_store_that_is_locked_at_the_start_is_tried_again(path: Path) ->
 async def test_time_spent_waiting_for_the_lock_does_not_shorten_a_claim(
     store: SqliteStore, path: Path, clock: Clock
 ) -> None:
-    """The ttl of a claim begins when its batch holds the write lock, and so does the present of its answer."""
-    await store.claim(claim_for(1, clock.now_ms + 10), None)
+    """The ttl of a claim begins when its batch holds the write lock, and expired claims are judged then."""
+    await claim_to_end(store, claim_for(1, clock.now_ms + 10))
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
-        calls = [asyncio.create_task(store.claim(claim_for(number), 50)) for number in (1, 2)]
+        calls = [asyncio.create_task(store.claim(claim_for(number), lasting(50))) for number in (1, 2)]
         await eventually(lambda: _later(store._thread is not None and store._thread._locked_out))
         clock.now_ms += 20
         other.execute("COMMIT")
@@ -401,8 +401,8 @@ async def test_time_spent_waiting_for_the_lock_does_not_shorten_a_claim(
 
 
 async def test_an_idle_store_empties_itself(store: SqliteStore, path: Path, clock: Clock) -> None:
-    """Expired claims are deleted although nobody asks anything, and live ones stay."""
-    await asyncio.gather(*(store.claim(claim_for(n, clock.now_ms + 10 + n), None) for n in range(1_000)))
+    """An idle store deletes expired claims and keeps live ones."""
+    await asyncio.gather(*(claim_to_end(store, claim_for(n, clock.now_ms + 10 + n)) for n in range(1_000)))
     assert len(rows(path)) == 1_000
     clock.now_ms += 10 + 998
     await eventually(lambda: _later(len(rows(path)) == 1))
@@ -413,12 +413,12 @@ async def test_an_idle_store_empties_itself(store: SqliteStore, path: Path, cloc
 async def test_claims_are_answered_between_the_steps_that_reclaim(
     path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each step deletes a few expired claims, one that is made meanwhile comes before the next, and all are deleted."""
+    """Each step deletes a few expired claims, and a claim made meanwhile is stored before the next step."""
     monkeypatch.setattr(sqlite_file, "_MAX_STEP_ROWS", 20)
     monkeypatch.setattr(sqlite_file, "_FIRST_STEP_ROWS", 20)
     store = SqliteStore(path, LAYOUT, clock_ms=clock, idle_ms=10)
     await store.open()
-    await asyncio.gather(*(store.claim(claim_for(number), 10) for number in range(500)))
+    await asyncio.gather(*(store.claim(claim_for(number), lasting(10)) for number in range(500)))
     take_step, loop = sqlite_file.ClaimFile.upkeep, asyncio.get_running_loop()
     deleted: list[int] = []
     calls: list[asyncio.Task[Transaction | None]] = []
@@ -426,7 +426,7 @@ async def test_claims_are_answered_between_the_steps_that_reclaim(
     queued = threading.Event()
 
     def claim() -> None:
-        calls.append(loop.create_task(store.claim(claim_for("meanwhile"), 60_000)))
+        calls.append(loop.create_task(store.claim(claim_for("meanwhile"), MINUTE)))
         loop.call_soon(queued.set)
 
     def step(file: sqlite_file.ClaimFile) -> bool:
@@ -451,9 +451,9 @@ async def test_claims_are_answered_between_the_steps_that_reclaim(
 
 @pytest.mark.parametrize("locked", [False, True])
 def test_only_a_step_that_reclaims_does_not_wait_for_the_disk(path: Path, clock: Clock, *, locked: bool) -> None:
-    """A deletion that a crash takes back is made again; whatever comes after the step is synced as before it.
+    """A deletion that a crash undoes is repeated; commits after the step are synced as before it.
 
-    Also after a step that found the lock taken. Protection: synchronous is FULL again, whatever became of the step.
+    Also after a step that found the lock taken. Protection: synchronous is FULL again after any step.
     """
     file = sqlite_file.ClaimFile(path, clock)
     assert file.begin()
@@ -482,42 +482,42 @@ async def test_a_busy_store_gets_rid_of_expired_claims_too(path: Path, clock: Cl
     """Claims delete expired ones, at least as many as they add."""
     store = SqliteStore(path, LAYOUT, clock_ms=clock, idle_ms=1_000_000)
     await store.open()
-    await asyncio.gather(*(store.claim(claim_for(f"old {n}"), 10) for n in range(200)))
+    await asyncio.gather(*(store.claim(claim_for(f"old {n}"), lasting(10)) for n in range(200)))
     clock.now_ms += 10
-    await asyncio.gather(*(store.claim(claim_for(f"new {n}"), 10) for n in range(100)))
+    await asyncio.gather(*(store.claim(claim_for(f"new {n}"), lasting(10)) for n in range(100)))
     assert all(b"new" in key.encode() for key in rows(path))
     await store.close()
 
 
 async def test_an_expired_claim_is_absent_before_it_is_deleted(path: Path, clock: Clock) -> None:
-    """From its expiry on a claim is neither seen nor in the way; its place is taken."""
+    """After its expiry a claim is neither found nor a duplicate, and its row is replaced."""
     store = SqliteStore(path, LAYOUT, clock_ms=clock, idle_ms=1_000_000)
     await store.open()
     first, second = (a_claim("lucky_box:1", token=f"token-of-attempt-{number}") for number in (1, 2))
-    assert await store.claim(first, 10) is None
+    assert await store.claim(first, lasting(10)) is None
     clock.now_ms += 9
-    assert await store.claim(second, 10) == first
+    assert await store.claim(second, lasting(10)) == first
     clock.now_ms += 1
     assert await store.get("default", "lucky_box:1") is None
     assert list(rows(path).values()) == [1_000_010]
-    assert await store.claim(second, 10) is None
+    assert await store.claim(second, lasting(10)) is None
     assert await store.get("default", "lucky_box:1") == second
     assert list(rows(path).values()) == [1_000_020]
     await store.close()
 
 
-async def test_one_bad_operation_leaves_its_neighbours_alone(store: SqliteStore, path: Path, clock: Clock) -> None:
+async def test_a_bad_operation_fails_alone(store: SqliteStore, path: Path, clock: Clock) -> None:
     """In one batch an unreadable value, a past expiry and one beyond 64 bits each fail only their own caller."""
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("INSERT INTO claims VALUES (?, ?, ?)", (LAYOUT("default", "odd"), b"\x92\x63\x01", 2_000_000))
     stalled = await clock.stall(store)
     calls = [
-        store.claim(claim_for(1), 10),
-        store.claim(a_claim("odd"), 10),
+        store.claim(claim_for(1), lasting(10)),
+        store.claim(a_claim("odd"), lasting(10)),
         store.get("default", "odd"),
-        store.claim(claim_for(2, clock.now_ms), None),
-        store.claim(claim_for(3), 2**63),
-        store.claim(claim_for(4), 10),
+        claim_to_end(store, claim_for(2, clock.now_ms)),
+        store.claim(claim_for(3), lasting(2**63)),
+        store.claim(claim_for(4), lasting(10)),
     ]
     answers = asyncio.gather(*calls, return_exceptions=True)
     await asyncio.sleep(0)
@@ -529,10 +529,10 @@ async def test_one_bad_operation_leaves_its_neighbours_alone(store: SqliteStore,
 
 
 async def test_callers_of_one_id_in_one_batch_have_one_winner(store: SqliteStore, clock: Clock) -> None:
-    """Callers that claim one id within one transaction are decided in the order in which they came."""
+    """Claims of one id within one batch are decided in the order of their arrival."""
     stalled = await clock.stall(store)
     claims = [a_claim("lucky_box:1", token=f"token-of-caller-{number:03}") for number in range(100)]
-    answers = asyncio.gather(*(store.claim(claim, 10) for claim in claims))
+    answers = asyncio.gather(*(store.claim(claim, lasting(10)) for claim in claims))
     await asyncio.sleep(0)
     clock.running.set()
     await stalled
@@ -540,30 +540,30 @@ async def test_callers_of_one_id_in_one_batch_have_one_winner(store: SqliteStore
 
 
 async def test_a_stalled_disk_does_not_hold_callers(path: Path, clock: Clock) -> None:
-    """At the time-out a claim under way has an unknown end; one that waits was not applied, and never will be."""
+    """At the timeout a claim in progress is unknown; a waiting one was not applied and never will be."""
     store = SqliteStore(path, LAYOUT, clock_ms=clock, timeout_ms=100, idle_ms=1_000_000)
     await store.open()
     clock.running.clear()
     reads = clock.reads
-    under_way = asyncio.create_task(store.claim(claim_for("under way"), None))
+    in_progress = asyncio.create_task(claim_to_end(store, claim_for("in progress")))
     await eventually(lambda: _later(clock.reads > reads))
-    waiting = asyncio.create_task(store.claim(claim_for("waiting"), None))
-    assert await unavailable(under_way) == ("STORE_STALLED", Applied.UNKNOWN)
+    waiting = asyncio.create_task(claim_to_end(store, claim_for("waiting")))
+    assert await unavailable(in_progress) == ("STORE_STALLED", Applied.UNKNOWN)
     assert await unavailable(waiting) == ("STORE_STALLED", Applied.NO)
     clock.running.set()
     await store.check()
-    assert set(rows(path)) == {"dedup:default:lucky_box:under way"}
+    assert set(rows(path)) == {"dedup:default:lucky_box:in progress"}
     await store.close()
 
 
 async def test_a_full_queue_refuses_at_once(path: Path, clock: Clock) -> None:
-    """A call beyond the limit of waiting calls fails with STORE_QUEUE_FULL, and those before it are answered."""
+    """A call beyond the queue limit fails with STORE_QUEUE_FULL, and those before it are answered."""
     store = SqliteStore(path, LAYOUT, clock_ms=clock, queue_limit=3)
     await store.open()
     stalled = await clock.stall(store)
-    waiting = asyncio.gather(*(store.claim(claim_for(number), None) for number in range(3)))
+    waiting = asyncio.gather(*(claim_to_end(store, claim_for(number)) for number in range(3)))
     await asyncio.sleep(0)
-    refused = asyncio.create_task(store.claim(claim_for(3), None))
+    refused = asyncio.create_task(claim_to_end(store, claim_for(3)))
     assert await unavailable(refused) == ("STORE_QUEUE_FULL", Applied.NO)
     clock.running.set()
     await stalled
@@ -573,14 +573,14 @@ async def test_a_full_queue_refuses_at_once(path: Path, clock: Clock) -> None:
 
 
 async def test_cancelled_callers_leave_the_store_in_order(store: SqliteStore, path: Path) -> None:
-    """Callers cancelled at any moment disturb nobody, nothing reaches the loop's handler, no answer goes astray."""
+    """Callers cancelled at any moment affect no other call, and leave no message in the log of the loop."""
     complaints: list[object] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
     random_ = random.Random(20251128)
 
     async def one(number: int) -> bool:
         claim = claim_for(number)
-        assert await store.claim(claim, None) is None
+        assert await claim_to_end(store, claim) is None
         return await store.get("default", claim.transaction_id) == claim
 
     answers: list[object] = []
@@ -600,9 +600,9 @@ async def test_cancelled_callers_leave_the_store_in_order(store: SqliteStore, pa
 
 
 async def test_a_cancelled_call_that_still_waited_makes_no_claim(store: SqliteStore, path: Path, clock: Clock) -> None:
-    """A claim whose caller has gone before its turn came is not made, so it is in nobody's way."""
+    """A claim whose caller is cancelled before its batch is not stored."""
     stalled = await clock.stall(store)
-    call = asyncio.create_task(store.claim(claim_for(1), None))
+    call = asyncio.create_task(claim_to_end(store, claim_for(1)))
     await asyncio.sleep(0)
     call.cancel()
     await asyncio.sleep(0)
@@ -613,10 +613,10 @@ async def test_a_cancelled_call_that_still_waited_makes_no_claim(store: SqliteSt
 
 
 async def test_close_answers_what_is_queued(store: SqliteStore, path: Path, clock: Clock) -> None:
-    """Calls that wait when the store is closed are carried out first, later ones fail, and closing again is nothing."""
+    """`close` carries out waiting calls first, refuses later ones, and may be called again."""
     stalled = await clock.stall(store)
     count = 2 * MAX_BATCH + 1
-    queued = asyncio.gather(*(store.claim(claim_for(number), None) for number in range(count)))
+    queued = asyncio.gather(*(claim_to_end(store, claim_for(number)) for number in range(count)))
     await asyncio.sleep(0)
     closing = asyncio.create_task(store.close())
     await asyncio.sleep(0)
@@ -630,12 +630,12 @@ async def test_close_answers_what_is_queued(store: SqliteStore, path: Path, cloc
 
 
 async def test_close_is_bounded(path: Path, clock: Clock) -> None:
-    """Closing a store whose disk is stalled ends at the time-out, and so does every call."""
+    """With a stalled disk `close` and every call end at the timeout."""
     store = SqliteStore(path, LAYOUT, clock_ms=clock, timeout_ms=200)
     await store.open()
     clock.running.clear()
     reads = clock.reads
-    calls = [asyncio.create_task(store.claim(claim_for(number), None)) for number in range(2)]
+    calls = [asyncio.create_task(claim_to_end(store, claim_for(number))) for number in range(2)]
     await eventually(lambda: _later(clock.reads > reads))
     await asyncio.wait_for(store.close(), 10)
     reasons = [await unavailable(call) for call in calls]
@@ -646,31 +646,31 @@ async def test_close_is_bounded(path: Path, clock: Clock) -> None:
 
 
 async def test_a_closed_store_can_be_opened_again(store: SqliteStore) -> None:
-    """What was claimed before is held after."""
-    await store.claim(claim_for(1), None)
+    """A reopened store still holds its claims."""
+    await claim_to_end(store, claim_for(1))
     await store.close()
     await store.open()
     assert await store.get("default", "lucky_box:1")
 
 
 async def test_a_removed_file_is_noticed(store: SqliteStore, path: Path) -> None:
-    """A claim is not made in a file that others no longer find; the next one is made in the file they would find."""
-    await store.claim(claim_for(1), None)
+    """A claim is not stored in a file that was removed; the next one is stored in a new file at the path."""
+    await claim_to_end(store, claim_for(1))
     for name in path.parent.iterdir():
         name.unlink()
-    call = asyncio.create_task(store.claim(claim_for(2), None))
+    call = asyncio.create_task(claim_to_end(store, claim_for(2)))
     assert await unavailable(call) == ("STORE_FILE_REPLACED", Applied.NO)
-    assert await store.claim(claim_for(3), None) is None
+    assert await claim_to_end(store, claim_for(3)) is None
     assert set(rows(path)) == {"dedup:default:lucky_box:3"}
 
 
 def test_a_failed_commit_is_in_doubt_and_a_check_fails(path: Path) -> None:
-    """When the log cannot grow, a claim fails as unknown, a check fails too, and both recover with the disk."""
+    """If the log cannot grow, a claim fails as unknown, a check fails too, and both recover with the disk."""
     assert output_of(FILLS_THE_DISK, path) == ["STORE_IO_ERROR unknown", "STORE_IO_ERROR no", "True", "None"]
 
 
 async def test_a_full_database_certainly_applied_nothing(path: Path) -> None:
-    """A batch that fails before its commit is rolled back and says so, and the file serves on."""
+    """A batch that fails before its commit is rolled back and not applied, and the file serves again."""
     file = sqlite_file.ClaimFile(path, system_clock_ms)
     future: asyncio.Future[bytes | Exception | None] = asyncio.get_running_loop().create_future()
 
@@ -691,17 +691,47 @@ async def test_a_full_database_certainly_applied_nothing(path: Path) -> None:
 
 
 async def test_the_log_is_copied_and_cut(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The write-ahead log does not grow for ever."""
+    """The write-ahead log does not grow without limit."""
     monkeypatch.setattr(sqlite_file, "_WAL_BYTES", 100_000)
     store = SqliteStore(path, LAYOUT)
     await store.open()
-    await asyncio.gather(*(store.claim(a_claim(f"{number}"), 60_000) for number in range(1_000)))
+    await asyncio.gather(*(store.claim(a_claim(f"{number}"), MINUTE) for number in range(1_000)))
     await eventually(lambda: _later(Path(f"{path}-wal").stat().st_size <= 100_000))
     await store.close()
 
 
+@pytest.mark.parametrize("method", ["upkeep", "checkpoint", "begin", "carry_out"])
+async def test_a_bug_in_the_thread_does_not_end_it(path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """After an unexpected exception the callers of its batch receive an error at once, and the store serves again.
+
+    Protection: the thread outlives any exception of the file.
+    """
+    store = SqliteStore(path, LAYOUT, timeout_ms=20_000, idle_ms=10)
+    await store.open()
+    failed = threading.Event()
+    works = getattr(sqlite_file.ClaimFile, method)
+
+    def fails_once(file: sqlite_file.ClaimFile, *arguments: object) -> object:
+        if failed.is_set():
+            return works(file, *arguments)
+        failed.set()
+        raise KeyError("hunter2")
+
+    monkeypatch.setattr(sqlite_file.ClaimFile, method, fails_once)
+    if method == "carry_out":
+        call = asyncio.create_task(store.claim(a_claim("lucky_box:1"), MINUTE))
+        assert await unavailable(call) == ("STORE_ERROR", Applied.UNKNOWN)
+    elif method == "begin":
+        assert await unavailable(asyncio.create_task(store.check())) == ("STORE_ERROR", Applied.NO)
+    else:
+        assert await store.claim(a_claim("lucky_box:1"), MINUTE) is None
+    await eventually(lambda: _later(failed.is_set()))
+    assert await store.claim(a_claim("lucky_box:2"), MINUTE) is None
+    await store.close()
+
+
 def test_a_loop_that_ends_before_the_store_ends_its_thread(path: Path) -> None:
-    """A program that forgets `close` keeps no thread."""
+    """A program that omits `close` leaves no thread."""
     before = set(threading.enumerate())
     store = SqliteStore(path, LAYOUT, idle_ms=10)
     asyncio.run(store.open())

@@ -14,7 +14,7 @@ MASTERS = 3
 
 
 class ClusterNode(RedisProcess):
-    """One node; `options` are those of its TLS, which then also holds between the nodes."""
+    """One node; `options` configure TLS, also between the nodes."""
 
     def __init__(self, folder: Path, *options: str, tls: bool = False) -> None:
         folder.mkdir()
@@ -27,23 +27,23 @@ class ClusterNode(RedisProcess):
             *super()._options(),
             *("--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf", "--cluster-node-timeout", "1000"),
             *("--cluster-port", str(self.bus_port), "--repl-diskless-sync-delay", "0"),
-            # A master that gave its last slot away stays one, so that tests can give it another.
+            # A master without slots stays a master, so that tests can give it slots again.
             *("--cluster-replica-validity-factor", "0", "--cluster-allow-replica-migration", "no"),
         ]
 
     def ask(self, *command: str | int) -> object:
-        """Return the reply of this node alone."""
+        """Return the reply of this node."""
         with redis.Redis(port=self.port, protocol=2, decode_responses=True) as client:
             return client.execute_command(*command)
 
     @property
     def node_id(self) -> str:
-        """What the cluster calls it."""
+        """The id of the node in the cluster."""
         return str(self.ask("CLUSTER", "MYID"))
 
 
 class ClusterDeployment:
-    """Masters that share all slots in equal parts, each with a replica unless told otherwise."""
+    """Masters that share all slots equally, by default with one replica each."""
 
     def __init__(self, folder: Path, *options: str, replicas: bool = True, tls: bool = False) -> None:
         self._folder = folder
@@ -54,14 +54,14 @@ class ClusterDeployment:
         self.replicas: list[ClusterNode] = []
 
     def start(self) -> Self:
-        """Start everything, and return when each node says that the cluster is in order."""
+        """Start all nodes, and return when each reports a working cluster."""
         for number in range(MASTERS):
             self.masters.append(self._start(f"master-{number}"))
         share = REDIS_CLUSTER_HASH_SLOTS // MASTERS + 1
         for number, master in enumerate(self.masters):
             last = min((number + 1) * share, REDIS_CLUSTER_HASH_SLOTS) - 1
             master.ask("CLUSTER", "ADDSLOTSRANGE", number * share, last)
-            # Without an epoch of its own for each, two masters could claim one slot after a failover.
+            # Without separate epochs two masters could claim one slot after a failover.
             master.ask("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
         for master in self.masters[1:]:
             self._meet(master)
@@ -76,7 +76,7 @@ class ClusterDeployment:
         return self
 
     def add_master(self) -> ClusterNode:
-        """Return a new master without slots, once every other node knows it."""
+        """Add a master without slots, and return it once every other node knows it."""
         node = self._start(f"master-{len(self.masters)}")
         self._meet(node)
         self.masters.append(node)
@@ -85,18 +85,18 @@ class ClusterDeployment:
         return node
 
     def stop(self) -> None:
-        """End everything that was started."""
+        """Stop all nodes."""
         for node in (*self.replicas, *self.masters):
             node.stop()
 
     @property
     def url(self) -> str:
-        """The store URL, by two of the nodes."""
+        """The store URL, with two of the nodes."""
         ports = (node.tls_port if self._tls else node.port for node in self.masters[:2])
         return f"redis{'s' if self._tls else ''}+cluster://{','.join(f'127.0.0.1:{port}' for port in ports)}"
 
     def in_order(self) -> bool:
-        """Whether every node that runs says that all slots are covered, and every replica follows its master."""
+        """Whether every node reports that all slots are covered, and every replica follows its master."""
         states = [str(node.ask("CLUSTER", "INFO")) for node in (*self.masters, *self.replicas)]
         following = [str(replica.ask("INFO", "replication")) for replica in self.replicas]
         return all("cluster_state:ok" in state and "cluster_slots_ok:16384" in state for state in states) and all(
@@ -104,7 +104,7 @@ class ClusterDeployment:
         )
 
     def move(self, slots: Sequence[int], source: ClusterNode, target: ClusterNode) -> None:
-        """Reshard: hand these slots with their keys over, as `redis-cli --cluster reshard` does."""
+        """Move these slots with their keys, as `redis-cli --cluster reshard` does."""
         source_id, target_id = source.node_id, target.node_id
         for slot in slots:
             target.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", source_id)

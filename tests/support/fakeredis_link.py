@@ -1,4 +1,4 @@
-"""fakeredis in the place of a Redis link: fast, for cases that a real Redis shows as well."""
+"""fakeredis in place of a Redis link: fast, for cases that also run on a real Redis."""
 
 import asyncio
 from typing import Any
@@ -20,10 +20,10 @@ class FakeredisLink(RedisLink):
         self.channel: Any = self
 
     async def open(self) -> None:
-        """Nothing to open."""
+        """Open nothing."""
 
     async def close(self) -> None:
-        """Take no more commands, as a closed link does."""
+        """Accept no more commands, like a closed link."""
         self.channel = None
         await super().close()
         await self._client.aclose()

@@ -12,7 +12,7 @@ from dedup_service.claims import ClaimService, ClaimStore, Policies, Policy
 from dedup_service.server.engines import make_engine
 from dedup_service.api.admission import Admission
 from dedup_service.api.servicer import DedupServicer, add_to_server
-from dedup_service.config.setting_types import EngineName
+from dedup_service.config.settings import EngineName
 from dedup_service.observability.call_log import CallLog
 from dedup_service.observability.logged_ids import LoggedIds
 

@@ -1,4 +1,4 @@
-"""A Redis that shakes hands properly and then does to each SET what a test tells it to."""
+"""A server that performs the handshake of a Redis and then answers commands as a test says."""
 
 import asyncio
 import contextlib
@@ -7,12 +7,12 @@ from typing import Self
 
 INFO = b"# Server\r\nredis_version:7.0.15\r\nredis_mode:standalone\r\n"
 
-# Told the connection when a SET has arrived.
+# Called with the connection when its command has arrived.
 Behaviour = Callable[[asyncio.StreamWriter], Awaitable[None]]
 
 
 def says(reply: bytes) -> Behaviour:
-    """Return a behaviour that answers with these bytes and goes on."""
+    """Return a behaviour that answers with these bytes."""
 
     async def behave(writer: asyncio.StreamWriter) -> None:
         writer.write(reply)
@@ -32,10 +32,14 @@ def says_and_hangs_up(reply: bytes) -> Behaviour:
 
 
 class ScriptedRedis:
-    """Speaks just enough of the protocol for the service to connect, and counts the SETs that arrive."""
+    """Implements enough of the protocol for the service to connect, and counts the SETs.
 
-    def __init__(self, behaviour: Behaviour) -> None:
+    `behaviour` answers each SET; `others` answer further commands, by name.
+    """
+
+    def __init__(self, behaviour: Behaviour, **others: Behaviour) -> None:
         self._behaviour = behaviour
+        self._others = {name.upper().encode(): other for name, other in others.items()}
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
@@ -56,14 +60,14 @@ class ScriptedRedis:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def hang_up(self) -> None:
-        """Close every connection that is open, and return when that is done."""
+        """Close every open connection, and return when they are closed."""
         for writer in list(self._writers):
             writer.close()
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
 
     def refuse_connections(self) -> None:
-        """Listen no longer."""
+        """Stop listening."""
         assert self._server is not None
         self._server.close()
 
@@ -100,7 +104,11 @@ class ScriptedRedis:
         return parts
 
     async def _answer(self, command: list[bytes], writer: asyncio.StreamWriter) -> None:
-        match command[0].upper():
+        name = command[0].upper()
+        if name in self._others:
+            await self._others[name](writer)
+            return
+        match name:
             case b"INFO":
                 writer.write(b"$%d\r\n%b\r\n" % (len(INFO), INFO))
             case b"TIME":

@@ -1,4 +1,4 @@
-"""Real Redis Sentinels, one alone or three that watch a master and its replica."""
+"""Real Redis Sentinels: a single one, or three that monitor a master and its replica."""
 
 from pathlib import Path
 from typing import Self, TypeVar
@@ -14,7 +14,7 @@ _Process = TypeVar("_Process", bound=RedisProcess)
 
 
 class SentinelProcess(RedisProcess):
-    """A real Sentinel that watches one master; `lines` are further lines of its configuration."""
+    """A real Sentinel that monitors one master; `lines` are added to its configuration."""
 
     def __init__(self, folder: Path, master_port: int, *lines: str, quorum: int = 1, tls: bool = False) -> None:
         folder.mkdir()
@@ -24,7 +24,7 @@ class SentinelProcess(RedisProcess):
         self._lines = lines
 
     def _options(self) -> list[str]:
-        # Written for each start, since a Sentinel rewrites it.
+        # Written at each start, since a Sentinel rewrites its configuration.
         file = self._folder / "sentinel.conf"
         lines = [
             f"port {self.port}",
@@ -49,14 +49,14 @@ class SentinelProcess(RedisProcess):
 
 
 class SentinelDeployment:
-    """A master, its replica and three Sentinels, of which two decide."""
+    """A master, its replica and three Sentinels with a quorum of two."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._started: list[RedisProcess] = []
 
     def start(self) -> Self:
-        """Start everything, and return when the Sentinels know each other and the replica is in order."""
+        """Start all servers, and return when the Sentinels know each other and the replica follows."""
         self.master = self._start(self._server("master"))
         self.replica = self._start(self._server("replica", "--replicaof", "127.0.0.1", str(self.master.port)))
         with redis.Redis(port=self.replica.port, protocol=2) as client:
@@ -69,30 +69,30 @@ class SentinelDeployment:
         return self
 
     def stop(self) -> None:
-        """End everything that was started."""
+        """Stop all servers."""
         for process in reversed(self._started):
             process.stop()
 
     @property
     def url(self) -> str:
-        """The store URL of the master, by all three Sentinels."""
+        """The store URL of the master, with all three Sentinels."""
         return sentinel_url(*(sentinel.port for sentinel in self.sentinels))
 
     def fail_over(self) -> None:
-        """Ask a Sentinel to make the replica the master."""
+        """Start a failover to the replica."""
         with redis.Redis(port=self.sentinels[0].port, protocol=2) as client:
             client.execute_command("SENTINEL", "FAILOVER", MASTER)
 
     def replica_is_master(self) -> bool:
-        """Whether the former replica takes writes and every Sentinel says so."""
+        """Whether the former replica is the master, also according to every Sentinel."""
         with redis.Redis(port=self.replica.port, protocol=2) as client:
             promoted = client.execute_command("ROLE")[0] == b"master"
         return promoted and all(self._state(s)["port"] == self.replica.port for s in self.sentinels)
 
     def replicate(self) -> None:
-        """Return when the replica has everything that the master acknowledged so far."""
+        """Return when the replica has every write the master acknowledged."""
         with redis.Redis(port=self.master.port, protocol=2) as client:
-            # WAIT looks at the writes of its own connection, and replication keeps the order of all.
+            # WAIT covers the writes of its own connection, and replication keeps the order of all writes.
             client.set("marker", 1, ex=60)
             assert client.wait(1, 10_000) == 1
 

@@ -20,8 +20,8 @@ def test_different_pairs_make_different_keys(space: str, text: str, other_space:
 
 
 @given(NAMESPACES, NAMESPACES, st.text(alphabet="ab:.", min_size=1, max_size=8), st.text(alphabet="ab:.", max_size=8))
-def test_what_naive_joins_confuse_is_kept_apart(space: str, other_space: str, text: str, more: str) -> None:
-    """`a` + `b:c` and `a:b` + `c` cannot meet. Protection: a namespace has no colon."""
+def test_naive_joins_that_collide_are_kept_apart(space: str, other_space: str, text: str, more: str) -> None:
+    """`a` + `b:c` and `a:b` + `c` have different keys. Protection: a namespace has no colon."""
     key = prefixed_layout("dedup:")
     if space != other_space:
         assert key(space, f"{more}:{text}") != key(other_space, text)

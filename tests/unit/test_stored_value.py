@@ -1,4 +1,4 @@
-"""The stored value: what is written is read back, and whatever else lies there is never taken for a free key."""
+"""The stored value: written claims are read back, and a foreign value is never taken for a free key."""
 
 import msgpack
 import pytest
@@ -38,20 +38,20 @@ CLAIM = Transaction(
 
 
 def test_the_bytes_are_those_of_version_1() -> None:
-    """What this version writes is fixed to the byte, since other versions and other stores read it."""
+    """The bytes of this version are fixed, since other versions and other stores read them."""
     assert encode(CLAIM) == WRITTEN
     assert decode(WRITTEN, "default", "x") == CLAIM
 
 
 @given(CLAIMS)
-def test_what_is_written_is_read_back(claim: Transaction) -> None:
+def test_a_written_claim_is_read_back(claim: Transaction) -> None:
     """Every claim survives its own encoding."""
     assert decode(encode(claim), "pay", "x") == claim
 
 
 @given(CLAIMS, st.lists(st.integers().filter(lambda n: abs(n) < 2**63) | st.text() | st.none(), max_size=4))
 def test_a_longer_array_of_a_newer_writer_is_read(claim: Transaction, more: list[object]) -> None:
-    """Fields that a newer writer added at the end are passed over."""
+    """Fields that a newer writer added at the end are ignored."""
     longer = msgpack.packb([*msgpack.unpackb(encode(claim)), *more])
     assert decode(longer, "pay", "x") == claim
 
@@ -67,7 +67,7 @@ def test_any_bytes_are_a_holder_or_unreadable(value: bytes) -> None:
 
 
 @pytest.mark.parametrize("value", [b"\xc3", b"1", b"true", b"OK", b"", b"\xc0", b"\x90", b"\xc1", b"\xff\xfe", b"\x81"])
-def test_what_others_write_is_a_claim_by_an_unknown_holder(value: bytes) -> None:
+def test_a_foreign_value_is_a_claim_by_an_unknown_holder(value: bytes) -> None:
     """The original's msgpack `true`, plain text, and bytes that mean nothing are duplicates without a holder's name."""
     holder = decode(value, "pay", "x")
     assert (holder.claim_token, holder.claimant, holder.claim_time_ms) == (None, "", None)

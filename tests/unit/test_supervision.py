@@ -5,7 +5,14 @@ from itertools import pairwise
 
 import pytest
 
-from dedup_service.supervisor.messages import Refusal, SupervisorOrders, WorkerOrders, read_line, refusal_line, serving_line
+from dedup_service.supervisor.messages import (
+    Refusal,
+    SupervisorOrders,
+    WorkerOrders,
+    read_line,
+    refusal_line,
+    serving_line,
+)
 from dedup_service.supervisor.ports import PortTaken, Reservation
 from dedup_service.supervisor.supervisor import RestartPauses
 

@@ -1,11 +1,10 @@
-"""Store URLs: what they may say, and that no error repeats a password."""
+"""Store URLs: valid and invalid ones. No error repeats a password."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dedup_service.stores.registry import StoreConfig, make_store, sqlite_path
 from dedup_service.stores.redis.url import (
     RedisTarget,
     SentinelTarget,
@@ -13,6 +12,8 @@ from dedup_service.stores.redis.url import (
     parse_redis_url,
     parse_sentinel_url,
 )
+from dedup_service.stores.registry import StoreConfig, make_store, trace_attributes
+from dedup_service.stores.sqlite.url import parse_sqlite_url
 
 
 @pytest.mark.parametrize(
@@ -35,7 +36,7 @@ from dedup_service.stores.redis.url import (
     ],
 )
 def test_good_urls(url: str, target: RedisTarget) -> None:
-    """Host, port, database, user, password, socket path and TLS files are read from their places."""
+    """Host, port, database, user, password, socket path and TLS files are parsed."""
     assert parse_redis_url(url) == target
     assert "p@ss" not in str(target)
     assert "p@ss" not in repr(target)
@@ -94,7 +95,7 @@ def test_good_urls(url: str, target: RedisTarget) -> None:
     ],
 )
 def test_bad_urls(url: str, words: str) -> None:
-    """What a URL may not say is refused with a sentence that shows no password; driver options are not let through."""
+    """An invalid URL is refused with a sentence without a password; options of the driver are refused."""
     with pytest.raises(ValueError, match="URL") as caught:
         make_store(StoreConfig(url, timeout_ms=1_000))
     assert words in str(caught.value)
@@ -102,7 +103,7 @@ def test_bad_urls(url: str, words: str) -> None:
 
 
 def test_sentinel_urls() -> None:
-    """The Sentinels, the master's name and database, and credentials of each kind are read from their places."""
+    """The Sentinels, the name and database of the master, and both kinds of credentials are parsed."""
     plain = parse_sentinel_url("redis+sentinel://one,[::1]:7000/mymaster")
     sentinels = (RedisTarget(host="one", port=26379), RedisTarget(host="::1", port=7000))
     assert plain == SentinelTarget(sentinels, "mymaster", RedisTarget())
@@ -124,7 +125,7 @@ def test_sentinel_urls() -> None:
 
 
 def test_cluster_urls() -> None:
-    """Each node is read once, with the one user and password, and shown without them."""
+    """Each node is listed once, with the user and password, and shown without them."""
     cluster = parse_cluster_url("redis+cluster://u:p%40ss@one,two:7001,one:6379/0")
     nodes = (("one", 6379), ("two", 7001))
     assert cluster.nodes == tuple(RedisTarget(host=h, port=p, username="u", password="p@ss") for h, p in nodes)
@@ -134,12 +135,44 @@ def test_cluster_urls() -> None:
 
 
 def test_no_replicas_behind_a_file() -> None:
-    """Durable mode over the embedded store is refused, since nobody would acknowledge."""
+    """Durable mode over the embedded store is refused, since it has no replicas."""
     with pytest.raises(ValueError, match="DEDUP_MIN_REPLICAS"):
         make_store(StoreConfig("sqlite:claims.db", min_replicas=1))
 
 
+COMMANDS = ["claim", "claim_all", "get", "complete", "release", "extend"]
+
+
+@pytest.mark.parametrize(
+    ("url", "attributes", "operations"),
+    [
+        (
+            "rediss://u:hunter2@cache:7000/3",
+            {"db.system.name": "redis", "db.namespace": "3", "server.address": "cache", "server.port": 7000},
+            COMMANDS,
+        ),
+        (
+            "unix:///run/redis.sock",
+            {"db.system.name": "redis", "db.namespace": "0", "server.address": "/run/redis.sock"},
+            COMMANDS,
+        ),
+        ("redis+sentinel://one,two/mymaster/3", {"db.system.name": "redis"}, COMMANDS),
+        ("redis+cluster://one,two", {"db.system.name": "redis"}, COMMANDS),
+        ("sqlite:claims.db", {"db.system.name": "sqlite"}, []),
+    ],
+)
+def test_trace_attributes(url: str, attributes: dict[str, str | int], operations: list[str]) -> None:
+    """Spans name the system, the server where it is known beforehand, and the command of each operation."""
+    of_store, of_operations = trace_attributes(StoreConfig(url))
+    assert of_store == attributes
+    assert list(of_operations) == operations
+    if operations:
+        assert of_operations["claim"] == {"db.operation.name": "SET"}
+        release = {"db.operation.name": "EVALSHA", "db.stored_procedure.name": "release"}
+        assert of_operations["release"] == release
+
+
 def test_sqlite_paths() -> None:
-    """Three slashes begin an absolute path, none a relative one."""
-    assert sqlite_path("sqlite:///var/lib/claims.db") == Path("/var/lib/claims.db")
-    assert sqlite_path("sqlite:claims.db") == Path("claims.db")
+    """Three slashes start an absolute path, none a relative one."""
+    assert parse_sqlite_url("sqlite:///var/lib/claims.db") == Path("/var/lib/claims.db")
+    assert parse_sqlite_url("sqlite:claims.db") == Path("claims.db")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dedup.v1 import dedup_pb2_grpc
-from dedup_service.config.setting_types import EngineName
+from dedup_service.config.settings import EngineName
 from tests.support.processes import ServiceProcess
 
 

@@ -23,7 +23,7 @@ from dedup_service.claims import (
     UnreadableValue,
 )
 from dedup_service.api.errors import RETRY_AFTER_MS
-from dedup_service.config.setting_types import EngineName
+from dedup_service.config.settings import EngineName
 from tests.support.claims import a_claim
 from tests.support.in_process import serving
 

@@ -16,7 +16,7 @@ from dedup_service.server.listeners import StartRefused
 from dedup_service.api.admission import Admission
 from dedup_service.api.servicer import SERVICE_NAME
 from dedup_service.api.endpoint import Endpoint
-from dedup_service.config.setting_types import EngineName
+from dedup_service.config.settings import EngineName
 from dedup_service.observability.call_log import CallLog
 from dedup_service.observability.logged_ids import LoggedIds
 from tests.support.polling import wait_until

@@ -13,7 +13,7 @@ import pytest
 from hyperframe.frame import ContinuationFrame, HeadersFrame
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
-from dedup_service.config.setting_types import EngineName
+from dedup_service.config.settings import EngineName
 from tests.support.attacks import ATTACKS, a_claim
 from tests.support.errors import refused
 from tests.support.hostile_peer import CLAIM_PATH, PREFACE, HostilePeer, data, grpc_message

@@ -14,7 +14,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
-from dedup_service.config.setting_types import EngineName
+from dedup_service.config.settings import EngineName
 from tests.support import malformed
 from tests.support.errors import RefusedCall, refused
 from tests.support.hostile_peer import HostilePeer, data, grpc_message

@@ -16,7 +16,7 @@ from grpc_status import rpc_status
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
 from dedup_service.api import endpoint
-from dedup_service.config.setting_types import EngineName
+from dedup_service.config.settings import EngineName
 from dedup_service.stores.registry import StoreConfig, make_store
 from tests.support.fault_proxy import FaultProxy
 from tests.support.in_process import serving

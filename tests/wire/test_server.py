@@ -18,7 +18,7 @@ from grpc_status import rpc_status
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
 from dedup_service.server import app
-from dedup_service.config.setting_types import EngineName
+from dedup_service.config.settings import EngineName
 from tests.support.errors import refused
 from tests.support.fault_proxy import FaultProxy
 from tests.support.polling import eventually, wait_until

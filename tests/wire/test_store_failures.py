@@ -14,7 +14,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from dedup.v1 import dedup_pb2
-from dedup_service.config.setting_types import EngineName
+from dedup_service.config.settings import EngineName
 from dedup_service.stores.registry import StoreConfig, make_store
 from dedup_service.stores.redis.store import RedisStore
 from tests.support.in_process import serving

@@ -18,7 +18,7 @@ from tests.support.walkthrough import Reader, runs_here, sections
 ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("command-line", "configuration", "errors", "running", "runbook")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("command-line", "configuration", "errors", "runbook")),
     *(ROOT / "docs" / f"{name}.md" for name in ("concepts", "faq", "index", "security", "stores")),
 ]
 SECTIONS = {f"{page.relative_to(ROOT)}#{anchor}": blocks for page in PAGES for anchor, blocks in sections(page).items()}
@@ -249,7 +249,7 @@ def beside_old_code(stage: Stage) -> Generator[None, None, None]:
 PLAYS: dict[str, Play] = {
     "README.md#60-seconds-to-the-first-claim": on_one_host,
     "README.md#choose-your-client": plain,
-    "docs/command-line.md#on-the-command-line": with_a_file_of_orders,
+    "docs/command-line.md#batches": with_a_file_of_orders,
     "docs/command-line.md#the-doctor": that_evicts,
     "docs/errors.md#what-an-error-looks-like": plain,
     "docs/runbook.md#runbook": plain,

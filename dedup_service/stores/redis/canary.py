@@ -1,7 +1,7 @@
-"""Notices what Redis has forgotten: a count that only grows is kept there, and the last one acknowledged here.
+"""Detects that Redis lost data: a counter grows there, and this process remembers the last acknowledged count.
 
-Each process has a count of its own on each server. A flush and an empty restart take it away; a restart from an older
-state and a failover that lost writes take it back. What happened between two looks may go unnoticed.
+Each process has its own counter on each server. A flush and an empty restart remove it; a restart from an older state
+and a failover with losses set it back. A loss between two looks can go undetected.
 """
 
 import asyncio
@@ -17,7 +17,8 @@ from dedup_service.stores.redis.channel import RedisChannel
 from dedup_service.stores.redis.link import RedisLink
 
 _LIFE_MS = 3_600_000
-# Beyond this the count may have expired.
+_MAX_DIGITS = 20
+# After this the counter may have expired.
 _SURELY_KEPT_S = 0.5 * _LIFE_MS / 1000
 
 
@@ -32,7 +33,7 @@ class _Memory:
 
 
 class RedisCanary:
-    """Compares what a server remembers with what it acknowledged; `prefix` begins keys that no transaction has."""
+    """Compares the counter of each server with the count it acknowledged; no transaction has keys with `prefix`."""
 
     def __init__(self, prefix: bytes, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._prefix = prefix + secrets.token_hex(8).encode()
@@ -41,12 +42,12 @@ class RedisCanary:
         self._notices: list[StoreNotice] = []
 
     def take_notices(self) -> Sequence[StoreNotice]:
-        """Return what was noticed since the last time."""
+        """Return the notices since the last call."""
         notices, self._notices = self._notices, []
         return notices
 
     def look(self, mark: bytes, link: RedisLink, channel: RedisChannel) -> None:
-        """Count on at the place of this mark, and wait for nothing: what is noticed is there to be taken later."""
+        """Increment the counter of the server with this hash tag, without awaiting the reply; see `take_notices`."""
         memory = self._memories.setdefault(mark, _Memory())
         self._notices += _changed(memory, link)
         memory.sent += 1
@@ -55,15 +56,19 @@ class RedisCanary:
 
     def _compare(self, memory: _Memory, count: int, answer: asyncio.Future[Any]) -> None:
         if answer.cancelled() or answer.exception() is not None:
-            # A server that is away is nothing to notice.
+            # An unreachable server has not necessarily lost data.
             return
         reply = answer.result()
-        if reply is not None and not (isinstance(reply, bytes) and reply.isdigit()):
-            # Out of memory, read-only and the like pass; a right that is missing says itself once.
+        if reply is not None and not (isinstance(reply, bytes) and reply.isdigit() and len(reply) < _MAX_DIGITS):
+            # Out of memory, read-only and the like are temporary; a missing right is reported once.
             if str(reply).startswith("NOPERM") and not memory.refused:
                 memory.refused = True
                 self._notices.append(
-                    StoreNotice("canary_write_refused", f"forgotten claims go unnoticed, since Redis refused: {reply}")
+                    StoreNotice(
+                        "canary_write_refused",
+                        f"lost claims cannot be detected, since Redis refused ({reply}): allow SET on "
+                        f"{self._prefix.decode(errors='replace')}*",
+                    )
                 )
             return
         found, now = int(reply or 0), self._monotonic()
@@ -75,12 +80,12 @@ class RedisCanary:
 
 def _forgotten(memory: _Memory, found: int, age_s: float) -> StoreNotice:
     if not found:
-        how = "nothing is left of what was acknowledged {} s ago, as after a flush or a restart without persistence"
+        how = "everything acknowledged {} s ago is gone, as after a flush or a restart without persistence"
     else:
-        how = "it is back at a state before what was acknowledged {} s ago, as after a failover or restart with losses"
+        how = "its state is older than {} s ago, as after a failover or a restart with losses"
     return StoreNotice(
         "claims_forgotten",
-        f"Redis at {memory.server} has forgotten claims, which can be claimed again: {how.format(f'{age_s:.1f}')}",
+        f"Redis at {memory.server} has lost claims, which can be claimed again: {how.format(f'{age_s:.1f}')}",
         forgot=True,
     )
 
@@ -94,15 +99,15 @@ def _changed(memory: _Memory, link: RedisLink) -> Sequence[StoreNotice]:
         return (
             StoreNotice(
                 "store_moved",
-                f"claims are taken by Redis at {server} now, and were by {before[0]}: what that one acknowledged and "
-                "this one had not received is lost",
+                f"claims moved from Redis at {before[0]} to Redis at {server}: claims which the first had not "
+                "replicated to the second are lost",
                 restarted=True,
             ),
         )
     return (
         StoreNotice(
             "store_restarted",
-            f"Redis at {server} has restarted or was replaced: what it had not saved is lost",
+            f"Redis at {server} has restarted or was replaced: claims it had not saved are lost",
             restarted=True,
         ),
     )

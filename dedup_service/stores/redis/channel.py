@@ -1,7 +1,7 @@
-"""One Redis connection shared by every call: commands leave in one write a loop turn, replies come back in order.
+"""One Redis connection shared by all calls: commands leave in one write per loop turn, replies arrive in order.
 
-It knows nothing of claims. A channel is used once: when its connection is lost, or a reply is overdue, every unanswered
-command fails and the channel is done. Nothing is ever sent twice.
+Knows nothing of claims. When the connection is lost or a reply is overdue, every unanswered command fails and the
+channel is finished. No command is ever sent twice.
 """
 
 import asyncio
@@ -12,19 +12,21 @@ import hiredis
 
 from dedup_service.claims import Applied, Reason, StoreUnavailable
 
-# Beyond this many unanswered commands Redis is not keeping up, and waiting longer would help nobody.
+# With more unanswered commands than this Redis is not keeping up, and a longer queue would not help.
 MAX_UNANSWERED = 10_000
 
-# After a stall of this process the timer may run before the replies that already lie in the socket are read.
+# After a stall of this process the timer may run before replies already in the socket are read.
 _GRACE_S = 0.05
 
 _NO_REPLY_YET = object()
+
+Command = tuple[bytes | str | int, ...]
 
 
 class RedisChannel(asyncio.Protocol):
     """Multiplexes commands over one connected transport.
 
-    Cancelling a caller leaves the channel in order: its reply is read and thrown away in its turn.
+    Cancelling a caller is safe: the channel reads and discards the reply in its turn.
     """
 
     def __init__(self, transport: asyncio.Transport, timeout_ms: int, loop: asyncio.AbstractEventLoop) -> None:
@@ -33,15 +35,15 @@ class RedisChannel(asyncio.Protocol):
         self._loop = loop
         self._replies = hiredis.Reader(notEnoughData=_NO_REPLY_YET)
         self._unsent: list[bytes] = []
-        # The futures of all commands not yet answered, oldest first, with the loop time at which each was handed over.
+        # The futures of all unanswered commands, oldest first, with the loop time at which each was queued.
         self._unanswered: deque[tuple[asyncio.Future[Any], float]] = deque()
         self._watchdog: asyncio.TimerHandle | None = None
         self._overdue: asyncio.Future[Any] | None = None
         self._failure: StoreUnavailable | None = None
         self.lost: asyncio.Future[StoreUnavailable] = loop.create_future()
-        """Resolved once, with the reason, when the channel takes no more commands."""
+        """Resolved once, with the reason, when the channel accepts no more commands."""
         self.ended: asyncio.Future[None] = loop.create_future()
-        """Resolved once, when the last command was answered or failed and the connection is closed."""
+        """Resolved once, when every command was answered or failed and the connection is closed."""
 
     def send(self, *command: bytes | str | float) -> asyncio.Future[Any]:
         """Queue one command for this turn's write and return a future of its reply.
@@ -51,12 +53,15 @@ class RedisChannel(asyncio.Protocol):
         """
         future: asyncio.Future[Any] = self._loop.create_future()
         if self._failure is not None:
-            future.set_exception(_copy(self._failure))
+            future.set_exception(self._failure.with_applied(Applied.NO))
             return future
         if len(self._unanswered) >= MAX_UNANSWERED:
             future.set_exception(
                 StoreUnavailable(
-                    Reason.STORE_QUEUE_FULL, f"{MAX_UNANSWERED} commands already wait for a reply of Redis", Applied.NO
+                    Reason.STORE_QUEUE_FULL,
+                    f"{MAX_UNANSWERED} commands already wait for a reply from Redis: send fewer calls, or find out why "
+                    "Redis is slow",
+                    Applied.NO,
                 )
             )
             return future
@@ -70,32 +75,38 @@ class RedisChannel(asyncio.Protocol):
         return future
 
     def retire(self, reason: StoreUnavailable) -> None:
-        """Take no more commands, and close once those under way are answered."""
+        """Accept no more commands, and close once those in flight are answered."""
         if self._failure is None:
             self._fail(reason)
             self._end_if_drained()
 
     def data_received(self, data: bytes) -> None:
-        """Hand the replies in `data` to the commands that they answer, in order."""
+        """Hand replies to their commands, in order."""
         self._replies.feed(data)
         try:
             while (reply := self._replies.gets()) is not _NO_REPLY_YET:
                 if not self._unanswered or len(self._unanswered) == len(self._unsent):
-                    # Bytes that nobody asked for would answer the next command in its place.
-                    self._end(_unavailable(Reason.STORE_PROTOCOL_ERROR, "Redis sent a reply that no command asked for"))
+                    # An unsolicited reply would answer the next command.
+                    self._end(_protocol_error("Redis sent a reply to no command"))
                     return
                 future, _ = self._unanswered.popleft()
                 if not future.done():
                     future.set_result(reply)
         except hiredis.ProtocolError:
-            self._end(_unavailable(Reason.STORE_PROTOCOL_ERROR, "what Redis sent is not its protocol"))
+            self._end(_protocol_error("Redis sent bytes outside its protocol"))
             return
         self._end_if_drained()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End the channel, since the connection is gone."""
+        """End the channel."""
         detail = f": {exc}" if exc else ""
-        self._end(_unavailable(Reason.STORE_CONNECTION_LOST, f"the connection to Redis was lost{detail}"))
+        self._end(
+            StoreUnavailable(
+                Reason.STORE_CONNECTION_LOST,
+                f"the connection to Redis was lost{detail}; the service reconnects by itself",
+                Applied.UNKNOWN,
+            )
+        )
 
     def _flush(self) -> None:
         if not self.ended.done() and self._unsent:
@@ -115,12 +126,19 @@ class RedisChannel(asyncio.Protocol):
             self._overdue = oldest
             self._watchdog = self._loop.call_later(_GRACE_S, self._watch)
         else:
-            self._end(_unavailable(Reason.STORE_TIMEOUT, f"Redis did not answer within {self._timeout_s:g} s"))
+            self._end(
+                StoreUnavailable(
+                    Reason.STORE_TIMEOUT,
+                    f"Redis did not answer within {self._timeout_s:g} s: check its load and the network, or raise "
+                    "DEDUP_STORE_TIMEOUT",
+                    Applied.UNKNOWN,
+                )
+            )
 
     def _fail(self, failure: StoreUnavailable) -> None:
         if self._failure is None:
             self._failure = failure
-            # Its keeper may have been cancelled while it waited here.
+            # The keeper that awaits `lost` may have been cancelled.
             if not self.lost.done():
                 self.lost.set_result(failure)
 
@@ -138,16 +156,77 @@ class RedisChannel(asyncio.Protocol):
         written = len(self._unanswered) - len(self._unsent)
         for position, (future, _) in enumerate(self._unanswered):
             if not future.done():
-                future.set_exception(_copy(failure, Applied.UNKNOWN if position < written else Applied.NO))
+                future.set_exception(failure.with_applied(Applied.UNKNOWN if position < written else Applied.NO))
         self._unanswered.clear()
         self._unsent.clear()
         self._transport.abort()
 
 
-def _unavailable(reason: Reason, message: str) -> StoreUnavailable:
-    return StoreUnavailable(reason, message, Applied.UNKNOWN)
+def _protocol_error(fault: str) -> StoreUnavailable:
+    return StoreUnavailable(
+        Reason.STORE_PROTOCOL_ERROR, f"{fault}: check for a proxy between this service and Redis", Applied.UNKNOWN
+    )
 
 
-def _copy(failure: StoreUnavailable, applied: Applied = Applied.NO) -> StoreUnavailable:
-    # One exception object raised in many tasks would collect all their tracebacks.
-    return StoreUnavailable(failure.reason, str(failure), applied)
+class ReplicaQuorum:
+    """Sends writes over a channel and counts the replicas that acknowledge them, for `wait_ms` at most.
+
+    A WAIT follows the writes on the same connection. Redis serves nothing else on a connection that waits, so writes
+    go in rounds: while one round waits, the next gathers, and one WAIT answers for all writes of its round.
+    """
+
+    def __init__(self, channel: RedisChannel, replicas: int, wait_ms: int) -> None:
+        self._channel = channel
+        self._replicas = replicas
+        self._wait_ms = wait_ms
+        self._gathered: list[tuple[Command, asyncio.Future[tuple[Any, Any]]]] = []
+        self._rounds: asyncio.Task[None] | None = None
+
+    async def send(self, *command: bytes | str | int) -> tuple[Any, Any]:
+        """Return the reply to the command, and the reply to the WAIT after it: the number of replicas that have it.
+
+        Raises StoreUnavailable as `RedisChannel.send` does; `applied` is UNKNOWN if only the WAIT stayed unanswered.
+        """
+        answer: asyncio.Future[tuple[Any, Any]] = asyncio.get_running_loop().create_future()
+        self._gathered.append((command, answer))
+        if self._rounds is None:
+            self._rounds = asyncio.get_running_loop().create_task(self._send_rounds())
+        return await answer
+
+    async def _send_rounds(self) -> None:
+        try:
+            while self._gathered:
+                # A cancelled caller cannot know the outcome, so its command need not be sent.
+                together = [(command, answer) for command, answer in self._gathered if not answer.done()]
+                self._gathered = []
+                if together:
+                    await self._send_round(together)
+        finally:
+            self._rounds = None
+
+    async def _send_round(self, together: list[tuple[Command, asyncio.Future[tuple[Any, Any]]]]) -> None:
+        try:
+            # Without an await between them they leave in one write, in this order.
+            replies = [self._channel.send(*command) for command, _ in together]
+            waited = self._channel.send("WAIT", self._replicas, self._wait_ms)
+            acknowledged, *results = await asyncio.gather(waited, *replies, return_exceptions=True)
+        except Exception as error:  # noqa: BLE001 - callers of a round that failed would wait for ever
+            acknowledged, results = None, [_unexpected(error)] * len(together)
+        for (_, answer), result in zip(together, results, strict=True):
+            if answer.done():
+                continue
+            if isinstance(result, StoreUnavailable):
+                answer.set_exception(result)
+            elif type(result) is hiredis.ReplyError:
+                answer.set_result((result, 0))
+            elif isinstance(acknowledged, StoreUnavailable):
+                # The write was answered, so whatever happened to the WAIT, the write may have been kept.
+                answer.set_exception(acknowledged.with_applied(Applied.UNKNOWN))
+            else:
+                answer.set_result((result, acknowledged))
+
+
+def _unexpected(error: Exception) -> StoreUnavailable:
+    return StoreUnavailable(
+        Reason.STORE_ERROR, f"sending to Redis failed unexpectedly ({type(error).__name__})", Applied.UNKNOWN
+    )

@@ -1,7 +1,7 @@
-"""Knows which master of a Redis Cluster holds a key, and keeps a link to each master.
+"""Finds the master of a Redis Cluster that holds a key, and keeps a link to each master.
 
-The map of the slots is asked for once a second, and mended at once by what a server says that no longer holds a key.
-Watching each other and failing over is the job of the cluster.
+The slot map is refreshed once a second, and updated at once by the MOVED reply of a server that no longer holds a key.
+Failure detection and failover are the job of the cluster.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
 from dedup_service.claims import Applied, ConnectionObserver, Reason, StoreRefused, StoreUnavailable
 from dedup_service.stores.redis.connection import new_connection, parse_info
-from dedup_service.stores.redis.link import FixedServer, RedisLink
+from dedup_service.stores.redis.link import FixedServer, RedisLink, cancelled, shutting_down, unexpected_failure
 from dedup_service.stores.redis.url import ClusterTarget, RedisTarget
 
 _REFRESH_S = 1.0
@@ -31,7 +31,7 @@ SlotRange = tuple[int, int, RedisTarget]
 
 
 class ClusterNodes:
-    """The masters of a cluster; the first node that says the cluster is in order is believed."""
+    """The masters of a cluster, by the slot map of the first node that reports the cluster as working."""
 
     def __init__(
         self, target: ClusterTarget, timeout_ms: int, min_replicas: int = 0, observer: ConnectionObserver | None = None
@@ -42,11 +42,11 @@ class ClusterNodes:
         self._observer = observer
         self._links: dict[RedisTarget, RedisLink] = {}
         self._slots: list[RedisLink | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
-        # For each master the lowest slot that it holds.
+        # Each master with the hash tag of its lowest slot.
         self._places: list[tuple[bytes, RedisLink]] = []
         # When a redirection last pointed at each server, in loop time.
         self._pointed_at: dict[RedisTarget, float] = {}
-        # The next question begins with the node that answered the last one.
+        # The next refresh begins with the node that answered the last one.
         self._order: Sequence[RedisTarget] = target.nodes
         self._failure: StoreUnavailable | StoreRefused | None = None
         self._keeper: asyncio.Task[None] | None = None
@@ -54,7 +54,7 @@ class ClusterNodes:
         self._closings: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
-        """See RedisNodes.open."""
+        """Implement RedisNodes."""
         await self._refresh()
         self._keeper = asyncio.get_running_loop().create_task(self._keep())
         try:
@@ -68,37 +68,34 @@ class ClusterNodes:
             raise
 
     async def close(self) -> None:
-        """See RedisNodes.close."""
+        """Implement RedisNodes."""
         keeper, self._keeper = self._keeper, None
-        while keeper is not None and not keeper.done():
-            # As RedisLink.close: once may not be enough.
-            keeper.cancel()
-            await asyncio.wait({keeper}, timeout=0.05)
+        await cancelled(keeper)
         links, self._links = self._links, {}
         self._slots = [None] * REDIS_CLUSTER_HASH_SLOTS
         self._places = []
-        self._failure = StoreUnavailable(Reason.STORE_CLOSED, "the service is shutting down", Applied.NO)
-        await asyncio.gather(*(link.close() for link in links.values()), *self._closings)
+        self._failure = shutting_down()
+        await asyncio.gather(*(link.close() for link in links.values()), *self._closings, return_exceptions=True)
 
     def link_of(self, key: bytes) -> RedisLink:
-        """See RedisNodes.link_of."""
+        """Implement RedisNodes."""
         link = self._slots[key_slot(key)]
         if link is None:
             raise self._unserved()
         return link
 
     def places(self) -> Sequence[tuple[bytes, RedisLink]]:
-        """See RedisNodes.places."""
+        """Implement RedisNodes."""
         if not self._places:
             raise self._unserved()
         return self._places
 
     def redirected(self, key: bytes, link: RedisLink, reply: str) -> RedisLink | None:
-        """See RedisNodes.redirected."""
+        """Implement RedisNodes."""
         found = _REDIRECTION.match(reply)
         if found is None or link.server is None or self._keeper is None:
             return None
-        # Without a host it is that of the server which says so.
+        # A redirection without a host means the host of the server that sent it.
         server = replace(link.server, host=found[2] or link.server.host, port=int(found[3]))
         target = self._link_to(server)
         self._pointed_at[server] = asyncio.get_running_loop().time()
@@ -112,9 +109,11 @@ class ClusterNodes:
         if isinstance(failure, StoreRefused):
             return StoreRefused(str(failure))
         if failure is not None:
-            return StoreUnavailable(failure.reason, str(failure), Applied.NO)
+            return failure.with_applied(Applied.NO)
         return StoreUnavailable(
-            Reason.STORE_CLUSTER_DOWN, "no server of the Redis cluster holds this key now", Applied.NO
+            Reason.STORE_CLUSTER_DOWN,
+            "no server of the Redis cluster holds this key now: check it with redis-cli --cluster check",
+            Applied.NO,
         )
 
     async def _keep(self) -> None:
@@ -122,12 +121,18 @@ class ClusterNodes:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_REFRESH_S):
                     await self._hurry.wait()
-                    # A reshard moves many slots at a time, and one question answers for all.
+                    # A reshard moves many slots at a time, and one refresh covers them all.
                     await asyncio.sleep(_HURRIED_REFRESH_S)
             self._hurry.clear()
             await self._refresh()
 
     async def _refresh(self) -> None:
+        try:
+            await self._ask_nodes()
+        except Exception as error:  # noqa: BLE001 - without its keeper the map would stay as it is for ever
+            self._failure = unexpected_failure("refreshing the slot map of the Redis cluster", error)
+
+    async def _ask_nodes(self) -> None:
         failures: list[str] = []
         refusal: StoreRefused | None = None
         for number, node in enumerate(self._order):
@@ -136,23 +141,23 @@ class ClusterNodes:
             except StoreRefused as error:
                 refusal = error
                 continue
-            except Exception as error:  # noqa: BLE001 - whatever one node does, the next one is asked
+            except Exception as error:  # noqa: BLE001 - the next node may answer
                 failures.append(f"{node.address}: {error or type(error).__name__}")
                 continue
             if state.get("cluster_state") != "ok":
-                failures.append(f"{node.address}: it says that the cluster is not in order")
+                failures.append(f"{node.address}: it reports that the cluster is down")
                 continue
             self._failure = None
             self._adopt(ranges)
             known = dict.fromkeys((*self._order[number:], *self._order[:number], *(server for *_, server in ranges)))
-            # Nodes that left are forgotten, but for those that the URL names.
+            # Nodes that left are dropped, except those the URL names.
             self._order = [node for node in known if node in self._links or node in self._target.nodes]
             return
-        # The links are kept: a master that still answers is not left because nobody can say where it is.
+        # The links are kept: a failed refresh is no reason to leave a master that still answers.
         self._failure = refusal or StoreUnavailable(
             Reason.CLUSTER_UNREACHABLE,
-            f"none of the {len(failures)} nodes asked said where the slots of the Redis cluster are "
-            f"({'; '.join(failures)})",
+            f"none of the {len(failures)} nodes asked returned the slot map of the Redis cluster, check that they run "
+            f"and can be reached ({'; '.join(failures)})",
             Applied.NO,
         )
 
@@ -164,14 +169,14 @@ class ClusterNodes:
             lowest[server] = min(first, lowest.get(server, first))
         self._slots = slots
         self._places = [(mark_of(slot), self._links[server]) for server, slot in lowest.items()]
-        # A master that is given its first slots serves them before the map says so.
+        # A master that receives its first slots serves them before the map shows it.
         recently = asyncio.get_running_loop().time() - _POINTED_AT_S
         self._pointed_at = {server: since for server, since in self._pointed_at.items() if since > recently}
         for server in set(self._links) - set(lowest) - set(self._pointed_at):
             link = self._links.pop(server)
             if link.channel is not None:
-                # Not drained first: what a deposed server still says is doubt, since nobody keeps what it stores.
-                link.channel.connection_lost(ConnectionError(f"{server} is no master of the cluster any more"))
+                # Not drained first: replies of a deposed server are doubt, since what it stores is lost.
+                link.channel.connection_lost(ConnectionError(f"{server} is not a master of the cluster any more"))
             closing = asyncio.get_running_loop().create_task(link.close())
             self._closings.add(closing)
             closing.add_done_callback(self._closings.discard)
@@ -186,10 +191,10 @@ class ClusterNodes:
 
 
 async def cluster_map(node: RedisTarget, timeout_s: float) -> tuple[dict[str, str], list[SlotRange]]:
-    """Return what a node says to CLUSTER INFO, and which master holds which slots, over a connection of its own.
+    """Return the CLUSTER INFO of a node, and its map of slots to masters, over a separate connection.
 
-    Raises what redis-py raises, ValueError for an answer that is no map, and StoreRefused for a server that is no node
-    of a cluster. All of it ends within `timeout_s` seconds.
+    Ends within `timeout_s` seconds. Raises the errors of redis-py, ValueError for a malformed map, and StoreRefused for
+    a server outside a cluster.
     """
     connection = new_connection(node, timeout_s)
     try:
@@ -202,28 +207,30 @@ async def cluster_map(node: RedisTarget, timeout_s: float) -> tuple[dict[str, st
     except exceptions.ResponseError as error:
         if "cluster support disabled" in str(error):
             raise StoreRefused(
-                f"Redis at {node} is no node of a cluster: write {'rediss' if node.tls else 'redis'}:// for it"
+                f"Redis at {node} is not a node of a cluster: write {'rediss' if node.tls else 'redis'}:// for it"
             ) from error
         raise
     finally:
         await connection.disconnect(nowait=True)
 
 
-def _slot_ranges(reply: Any, node: RedisTarget) -> list[SlotRange]:  # noqa: ANN401 - what Redis may answer
+def _slot_ranges(reply: Any, node: RedisTarget) -> list[SlotRange]:  # noqa: ANN401 - any reply of Redis
     try:
         ranges = []
         for first, last, (host, port, *_), *_ in reply:
-            # Without a name of its own a node is called by the name that reached it.
+            # A node that does not know its own name has the one that reached it.
             name = host.decode() if host and host != b"?" else node.host
+            if not 0 <= first <= last < REDIS_CLUSTER_HASH_SLOTS or not 0 < port < 65536:
+                raise ValueError  # noqa: TRY301 - as any other malformed map
             ranges.append((first, last, replace(node, host=name, port=port)))
     except (TypeError, ValueError, AttributeError):
-        raise ValueError("its answer is no map of slots") from None
+        raise ValueError("its reply is not a slot map") from None
     if not ranges:
-        raise ValueError("it knows no slots: is the cluster not made yet?")
+        raise ValueError("it knows no slots: create the cluster first")
     return ranges
 
 
 @cache
 def mark_of(slot: int) -> bytes:
-    """Return the hash tag with the smallest number that belongs to the slot."""
+    """Return the hash tag with the smallest number that belongs to a slot."""
     return next(tag for tag in (b"{%d}" % number for number in count()) if key_slot(tag) == slot)

@@ -1,6 +1,6 @@
-"""Makes one connection to a Redis server with redis-py (TLS, AUTH, database), and checks who answers.
+"""Makes one connection to a Redis server with redis-py (TLS, AUTH, database), and checks the server.
 
-Retries, notifications and client announcements of redis-py are off. Nothing here knows of claims.
+Retries, notifications and client announcements of redis-py are off. Knows nothing of claims.
 """
 
 import re
@@ -19,14 +19,14 @@ _VERSION = re.compile(r"(\d+)\.(\d+)[.\d]*")
 
 
 def new_connection(target: RedisTarget, timeout_s: float) -> AbstractConnection:
-    """Return a connection, not yet connected, on which redis-py never sends anything by itself but AUTH and SELECT."""
+    """Return a connection, not yet connected. By itself redis-py sends only AUTH and SELECT on it."""
     options: dict[str, Any] = {
         "db": target.db,
         "username": target.username or None,
         "password": target.password or None,
         "socket_timeout": timeout_s,
         "socket_connect_timeout": timeout_s,
-        # RESP2 needs no HELLO, which old proxies break on, and knows no push messages.
+        # RESP2 needs no HELLO, which breaks old proxies, and has no push messages.
         "protocol": 2,
         "driver_info": None,
         "retry": None,
@@ -46,7 +46,7 @@ def new_connection(target: RedisTarget, timeout_s: float) -> AbstractConnection:
 
 
 async def shake_hands(connection: AbstractConnection, target: RedisTarget) -> str | None:
-    """Connect, and return the run_id of the server when it is new enough and a master, or None where INFO is forbidden.
+    """Connect to a master of a supported version and return its run_id, or None where INFO is forbidden.
 
     Raises StoreUnavailable (never applied), and StoreRefused when the server can never serve claims.
     """
@@ -56,21 +56,27 @@ async def shake_hands(connection: AbstractConnection, target: RedisTarget) -> st
         _check_version(info, target)
         await _check_role(connection, target)
         if await connection.can_read():
-            raise StoreUnavailable(Reason.STORE_PROTOCOL_ERROR, "Redis sent a reply that nobody asked for", Applied.NO)
+            raise StoreUnavailable(
+                Reason.STORE_PROTOCOL_ERROR, "Redis sent a reply to no command: check for a proxy", Applied.NO
+            )
         return info.get("run_id")
     except exceptions.AuthenticationError as error:
         raise StoreUnavailable(
             Reason.STORE_NOT_AUTHENTICATED,
-            f"Redis at {target} refused the user name or password of the store URL: {error}",
+            f"Redis at {target} refused the user name or password of the store URL, correct it: {error}",
             Applied.NO,
         ) from error
     except exceptions.NoPermissionError as error:
         raise StoreUnavailable(
-            Reason.STORE_NOT_PERMITTED, f"the Redis user of the store URL lacks a right: {error}", Applied.NO
+            Reason.STORE_NOT_PERMITTED,
+            f"the Redis user of the store URL lacks a right, dedup-service doctor names it: {error}",
+            Applied.NO,
         ) from error
     except (exceptions.RedisError, OSError) as error:
         raise StoreUnavailable(
-            Reason.STORE_UNREACHABLE, f"Redis at {target} cannot be reached: {error}", Applied.NO
+            Reason.STORE_UNREACHABLE,
+            f"Redis at {target} cannot be reached, check that it runs and the store URL: {error}",
+            Applied.NO,
         ) from error
 
 
@@ -78,7 +84,7 @@ async def _server_info(connection: AbstractConnection) -> dict[str, str]:
     try:
         return parse_info(await _ask(connection, "INFO", "server"))
     except exceptions.ResponseError:
-        # Where INFO is forbidden or renamed, a server that is too old shows itself by refusing the first claim.
+        # Where INFO is forbidden or renamed, a server that is too old refuses the first claim.
         return {}
 
 
@@ -106,7 +112,7 @@ async def _check_role(connection: AbstractConnection, target: RedisTarget) -> No
             role = parse_info(await _ask(connection, "INFO", "replication")).get("role")
         except exceptions.ResponseError:
             role = None
-    # Where both are forbidden, or a proxy knows neither, a replica shows itself by refusing the first claim.
+    # Where both are forbidden, or a proxy knows neither, a replica refuses the first claim.
     if role not in {None, "master"}:
         raise StoreUnavailable(
             Reason.STORE_READ_ONLY,
@@ -115,7 +121,7 @@ async def _check_role(connection: AbstractConnection, target: RedisTarget) -> No
         )
 
 
-async def _ask(connection: AbstractConnection, *command: str) -> Any:  # noqa: ANN401 - what Redis may answer
+async def _ask(connection: AbstractConnection, *command: str) -> Any:  # noqa: ANN401 - any reply of Redis
     await connection.send_command(*command)
     return await connection.read_response()
 

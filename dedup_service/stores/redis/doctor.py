@@ -1,17 +1,20 @@
-"""Examines a Redis over a connection of its own: asks, tries on a scratch key what claims need, and changes nothing.
+"""Examines a Redis server or cluster over separate connections, and tries the commands of claims on a scratch key.
 
-It never scans keys, and prefers INFO to CONFIG, which managed services forbid. What the user may not ask becomes a
-finding that says so.
+It never scans keys, and prefers INFO to CONFIG, which managed services forbid. A refused question becomes a finding.
 """
 
+import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 from redis import exceptions
 from redis.asyncio.connection import AbstractConnection
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS
 
 from dedup_service.claims import (
     DEFAULT_NAMESPACE,
@@ -25,13 +28,15 @@ from dedup_service.claims import (
 )
 from dedup_service.stores import stored_value
 from dedup_service.stores.keys import KeyLayout, raw_layout
+from dedup_service.stores.redis.cluster import cluster_map, mark_of
 from dedup_service.stores.redis.connection import new_connection, parse_info
 from dedup_service.stores.redis.findings import TimeSample, judge_info, judge_persistence, judge_time
+from dedup_service.stores.redis.replies import time_ms_of
 from dedup_service.stores.redis.scripts import RELEASE
-from dedup_service.stores.redis.url import RedisTarget
+from dedup_service.stores.redis.url import ClusterTarget, RedisTarget
 
 _SAMPLES = 50
-# A Redis far away is judged by fewer samples, since a server that starts waits for them.
+# Fewer samples from a distant Redis, since the start of the server waits for them.
 _SAMPLING_S = 0.5
 
 _SCRATCH_TTL_MS = 10_000
@@ -46,10 +51,9 @@ async def examine_redis(
     min_replicas: int = 0,
     mark: str = "",
 ) -> list[Finding]:
-    """Return what is found at `target`; each of its answers may take `timeout_ms`, and `clock` is that of this host.
+    """Return the findings on one server. Each reply may take `timeout_ms`; `clock` is the clock of this host.
 
-    `min_replicas` is what claims will ask for. With a `mark`, which is a hash tag of the server, it is the node of a
-    cluster that it is meant to be.
+    A `mark` is a hash tag of a server that is meant to be a cluster node.
 
     Raises StoreUnavailable when Redis cannot be reached, refuses the password, or goes away meanwhile.
     """
@@ -58,18 +62,83 @@ async def examine_redis(
             user = target.username or "default"
             return await _Examination(connection, user, layout, clock, min_replicas=min_replicas, mark=mark).findings()
     except exceptions.NoPermissionError:
-        # Only making the connection lets this one through, and of its commands only SELECT wants a right.
+        # Only connecting raises this, and of its commands only SELECT requires a right.
         return [_missing_right(target.username or "default", "SELECT")]
     except exceptions.AuthenticationError as error:
         raise StoreUnavailable(
             Reason.STORE_NOT_AUTHENTICATED,
-            f"Redis at {target} refused the user name or password of the store URL: {error}",
+            f"Redis at {target} refused the user name or password of the store URL, correct it: {error}",
             Applied.NO,
         ) from error
     except (exceptions.RedisError, OSError) as error:
         raise StoreUnavailable(
-            Reason.STORE_UNREACHABLE, f"Redis at {target} cannot be examined: {error}", Applied.NO
+            Reason.STORE_UNREACHABLE,
+            f"Redis at {target} cannot be examined, check that it runs and the store URL: {error}",
+            Applied.NO,
         ) from error
+
+
+async def examine_cluster(
+    target: ClusterTarget, layout: KeyLayout, timeout_ms: int, min_replicas: int = 0
+) -> list[Finding]:
+    """Return the findings on a cluster: its coverage, and each of its masters. Findings on one master name it.
+
+    Raises StoreUnavailable when no node answers, and StoreRefused when a server is not a cluster node.
+    """
+    failures: list[str] = []
+    for node in target.nodes:
+        try:
+            state, ranges = await cluster_map(node, timeout_ms / 1000)
+        except (exceptions.RedisError, OSError, ValueError) as error:
+            failures.append(f"{node.address}: {error or type(error).__name__}")
+            continue
+        lowest = {server: first for first, _, server in sorted(ranges, key=lambda found: found[0], reverse=True)}
+        examinations = [
+            _examine_node(server, layout, mark_of(slot), timeout_ms, min_replicas) for server, slot in lowest.items()
+        ]
+        of_nodes = await asyncio.gather(*examinations)
+        return [_coverage(state), *_merged(list(lowest), of_nodes)]
+    raise StoreUnavailable(
+        Reason.CLUSTER_UNREACHABLE,
+        f"no node of the Redis cluster can be examined, check that they run ({'; '.join(failures)})",
+        Applied.NO,
+    )
+
+
+async def _examine_node(
+    server: RedisTarget, layout: KeyLayout, mark: bytes, timeout_ms: int, min_replicas: int
+) -> list[Finding]:
+    try:
+        return await examine_redis(server, layout, timeout_ms, min_replicas=min_replicas, mark=mark.decode())
+    except StoreUnavailable as error:
+        return [Finding("node", Severity.CRITICAL, f"{error}: claims of its keys are refused.", "read its log")]
+
+
+def _coverage(state: Mapping[str, str]) -> Finding:
+    covered = int(state.get("cluster_slots_ok", "0"))
+    if state.get("cluster_state") == "ok" and covered == REDIS_CLUSTER_HASH_SLOTS:
+        masters = state.get("cluster_size", "?")
+        return Finding("coverage", Severity.OK, f"{masters} masters cover all slots.")
+    return Finding(
+        "coverage",
+        Severity.CRITICAL,
+        f"The cluster covers {covered} of {REDIS_CLUSTER_HASH_SLOTS} slots (cluster_state "
+        f"{state.get('cluster_state', 'unknown')}): claims of the other keys are refused.",
+        "redis-cli --cluster check HOST:PORT shows the slots, and redis-cli --cluster fix HOST:PORT covers them",
+    )
+
+
+def _merged(servers: Sequence[RedisTarget], of_nodes: Sequence[Sequence[Finding]]) -> list[Finding]:
+    """Return findings shared by all masters once, and the others with the address of their master."""
+    counted = Counter(finding for findings in of_nodes for finding in findings)
+    merged: dict[Finding, None] = {}
+    for server, findings in zip(servers, of_nodes, strict=True):
+        for finding in findings:
+            if counted[finding] == len(servers):
+                merged[finding] = None
+            else:
+                merged[replace(finding, message=f"{server.address}: {finding.message}")] = None
+    return list(merged)
 
 
 @asynccontextmanager
@@ -92,7 +161,7 @@ def _missing_right(user: str, command: str) -> Finding:
 
 
 class _Examination:
-    """One examination, over one connection that is open."""
+    """One examination over an open connection."""
 
     def __init__(
         self,
@@ -109,7 +178,7 @@ class _Examination:
         self._clock = clock
         self._raw = layout is raw_layout
         self._token = secrets.token_urlsafe(16)
-        # Nobody else's id, and in the default namespace, so that the layout takes it.
+        # A unique id, in the default namespace so that every layout accepts it.
         self._id = f"dedup-doctor-{secrets.token_hex(8)}{mark}"
         self._min_replicas = min_replicas
         self._is_node = bool(mark)
@@ -134,10 +203,10 @@ class _Examination:
                 await self._persistence(info),
             ]
         samples = await self._time_samples()
-        not_measured = Finding("clock", Severity.INFO, "Clock and latency were not measured, for which TIME is needed.")
+        not_measured = Finding("clock", Severity.INFO, "Clock and latency were not measured: TIME was refused.")
         return [*findings, *await self._rights(info or {}), *(judge_time(samples) if samples else [not_measured])]
 
-    async def _ask(self, *command: bytes | str | int) -> Any:  # noqa: ANN401 - what Redis may answer
+    async def _ask(self, *command: bytes | str | int) -> Any:  # noqa: ANN401 - any reply of Redis
         await self._connection.send_command(*command)
         return await self._connection.read_response()
 
@@ -170,22 +239,21 @@ class _Examination:
             if reply is None:
                 break
             took_s = time.monotonic() - began_s
-            redis_time = int(reply[0]) + int(reply[1]) / 1_000_000
-            samples.append(TimeSample(took_s, redis_time - (began + took_s / 2)))
+            samples.append(TimeSample(took_s, time_ms_of(reply) / 1_000 - (began + took_s / 2)))
         return samples
 
     async def _try(self, *command: bytes | str | int) -> Any:  # noqa: ANN401 - as _ask
         try:
             return await self._ask(*command)
         except exceptions.NoScriptError:
-            # The right is there, and that is what was tried.
+            # The right exists, which is all that was tried.
             return None
         except exceptions.ResponseError as error:
             self._refused[str(command[0])] = error
             return None
 
     async def _rights(self, info: dict[str, str]) -> list[Finding]:
-        """Try each command that claims need on a key of the layout that nobody else uses and that expires by itself."""
+        """Try each command of claims on a scratch key of the layout, which expires by itself."""
         now_ms = system_clock_ms()
         scratch = Transaction(
             DEFAULT_NAMESPACE, self._id, self._token, "dedup-service doctor", now_ms, now_ms + _SCRATCH_TTL_MS
@@ -195,12 +263,12 @@ class _Examination:
         await self._try("PEXPIRETIME", self._key)
         await self._try("PEXPIREAT", self._key, now_ms + _SCRATCH_TTL_MS)
         if self._min_replicas:
-            # For no replica, it answers at once.
+            # With zero replicas it replies at once.
             await self._try("WAIT", 0, 1)
-        # With another token it releases nothing, so that EVAL still finds what to release.
+        # With another token it releases nothing, and leaves the key to EVAL.
         await self._try("EVALSHA", RELEASE.sha, 1, self._key, secrets.token_urlsafe(16))
         await self._try("EVAL", RELEASE.text, 1, self._key, self._token)
-        # The script has removed the key, or may not: the right to DEL shows itself more clearly outside of it.
+        # The script has removed the key, or may not: the right to DEL shows more clearly outside of it.
         await self._try("DEL", self._key)
         denied = {
             name: str(error) for name, error in self._refused.items() if isinstance(error, exceptions.NoPermissionError)
@@ -208,7 +276,7 @@ class _Examination:
         findings = [_missing_right(self._user, name) for name, text in denied.items() if " key" not in text]
         if len(findings) < len(denied):
             findings.append(self._keys_denied())
-        # On a replica and in a cluster the refusal is what those findings already say.
+        # On a replica and in a cluster other findings already report the refusal.
         elsewhere = info.get("role") == "slave" or (info.get("redis_mode") == "cluster" and not self._is_node)
         if self._refused and not denied and not elsewhere:
             name, error = next(iter(self._refused.items()))
@@ -217,18 +285,18 @@ class _Examination:
                     "write",
                     Severity.CRITICAL,
                     f"Redis refuses {name} now, which claims need: {error}",
-                    "see the section on outcomes and errors of the README, and the log of Redis",
+                    "see docs/errors.md and the log of Redis",
                 )
             )
-        return findings or [Finding("rights", Severity.OK, "The Redis user may run every command that claims need.")]
+        return findings or [Finding("rights", Severity.OK, "The Redis user may run every command of claims.")]
 
     def _keys_denied(self) -> Finding:
         if self._raw:
             return Finding(
                 "rights",
                 Severity.INFO,
-                f"The Redis user {self._user} may not use the scratch key {self._key.decode()}, so that not every "
-                "right was tried. In the raw layout its key pattern has to cover the ids of the transactions.",
+                f"The Redis user {self._user} may not use the scratch key {self._key.decode()}, so not every right "
+                "was tried. In the raw layout its key pattern must cover the ids of the transactions.",
                 f"ACL SETUSER {self._user} ~dedup-doctor-*",
             )
         prefix = self._key.decode().removesuffix(f"{DEFAULT_NAMESPACE}:{self._id}")

@@ -1,4 +1,4 @@
-"""What answers of Redis mean for claims: judges them, and asks nothing itself."""
+"""Judges the replies of Redis to the doctor. Asks nothing itself."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -17,14 +17,14 @@ _SLOW_S = 0.02
 
 @dataclass(frozen=True, slots=True)
 class TimeSample:
-    """One TIME command: how long its answer took, and how far Redis was ahead of this host by its midpoint."""
+    """One TIME command: its round trip, and how far Redis was ahead of this host at the midpoint."""
 
     took_s: float
     ahead_s: float
 
 
 def judge_info(info: Mapping[str, str], min_replicas: int = 0, *, is_node: bool = False) -> list[Finding]:
-    """Return the findings that the reply to INFO is enough for, of a server or of a node of a cluster."""
+    """Return the findings that follow from INFO alone, of a server or of a cluster node."""
     cluster = [] if is_node else [_cluster(info)]
     return [_version(info), _role(info), *cluster, _eviction(info), _evicted(info), _replicas(info, min_replicas)]
 
@@ -33,12 +33,12 @@ def _version(info: Mapping[str, str]) -> Finding:
     version = info.get("redis_version", "")
     match = _VERSION.match(version)
     if match is None:
-        return Finding("version", Severity.INFO, "INFO does not say which version this is; Redis 7.0 is the oldest.")
+        return Finding("version", Severity.INFO, "INFO does not tell which version this is; claims need Redis 7.0.")
     if (int(match[1]), int(match[2])) < MINIMUM_REDIS:
         return Finding(
             "version",
             Severity.CRITICAL,
-            f"This is version {version}, and a claim needs SET with NX and GET together: every claim will be refused.",
+            f"This is version {version}, which lacks SET with NX and GET together: every claim is refused.",
             "upgrade to Redis 7.0 or newer, or Valkey 7.2 or newer",
         )
     valkey = info.get("valkey_version")
@@ -48,25 +48,24 @@ def _version(info: Mapping[str, str]) -> Finding:
 
 def _role(info: Mapping[str, str]) -> Finding:
     if info.get("role") != "slave":
-        return Finding("role", Severity.OK, "This is no replica.")
+        return Finding("role", Severity.OK, "This is a primary.")
     primary = f"{info.get('master_host', '?')}:{info.get('master_port', '?')}"
     return Finding(
         "role",
         Severity.CRITICAL,
-        "This is a replica: it refuses every claim, and one that may be written to keeps claims that the primary "
-        "never hears of.",
-        f"let DEDUP_STORE_URL name the primary, which is {primary} as the replica knows it",
+        "This is a replica: it refuses every claim. A writable replica would keep claims the primary never receives.",
+        f"let DEDUP_STORE_URL name the primary, {primary} according to the replica",
     )
 
 
 def _cluster(info: Mapping[str, str]) -> Finding:
     if info.get("cluster_enabled") != "1" and info.get("redis_mode") != "cluster":
-        return Finding("cluster", Severity.OK, "This is no node of a cluster.")
+        return Finding("cluster", Severity.OK, "This is not a cluster node.")
     return Finding(
         "cluster",
         Severity.CRITICAL,
-        "This is one node of a cluster, and the store URL is one for a single server: claims whose keys other nodes "
-        "hold are refused, and after a failover all of them.",
+        "This is a cluster node, and the store URL names a single server: claims whose keys other nodes hold are "
+        "refused, and after a failover every claim.",
         "let DEDUP_STORE_URL name the cluster: redis+cluster://host1:port,host2:port",
     )
 
@@ -75,24 +74,24 @@ def _eviction(info: Mapping[str, str]) -> Finding:
     policy, limit = info.get("maxmemory_policy"), info.get("maxmemory")
     if policy is None or limit is None:
         return Finding(
-            "eviction", Severity.INFO, "INFO does not say the maxmemory-policy: anything but noeviction forgets claims."
+            "eviction", Severity.INFO, "INFO does not tell the maxmemory-policy: anything but noeviction loses claims."
         )
     if policy == "noeviction":
-        return Finding("eviction", Severity.OK, "maxmemory-policy is noeviction: no claim is forgotten for its memory.")
+        return Finding("eviction", Severity.OK, "maxmemory-policy is noeviction: no claim is evicted.")
     remedy = "CONFIG SET maxmemory-policy noeviction, and maxmemory-policy noeviction in redis.conf"
     if limit == "0":
         return Finding(
             "eviction",
             Severity.WARNING,
-            f"maxmemory-policy is {policy}. Nothing is evicted while maxmemory is 0; once somebody sets a limit, "
-            "claims are forgotten before they expire, and callers are told CLAIMED twice.",
+            f"maxmemory-policy is {policy}. Nothing is evicted while maxmemory is 0; with a limit, claims are evicted "
+            "before they expire, and one transaction is CLAIMED twice.",
             remedy,
         )
     return Finding(
         "eviction",
         Severity.CRITICAL,
-        f"maxmemory-policy is {policy} with maxmemory {limit}: a full Redis forgets claims before they expire, and "
-        "callers are told CLAIMED twice.",
+        f"maxmemory-policy is {policy} with maxmemory {limit}: a full Redis evicts claims before they expire, and one "
+        "transaction is CLAIMED twice.",
         remedy,
     )
 
@@ -100,13 +99,13 @@ def _eviction(info: Mapping[str, str]) -> Finding:
 def _evicted(info: Mapping[str, str]) -> Finding:
     evicted = info.get("evicted_keys", "")
     if evicted == "0":
-        return Finding("evicted", Severity.OK, "Redis has evicted no key since it started.")
+        return Finding("evicted", Severity.OK, "Redis has evicted no keys since it started.")
     if not evicted.isdigit():
-        return Finding("evicted", Severity.INFO, "INFO does not say whether keys were evicted.")
+        return Finding("evicted", Severity.INFO, "INFO does not tell whether keys were evicted.")
     return Finding(
         "evicted",
         Severity.WARNING,
-        f"Redis has evicted {evicted} keys since it started or its counts were reset; claims among them were forgotten "
+        f"Redis has evicted {evicted} keys since its start or the last CONFIG RESETSTAT; claims among them were lost "
         "before they expired.",
         "raise maxmemory, set maxmemory-policy noeviction, and then CONFIG RESETSTAT",
     )
@@ -118,58 +117,58 @@ def _replicas(info: Mapping[str, str], min_replicas: int) -> Finding:
         return Finding(
             "replicas",
             Severity.CRITICAL,
-            f"{count} connected, and DEDUP_MIN_REPLICAS asks for {min_replicas} that acknowledge a claim: every claim "
-            "fails with STORE_NOT_REPLICATED.",
-            "connect as many replicas, or lower DEDUP_MIN_REPLICAS",
+            f"{count} connected, and DEDUP_MIN_REPLICAS requires {min_replicas}: every claim fails with "
+            "STORE_NOT_REPLICATED.",
+            f"connect {min_replicas} replicas, or lower DEDUP_MIN_REPLICAS",
         )
     if not count.isdigit() or info.get("role") == "slave":
-        return Finding("replicas", Severity.INFO, "How many replicas the primary has is not known here.")
+        return Finding("replicas", Severity.INFO, "The number of replicas of the primary is unknown here.")
     if count == "0":
         return Finding(
-            "replicas", Severity.INFO, "No replica is connected: when this server is lost, so are its claims."
+            "replicas", Severity.INFO, "No replica is connected: if this server is lost, its claims are lost."
         )
-    # INFO shows this field only while min-replicas-to-write is in force, so that CONFIG need not be asked.
+    # INFO shows this field only while min-replicas-to-write is set, so CONFIG is not needed.
     if "min_slaves_good_slaves" in info:
         return Finding(
-            "replicas", Severity.OK, f"{count} connected, and min-replicas-to-write bounds what a failover loses."
+            "replicas", Severity.OK, f"{count} connected, and min-replicas-to-write bounds the losses of a failover."
         )
     return Finding(
         "replicas",
         Severity.WARNING,
-        f"{count} connected, and min-replicas-to-write is 0: a primary that is cut off goes on acknowledging claims, "
-        "and a failover loses them.",
+        f"{count} connected, and min-replicas-to-write is 0: an isolated primary continues to acknowledge claims, and "
+        "a failover loses them.",
         "CONFIG SET min-replicas-to-write 1 and CONFIG SET min-replicas-max-lag 10, and both lines in redis.conf",
     )
 
 
 def judge_persistence(info: Mapping[str, str], save: str | None, appendfsync: str | None, user: str) -> Finding:
-    """Return the finding on persistence; `save` and `appendfsync` are None where CONFIG GET is not to be had."""
-    may_read = f"ACL SETUSER {user} +config|get, or look into the settings of the managed service"
+    """Return the finding on persistence; `save` and `appendfsync` are None without CONFIG GET."""
+    may_read = f"ACL SETUSER {user} +config|get, or read the settings of the managed service"
     appendonly = "appendonly yes in redis.conf, or CONFIG SET appendonly yes"
     if info.get("aof_enabled") == "1":
         return _append_only(appendfsync, may_read)
     if "aof_enabled" not in info:
-        return Finding("persistence", Severity.INFO, "INFO does not say whether claims outlive a restart.", may_read)
+        return Finding("persistence", Severity.INFO, "INFO does not tell whether claims survive a restart.", may_read)
     if save is None:
         return Finding(
             "persistence",
             Severity.WARNING,
-            "There is no append-only file, so a restart forgets the claims since the last snapshot at least; whether "
-            "there are snapshots at all could not be read for want of CONFIG GET.",
-            f"{appendonly}. To have it read: {may_read}",
+            "Redis has no append-only file: a restart loses at least the claims since the last snapshot. Without "
+            "CONFIG GET it is unknown whether snapshots are enabled.",
+            f"{appendonly}. To check snapshots: {may_read}",
         )
     if save:
         return Finding(
             "persistence",
             Severity.WARNING,
-            f"There are snapshots alone (save {save}): a restart forgets the claims since the last one.",
+            f"Redis has only snapshots (save {save}): a restart loses the claims since the last one.",
             appendonly,
         )
-    replicas = "" if info.get("connected_slaves", "0") == "0" else " It empties its replicas as well."
+    replicas = "" if info.get("connected_slaves", "0") == "0" else " It also empties its replicas."
     return Finding(
         "persistence",
         Severity.CRITICAL,
-        f"There is neither an append-only file nor a snapshot: a restart forgets every claim.{replicas}",
+        f"Redis has neither an append-only file nor snapshots: a restart loses every claim.{replicas}",
         appendonly,
     )
 
@@ -179,32 +178,32 @@ def _append_only(appendfsync: str | None, may_read: str) -> Finding:
         return Finding(
             "persistence",
             Severity.INFO,
-            "There is an append-only file; how often it reaches the disk could not be read for want of CONFIG GET.",
+            "Redis has an append-only file. Without CONFIG GET its appendfsync is unknown.",
             may_read,
         )
     if appendfsync == "no":
         return Finding(
             "persistence",
             Severity.WARNING,
-            "There is an append-only file with appendfsync no: a crash of the host loses whatever the kernel had not "
-            "written yet, about half a minute of claims.",
+            "Redis has an append-only file with appendfsync no: a crash of the host loses about half a minute of "
+            "claims, which the kernel had not written yet.",
             "CONFIG SET appendfsync everysec (or always), and the same line in redis.conf",
         )
     if appendfsync == "everysec":
         return Finding(
             "persistence",
             Severity.INFO,
-            "There is an append-only file with appendfsync everysec: a crash of the host loses about a second of "
+            "Redis has an append-only file with appendfsync everysec: a crash of the host loses about a second of "
             "claims.",
-            "where a second is too much: CONFIG SET appendfsync always, and the same line in redis.conf",
+            "if a second is too much: CONFIG SET appendfsync always, and the same line in redis.conf",
         )
-    return Finding("persistence", Severity.OK, f"There is an append-only file with appendfsync {appendfsync}.")
+    return Finding("persistence", Severity.OK, f"Redis has an append-only file with appendfsync {appendfsync}.")
 
 
 def judge_time(samples: Sequence[TimeSample]) -> list[Finding]:
-    """Return the findings on the clock of Redis and on how fast it answers."""
+    """Return the findings on the clock of Redis and on its latency."""
     best = min(samples, key=lambda sample: sample.took_s)
-    # The clock of Redis was read at an unknown moment of the round trip, so that much of the difference is no skew.
+    # Redis read its clock at an unknown moment of the round trip: half of it may not be skew.
     certain_s = abs(best.ahead_s) - best.took_s / 2
     measured = f"The clock of Redis is {abs(best.ahead_s) * 1000:.0f} ms {'ahead of' if best.ahead_s > 0 else 'behind'}"
     if certain_s <= _SKEW_WARNING_S:
@@ -213,9 +212,9 @@ def judge_time(samples: Sequence[TimeSample]) -> list[Finding]:
         clock = Finding(
             "clock",
             Severity.CRITICAL if certain_s > _SKEW_CRITICAL_S else Severity.WARNING,
-            f"{measured} that of this host: a claim with an expire_time lives that much longer or shorter than meant, "
-            "and the times that a duplicate is shown are off.",
-            "let both hosts follow one time source: systemctl enable --now chronyd (or systemd-timesyncd)",
+            f"{measured} that of this host: claims with an expire_time end that much too late or too early, and "
+            "duplicates show wrong times.",
+            "synchronise both hosts with one time source: systemctl enable --now chronyd (or systemd-timesyncd)",
         )
     typical_s, worst_s = median(s.took_s for s in samples), max(s.took_s for s in samples)
     took = f"Redis answers in {typical_s * 1000:.1f} ms (median of {len(samples)}; the slowest {worst_s * 1000:.1f} ms)"
@@ -226,7 +225,7 @@ def judge_time(samples: Sequence[TimeSample]) -> list[Finding]:
         Finding(
             "latency",
             Severity.WARNING,
-            f"{took}: every claim waits at least that long, and callers with short deadlines are refused.",
-            "run the service near its Redis, and look at SLOWLOG GET and LATENCY DOCTOR there",
+            f"{took}: every claim takes at least that long, and calls with short deadlines are refused.",
+            "run the service near its Redis, and check SLOWLOG GET and LATENCY DOCTOR there",
         ),
     ]

@@ -1,40 +1,88 @@
-"""Keeps one channel to Redis open: connects, and connects again with growing, jittered pauses.
+"""Keeps one channel to a Redis server open, and chooses the link for a key.
 
-While Redis is away callers fail at once instead of queueing up, and the first attempt that succeeds serves them again.
-Which server to connect to is asked anew each time, so that a failover needs nobody's help.
+A link reconnects with growing, jittered pauses. While Redis is away callers fail at once instead of queueing, and the
+first attempt that succeeds serves them again. The server to connect to is located anew for each attempt, so that a
+failover needs no help.
 """
 
 import asyncio
-import contextlib
 import random
+from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 from redis.asyncio.connection import AbstractConnection
 
 from dedup_service.claims import Applied, ConnectionObserver, Reason, StoreRefused, StoreUnavailable
-from dedup_service.stores.redis.channel import RedisChannel
+from dedup_service.stores.redis.channel import RedisChannel, ReplicaQuorum
 from dedup_service.stores.redis.connection import new_connection, shake_hands
-from dedup_service.stores.redis.quorum import ReplicaQuorum
 from dedup_service.stores.redis.url import RedisTarget
 
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 0.5
-# A connection that dies younger than this counts as a failed attempt, so that it cannot make a hot loop.
+# A connection that dies younger than this counts as a failed attempt, to prevent a hot loop.
 _SETTLED_S = 1.0
-
 
 _CANCEL_AGAIN_S = 0.05
 
 
+class RedisNodes(Protocol):
+    """The servers that take claims now, each with a link that is kept open."""
+
+    async def open(self) -> None:
+        """Start keeping links. Returns after the first attempt, successful or not; raises StoreRefused."""
+
+    async def close(self) -> None:
+        """Stop keeping links; in-flight commands fail. May be called twice."""
+
+    def link_of(self, key: bytes) -> "RedisLink":
+        """Return the link of the server that takes this key; raise StoreUnavailable (never applied) without one."""
+
+    def places(self) -> Sequence[tuple[bytes, "RedisLink"]]:
+        """Return each link that takes claims, with a hash tag: keys that contain it belong to that server.
+
+        Raises StoreUnavailable (never applied) or StoreRefused when no server is known.
+        """
+
+    def redirected(self, key: bytes, link: "RedisLink", reply: str) -> "RedisLink | None":
+        """Return the link to which a MOVED or ASK reply of `link` points, or None to treat the reply as an error."""
+
+
+class OneServer:
+    """The nodes of a deployment in which one server at a time takes all claims."""
+
+    def __init__(self, link: "RedisLink") -> None:
+        self._link = link
+
+    async def open(self) -> None:
+        """Implement RedisNodes."""
+        await self._link.open()
+
+    async def close(self) -> None:
+        """Implement RedisNodes."""
+        await self._link.close()
+
+    def link_of(self, _key: bytes) -> "RedisLink":
+        """Implement RedisNodes."""
+        return self._link
+
+    def places(self) -> Sequence[tuple[bytes, "RedisLink"]]:
+        """Implement RedisNodes."""
+        return ((b"", self._link),)
+
+    def redirected(self, _key: bytes, _link: "RedisLink", _reply: str) -> "RedisLink | None":
+        """Follow no redirection: a cluster behind the URL of a single server is a mistake that must show."""
+        return None
+
+
 class RedisLocator(Protocol):
-    """Knows which server takes the claims now."""
+    """Locates the server that takes claims now."""
 
     async def locate(self) -> RedisTarget:
-        """Return the server; raise StoreUnavailable (never applied) when nobody knows it, and StoreRefused."""
+        """Return the server. Raises StoreUnavailable (never applied) when it is unknown, and StoreRefused."""
 
     @property
     def recheck_s(self) -> float | None:
-        """How often to ask again while connected, in seconds; None where the answer never changes."""
+        """Interval for locating again while connected, in seconds; None where the answer never changes."""
 
 
 class FixedServer:
@@ -46,12 +94,12 @@ class FixedServer:
         self._target = target
 
     async def locate(self) -> RedisTarget:
-        """Return that server."""
+        """Implement RedisLocator."""
         return self._target
 
 
 class RedisLink:
-    """The way to the Redis server that takes the claims, across any number of connections, one at a time."""
+    """The way to one Redis server over any number of connections, one at a time."""
 
     def __init__(
         self, locator: RedisLocator, timeout_ms: int, min_replicas: int = 0, observer: ConnectionObserver | None = None
@@ -64,20 +112,20 @@ class RedisLink:
         self._disposals: set[asyncio.Task[None]] = set()
         self._failure: StoreUnavailable | StoreRefused | None = None
         self._attempted = asyncio.Event()
-        self._jitter = random.Random()  # noqa: S311 - spreads reconnects, guards nothing
+        self._jitter = random.Random()  # noqa: S311 - spreads reconnects, protects nothing
         self.channel: RedisChannel | None = None
-        """The channel to send on, or None: then `connected` says what to do."""
+        """The channel to send on. If None, await `connected`."""
         self.quorum: ReplicaQuorum | None = None
-        """Sends writes over the channel that replicas have to acknowledge; None unless any are asked for."""
+        """Sends writes that replicas have to acknowledge; None unless the settings ask for replicas."""
         self.server: RedisTarget | None = None
-        """The server that was connected to last."""
+        """The server of the last connection."""
         self.run_id: str | None = None
-        """What that server called its process, which a restart changes; None where it does not say."""
+        """The run id of that server, which a restart changes; None where the server does not tell it."""
 
     async def open(self) -> None:
-        """Start to keep a channel, and return after the first attempt, whether it succeeded or Redis is away.
+        """Start to keep a channel. Returns after the first attempt, successful or not.
 
-        Raises StoreRefused when Redis answered that it can never serve claims.
+        Raises StoreRefused when Redis answered and can never serve claims.
         """
         self.start()
         await self._attempted.wait()
@@ -87,23 +135,19 @@ class RedisLink:
             raise refusal
 
     def start(self) -> None:
-        """Start to keep a channel, and wait for nothing: `connected` does, and raises what `open` would."""
+        """Start to keep a channel without waiting; `connected` waits, and raises as `open` does."""
         self._keeper = asyncio.get_running_loop().create_task(self._keep())
 
     async def close(self) -> None:
-        """Stop keeping a channel; commands under way fail."""
+        """Stop keeping a channel; in-flight commands fail."""
         keeper, self._keeper = self._keeper, None
-        while keeper is not None and not keeper.done():
-            # Once is not enough: before Python 3.12 wait_for, which redis-py connects with, swallows a cancellation
-            # that meets the end of what it waits for.
-            keeper.cancel()
-            await asyncio.wait({keeper}, timeout=_CANCEL_AGAIN_S)
-        await asyncio.gather(*self._disposals)
-        self._failure = StoreUnavailable(Reason.STORE_CLOSED, "the service is shutting down", Applied.NO)
+        await cancelled(keeper)
+        await asyncio.gather(*self._disposals, return_exceptions=True)
+        self._failure = shutting_down()
         self._attempted.set()
 
     async def connected(self) -> RedisChannel:
-        """Return the channel; wait for one only while the first attempt since it was lost is under way.
+        """Return the channel, waiting only while the first attempt since the loss is in progress.
 
         Raises StoreUnavailable (never applied) when that attempt failed, and StoreRefused.
         """
@@ -114,8 +158,12 @@ class RedisLink:
             if isinstance(failure, StoreRefused):
                 raise StoreRefused(str(failure))
             if failure is None:
-                failure = StoreUnavailable(Reason.STORE_CONNECTION_LOST, "the connection to Redis was lost", Applied.NO)
-            raise StoreUnavailable(failure.reason, str(failure), Applied.NO)
+                failure = StoreUnavailable(
+                    Reason.STORE_CONNECTION_LOST,
+                    "the connection to Redis was lost; the service reconnects by itself",
+                    Applied.NO,
+                )
+            raise failure.with_applied(Applied.NO)
         return self.channel
 
     async def _keep(self) -> None:
@@ -128,9 +176,8 @@ class RedisLink:
                     self.channel = await self._connect(target)
                 except (StoreUnavailable, StoreRefused) as failure:
                     self._failure = failure
-                except Exception as error:  # noqa: BLE001 - a keeper that died would leave every caller waiting
-                    sentence = f"connecting to Redis failed in an unexpected way: {type(error).__name__}"
-                    self._failure = StoreUnavailable(Reason.STORE_UNREACHABLE, sentence, Applied.NO)
+                except Exception as error:  # noqa: BLE001 - without its keeper the link would never connect again
+                    self._failure = unexpected_failure("connecting to Redis", error)
                 else:
                     self._failure = None
                 self._attempted.set()
@@ -161,12 +208,14 @@ class RedisLink:
     async def _leave_when_moved(self, channel: RedisChannel, target: RedisTarget) -> None:
         while self._locator.recheck_s is not None:
             await asyncio.sleep(self._locator.recheck_s)
-            # A server that still answers is not left because nobody can say where it is.
-            with contextlib.suppress(StoreUnavailable, StoreRefused):
-                if await self._locator.locate() != target:
-                    # Not drained first: what a deposed server still says is doubt, since nobody keeps what it stores.
-                    channel.connection_lost(ConnectionError(f"{target} is not the master any more"))
-                    return
+            try:
+                moved = await self._locator.locate() != target
+            except Exception:  # noqa: BLE001, S112 - a failed question is no reason to leave a server that still answers
+                continue
+            if moved:
+                # Not drained first: replies of a deposed server are doubt, since what it stores is lost.
+                channel.connection_lost(ConnectionError(f"{target} is not the master any more"))
+                return
 
     async def _connect(self, target: RedisTarget) -> RedisChannel:
         connection = new_connection(target, self._timeout_ms / 1000)
@@ -175,7 +224,7 @@ class RedisLink:
         except BaseException:
             await connection.disconnect(nowait=True)
             raise
-        # The one private name of redis-py that we rely on: its writer's transport, which the channel takes over.
+        # The only private name of redis-py in use: its writer's transport, which the channel takes over.
         transport: asyncio.Transport = cast("Any", connection)._writer.transport  # noqa: SLF001
         channel = RedisChannel(transport, self._timeout_ms, asyncio.get_running_loop())
         transport.set_protocol(channel)
@@ -183,7 +232,7 @@ class RedisLink:
             self._observer.connected(again=self.server is not None)
         self.server = target
         if self._min_replicas:
-            # Half of the time, since a write may have to let one round go before its own.
+            # Half of the timeout, since a write may have to wait for one round before its own.
             self.quorum = ReplicaQuorum(channel, self._min_replicas, max(1, self._timeout_ms // 2))
         channel.ended.add_done_callback(lambda _: self._dispose(connection))
         return channel
@@ -194,3 +243,30 @@ class RedisLink:
         disposal.add_done_callback(self._disposals.discard)
         if self._observer is not None:
             self._observer.disconnected()
+
+
+async def cancelled(keeper: "asyncio.Task[None] | None") -> None:
+    """Cancel a task until it has ended.
+
+    Once is not enough: before Python 3.12 `wait_for`, with which redis-py connects, swallows a cancellation that
+    coincides with the end of the awaited future.
+    """
+    while keeper is not None and not keeper.done():
+        keeper.cancel()
+        await asyncio.wait({keeper}, timeout=_CANCEL_AGAIN_S)
+
+
+def shutting_down() -> StoreUnavailable:
+    """Return the failure of every call after `close`."""
+    return StoreUnavailable(
+        Reason.STORE_CLOSED, "the service is shutting down: try again at another instance", Applied.NO
+    )
+
+
+def unexpected_failure(doing: str, error: BaseException) -> StoreUnavailable:
+    """Return the failure for an unexpected exception, without its text, which may contain a secret."""
+    return StoreUnavailable(
+        Reason.STORE_UNREACHABLE,
+        f"{doing} failed unexpectedly ({type(error).__name__}): this is a bug, please report it; it is tried again",
+        Applied.NO,
+    )

@@ -1,4 +1,4 @@
-"""What replies of Redis mean: the value that was asked for, or the error that an error reply stands for."""
+"""The meaning of Redis replies: a value, a number, a time, or the error that an error reply stands for."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from dedup_service.claims import Applied, Reason, StoreUnavailable, UnreadableVa
 from dedup_service.stores import stored_value
 from dedup_service.stores.redis.channel import RedisChannel
 
-# What an error reply that begins with this word means; in each case Redis did not carry the command out.
+# Error replies by their first word. In each case Redis did not carry the command out.
 _REFUSALS = {
     "OOM": (Reason.STORE_OUT_OF_MEMORY, "Redis is out of memory: raise maxmemory or free some"),
     "READONLY": (
@@ -16,35 +16,41 @@ _REFUSALS = {
         "Redis is a read-only replica: name the primary, or wait for the failover to end",
     ),
     "LOADING": (Reason.STORE_LOADING, "Redis is loading its data: wait"),
-    "MASTERDOWN": (Reason.STORE_MASTER_DOWN, "Redis is a replica that lost its primary"),
-    "CLUSTERDOWN": (Reason.STORE_CLUSTER_DOWN, "the Redis cluster does not serve this key now"),
-    "NOAUTH": (Reason.STORE_NOT_AUTHENTICATED, "Redis wants a password: put it into the store URL"),
-    "NOPERM": (Reason.STORE_NOT_PERMITTED, "the Redis user of the store URL lacks the right to this command or key"),
-    "BUSY": (Reason.STORE_BUSY, "Redis is busy with a script"),
+    "MASTERDOWN": (Reason.STORE_MASTER_DOWN, "Redis is a replica that lost its primary: restore the primary"),
+    "CLUSTERDOWN": (
+        Reason.STORE_CLUSTER_DOWN,
+        "the Redis cluster does not serve this key now: check it with redis-cli --cluster check",
+    ),
+    "NOAUTH": (Reason.STORE_NOT_AUTHENTICATED, "Redis requires a password: put it into the store URL"),
+    "NOPERM": (
+        Reason.STORE_NOT_PERMITTED,
+        "the Redis user of the store URL lacks the right to this command or key: dedup-service doctor names it",
+    ),
+    "BUSY": (Reason.STORE_BUSY, "Redis is busy with a script: wait, or end it with SCRIPT KILL"),
     "MISCONF": (Reason.STORE_MISCONFIGURED, "Redis refuses writes because it cannot save its data: see its log"),
     "NOREPLICAS": (
         Reason.STORE_TOO_FEW_REPLICAS,
-        "Redis has fewer replicas in order than min-replicas-to-write asks for",
+        "Redis has fewer working replicas than min-replicas-to-write: connect more, or lower it",
     ),
     "MOVED": (Reason.STORE_MOVED, "Redis is a cluster, and this server does not hold the key: write redis+cluster://"),
     "ASK": (Reason.STORE_MOVED, "Redis is a cluster, and this server is handing the key over: write redis+cluster://"),
-    "TRYAGAIN": (Reason.STORE_TRY_AGAIN, "Redis is a cluster, and the key is between two servers"),
+    "TRYAGAIN": (Reason.STORE_TRY_AGAIN, "the Redis cluster is moving the key between two servers: try again"),
 }
 
 # After these a connection can stay wrong while a new one is right: the server behind the address has changed.
 _STALE_AFTER = ("READONLY", "NOAUTH", "MASTERDOWN")
 
 
-class ScriptForgotten(Exception):
-    """Redis does not know the script by its name: it restarted, or its scripts were flushed."""
+class ScriptForgotten(StoreUnavailable):
+    """Redis does not know the script by its digest: it restarted, or its scripts were flushed."""
 
 
-def checked(reply: Any, channel: RedisChannel) -> Any:  # noqa: ANN401 - what Redis may answer
-    """Return the reply unless it is an error, which is raised as what it means here."""
+def checked(reply: Any, channel: RedisChannel) -> Any:  # noqa: ANN401 - any reply of Redis
+    """Return the reply unless it is an error, which is raised as a ClaimError."""
     if type(reply) is not hiredis.ReplyError:
         return reply
     if str(reply).startswith("NOSCRIPT"):
-        raise ScriptForgotten
+        raise ScriptForgotten(Reason.STORE_ERROR, "Redis answered with the error NOSCRIPT", Applied.UNKNOWN)
     failure = error_of_reply(str(reply))
     if str(reply).startswith(_STALE_AFTER) and isinstance(failure, StoreUnavailable):
         channel.retire(failure)
@@ -55,15 +61,39 @@ def value_of(reply: object) -> bytes:
     """Return a reply that is a value; raise StoreUnavailable for any other."""
     if isinstance(reply, bytes):
         return reply
-    raise StoreUnavailable(
+    raise _unexpected_reply("a value", Applied.UNKNOWN)
+
+
+def number_of(reply: object) -> int:
+    """Return a reply that is a number; raise StoreUnavailable for any other."""
+    if type(reply) is int:
+        return reply
+    raise _unexpected_reply("a number", Applied.UNKNOWN)
+
+
+def time_ms_of(reply: object) -> int:
+    """Return the reply to TIME in Unix milliseconds; raise StoreUnavailable (never applied) for any other."""
+    match reply:
+        case [bytes(seconds), bytes(microseconds)] if _is_number(seconds) and _is_number(microseconds):
+            return int(seconds) * 1000 + int(microseconds) // 1000
+    raise _unexpected_reply("the time", Applied.NO)
+
+
+def _is_number(text: bytes) -> bool:
+    # Python refuses to convert very long digits.
+    return text.isdigit() and len(text) < 20
+
+
+def _unexpected_reply(expected: str, applied: Applied) -> StoreUnavailable:
+    return StoreUnavailable(
         Reason.STORE_PROTOCOL_ERROR,
-        "Redis answered with something else than a value: is a proxy between?",
-        Applied.UNKNOWN,
+        f"Redis sent a reply that is not {expected}: check for a proxy between this service and Redis",
+        applied,
     )
 
 
 def error_of_reply(text: str) -> StoreUnavailable | UnreadableValue:
-    """Return what an error reply of this text means."""
+    """Return the error that an error reply stands for."""
     word = text.partition(" ")[0]
     if word == "WRONGTYPE":
         return UnreadableValue(
@@ -76,6 +106,7 @@ def error_of_reply(text: str) -> StoreUnavailable | UnreadableValue:
     if word in _REFUSALS:
         reason, sentence = _REFUSALS[word]
         return StoreUnavailable(reason, f"{sentence} ({word})", Applied.NO)
-    # Not a word of Redis itself that we know, so a proxy may have said it after passing the command on. The rest of the
-    # text may quote the command, and with it the token.
-    return StoreUnavailable(Reason.STORE_ERROR, f"Redis answered with the error {word}", Applied.UNKNOWN)
+    # Perhaps from a proxy that passed the command on, hence UNKNOWN. The rest of the text may quote the token.
+    return StoreUnavailable(
+        Reason.STORE_ERROR, f"Redis answered with the error {word}: see the log of Redis", Applied.UNKNOWN
+    )

@@ -1,4 +1,4 @@
-"""Asks Redis Sentinels which server is the master now; watching it and failing over is their job."""
+"""Locates the master that Redis Sentinels name. Failure detection and failover are their job."""
 
 import asyncio
 from collections.abc import Sequence
@@ -10,34 +10,34 @@ from dedup_service.claims import Applied, Reason, StoreRefused, StoreUnavailable
 from dedup_service.stores.redis.connection import new_connection
 from dedup_service.stores.redis.url import RedisTarget, SentinelTarget
 
-# A master that is cut off from its Sentinels still takes claims, which are lost when the cut ends.
+# A master cut off from its Sentinels still takes claims, which are lost when the network heals.
 _RECHECK_S = 1.0
 
 
 class SentinelLocator:
-    """The locator of a master that Sentinels watch: the first Sentinel that names it is believed."""
+    """The locator of a master that Sentinels monitor: the answer of the first Sentinel that names it counts."""
 
     recheck_s = _RECHECK_S
 
     def __init__(self, target: SentinelTarget, timeout_ms: int) -> None:
         self._target = target
         self._timeout_s = timeout_ms / 1000
-        # The next question begins with the Sentinel that answered the last one.
+        # The next call begins with the Sentinel that answered the last one.
         self._order: Sequence[RedisTarget] = target.sentinels
 
     async def locate(self) -> RedisTarget:
-        """Return the master; see RedisLocator.locate. Each Sentinel has the store time-out to answer."""
+        """Implement RedisLocator. Each Sentinel has the store timeout to answer."""
         unknown_to = None
         failures: list[str] = []
         for number, sentinel in enumerate(self._order):
             try:
                 address = await self._ask(sentinel)
-            # ValueError: a host name that cannot be one, and an answer that is no address.
+            # ValueError: an invalid host name, or a reply that is not an address.
             except (exceptions.RedisError, OSError, ValueError) as error:
                 failures.append(f"{sentinel.address}: {error or type(error).__name__}")
                 continue
             if address is None:
-                # It may have lost what it knew while the others still know.
+                # It may have lost its state while the others have theirs.
                 unknown_to = unknown_to or sentinel
                 continue
             self._order = (*self._order[number:], *self._order[:number])
@@ -50,8 +50,8 @@ class SentinelLocator:
             )
         raise StoreUnavailable(
             Reason.SENTINEL_UNREACHABLE,
-            f"none of the {len(failures)} Sentinels asked said where the Redis master "
-            f"{self._target.master_name!r} is ({'; '.join(failures)})",
+            f"none of the {len(failures)} Sentinels asked located the Redis master {self._target.master_name!r}, check "
+            f"that they run and can be reached ({'; '.join(failures)})",
             Applied.NO,
         )
 
@@ -67,5 +67,5 @@ class SentinelLocator:
         if reply is None:
             return None
         if not isinstance(reply, list) or len(reply) != 2 or not all(isinstance(part, bytes) for part in reply):
-            raise ValueError("its answer is no address")
+            raise ValueError("its reply is not an address")
         return reply[0].decode(), int(reply[1])

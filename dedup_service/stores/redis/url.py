@@ -1,6 +1,6 @@
-"""What a Redis URL may say. Query arguments come from a short list: the driver lets them override its retries.
+"""Parses Redis URLs. Only listed query arguments are allowed: redis-py would let others override its retries.
 
-No error repeats a part of the URL that may belong to a password, such as what follows an unescaped `/` in one.
+No error repeats a part of the URL that may belong to a password, such as the text after an unescaped `/` in one.
 """
 
 import re
@@ -28,7 +28,7 @@ _ARGUMENTS = {
 
 # An IPv6 address in brackets, or a name; then perhaps a port.
 _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^\[\]:@,]+))(?::([0-9]*))?")
-# What Sentinel itself allows.
+# The names that Sentinel itself allows.
 _MASTER_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
@@ -59,7 +59,7 @@ class RedisTarget:
 
 @dataclass(frozen=True, slots=True)
 class SentinelTarget:
-    """One master by the name that its Sentinels know it by; `server` is that master, but for its host and port."""
+    """A master by its name at the Sentinels. `server` is the master without host and port."""
 
     sentinels: tuple[RedisTarget, ...]
     master_name: str
@@ -72,7 +72,7 @@ class SentinelTarget:
 
 @dataclass(frozen=True, slots=True)
 class ClusterTarget:
-    """One cluster, by some of its nodes: the others are asked for."""
+    """A cluster by some of its nodes; the others are discovered."""
 
     nodes: tuple[RedisTarget, ...]
 
@@ -82,11 +82,11 @@ class ClusterTarget:
 
 
 def parse_redis_url(url: str) -> RedisTarget:
-    """Return the server that `redis://`, `rediss://` or `unix://` URL names.
+    """Return the server that a `redis://`, `rediss://` or `unix://` URL names.
 
     Accepted are `redis[s]://[user[:password]@]host[:port][/db]` and `unix://[user[:password]@]/path[?db=n]`, and with
     `rediss` the query arguments ssl_ca_certs, ssl_certfile and ssl_keyfile, each a path. Raises ValueError with a
-    sentence that never repeats the URL, which may hold a password.
+    sentence that never repeats the URL, which may contain a password.
     """
     parts = _split(url, SCHEMES)
     if parts.scheme == "unix":
@@ -112,7 +112,7 @@ def parse_sentinel_url(url: str) -> SentinelTarget:
     """Return the Sentinels and the master that a `redis+sentinel://` or `rediss+sentinel://` URL names.
 
     Accepted is `redis[s]+sentinel://[user[:password]@]host[:port][,host[:port]…]/master[/db]` with the query arguments
-    sentinel_username and sentinel_password, and with `rediss` those of `parse_redis_url`, which then hold for the
+    sentinel_username and sentinel_password, and with `rediss` those of `parse_redis_url`, which then apply to the
     Sentinels and the servers. Raises ValueError as `parse_redis_url` does.
     """
     parts = _split(url, SENTINEL_SCHEMES)
@@ -165,8 +165,8 @@ class _Parts:
     arguments: dict[str, str]
 
 
-# Not urllib's urlsplit: it knows one host only, and its errors repeat what stands where the port should be, which in a
-# URL that lacks its '@' is the password.
+# Not urllib's urlsplit: it accepts one host only, and its errors repeat the text in place of the port, which is the
+# password in a URL that lacks its '@'.
 def _split(url: str, schemes: tuple[str, ...]) -> _Parts:
     scheme, colon, rest = url.partition("://")
     if not colon or scheme not in schemes:
@@ -189,7 +189,7 @@ def _split(url: str, schemes: tuple[str, ...]) -> _Parts:
 
 def _arguments(query: str, scheme: str) -> dict[str, str]:
     try:
-        # A '+' is a '+' here, as in the user name and password, and no space.
+        # A '+' stays a '+' here, as in the user name and password.
         pairs = parse_qsl(query.replace("+", "%2B"), keep_blank_values=True, strict_parsing=bool(query))
     except ValueError:
         raise ValueError("the store URL cannot be read: write its query as ?name=value&name=value") from None
@@ -198,7 +198,7 @@ def _arguments(query: str, scheme: str) -> dict[str, str]:
     if unknown := sorted(set(names) - set(allowed)):
         raise ValueError(
             f"the store URL has the query argument {unknown[0]!r}: "
-            f"{scheme}:// takes {', '.join(allowed) if allowed else 'none'}"
+            f"{scheme}:// allows {', '.join(allowed) if allowed else 'none'}"
         )
     if len(set(names)) != len(names):
         raise ValueError("the store URL has a query argument twice")
@@ -220,7 +220,7 @@ def _tls_files(arguments: dict[str, str]) -> dict[str, str]:
     files = {name: path for name, path in arguments.items() if name in _TLS_FILES}
     for name, path in files.items():
         if not Path(path).is_file():
-            raise ValueError(f"the store URL names {path!r} as {name}, which is no file")
+            raise ValueError(f"the store URL names {path!r} as {name}, which is not a file")
     return files
 
 

@@ -1,1 +1,1 @@
-"""Claims in one SQLite file, for a single host. Only this folder imports sqlite3."""
+"""Claims in one SQLite file, for a single host. Only `file` imports sqlite3."""

@@ -1,4 +1,4 @@
-"""Examines the place of an embedded store: looks at the file system alone, and neither creates nor opens the file."""
+"""Examines the path of an embedded store by the file system alone: it neither creates nor opens the file."""
 
 import os
 import shutil
@@ -6,20 +6,20 @@ from pathlib import Path
 
 from dedup_service.claims import Finding, Severity
 
-_LITTLE_BYTES = 100 * 1024 * 1024
+_LOW_BYTES = 100 * 1024 * 1024
 
 
 def examine_sqlite(path: Path) -> list[Finding]:
-    """Return what is found at the file of the store, which may not exist yet."""
+    """Return the findings on the file of the store, which may not exist yet."""
     findings = [
         Finding(
             "scope",
             Severity.INFO,
-            "Only this host sees these claims: an instance on another host would say CLAIMED as well.",
-            "where there are several hosts: DEDUP_STORE_URL=redis://host:6379/0",
+            "Only this host sees these claims: an instance on another host would answer CLAIMED as well.",
+            "with several hosts: DEDUP_STORE_URL=redis://host:6379/0",
         )
     ]
-    # The store makes its folder, so the nearest one that exists decides.
+    # The store creates its folder, so the nearest existing parent decides.
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     findings.append(_writable(path, folder))
     try:
@@ -28,13 +28,13 @@ def examine_sqlite(path: Path) -> list[Finding]:
         findings.append(Finding("disk_space", Severity.INFO, f"The free space of {folder} could not be read: {error}"))
         return findings
     measured = f"The file system of {folder} has {free // (1024 * 1024):,} MiB left"
-    if free < _LITTLE_BYTES:
+    if free < _LOW_BYTES:
         findings.append(
             Finding(
                 "disk_space",
                 Severity.WARNING,
                 f"{measured}: once it is full, every claim is refused.",
-                f"make room there: df -h {folder}",
+                f"free some space there: df -h {folder}",
             )
         )
     else:
@@ -46,7 +46,7 @@ def _writable(path: Path, folder: Path) -> Finding:
     for place in (path, folder) if path.exists() else (folder,):
         wrong_kind = place.is_dir() if place == path else not place.is_dir()
         if wrong_kind or not os.access(place, os.W_OK):
-            why = f"is no {'file' if place == path else 'folder'}" if wrong_kind else "cannot be written"
+            why = f"is not a {'file' if place == path else 'folder'}" if wrong_kind else "cannot be written"
             return Finding(
                 "writable",
                 Severity.CRITICAL,

@@ -1,6 +1,7 @@
-"""The SQLite file of the embedded store: what is in it, how a batch is carried out, and what can be wrong with it."""
+"""The SQLite file of the embedded store: its schema, how a batch is carried out, and what its errors mean."""
 
 import contextlib
+import errno
 import itertools
 import os
 import sqlite3
@@ -9,48 +10,78 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dedup_service.claims import Applied, InvalidRequest, Reason, StoreRefused, StoreUnavailable, UnreadableValue
-from dedup_service.stores.sqlite.failures import BUSY, FAILURES, FINAL_CODES, FINAL_ERRNOS, FULL_ERRNOS, code_of
 from dedup_service.stores.sqlite.thread import FORGET, Operation, Row
 
 SCHEMA_VERSION = 1
 
-# "DEDU" in ASCII: tells our files from those of other applications.
+# "DEDU" in ASCII: marks our files.
 APPLICATION_ID = 0x44454455
 
 _SCHEMA = (
-    # With a rowid: new claims are appended, and the index of expiries stays small. Measured as fast as without, or up
-    # to twice as fast in large batches.
+    # With a rowid: new claims are appended, and the index of expiries stays small. Measured as fast as without one, and
+    # up to twice as fast in large batches.
     "CREATE TABLE claims (key BLOB PRIMARY KEY NOT NULL, value BLOB NOT NULL, expire_time_ms INTEGER NOT NULL)",
     "CREATE INDEX claims_by_expiry ON claims (expire_time_ms)",
     f"PRAGMA application_id = {APPLICATION_ID}",
     f"PRAGMA user_version = {SCHEMA_VERSION}",
 )
 
-# Many rows a statement: every statement gives up the interpreter's lock, and a busy event loop keeps it for 5 ms.
+# Many rows per statement: each statement releases the interpreter's lock, which a busy event loop keeps for 5 ms.
 _ROWS = 64
-# The plus sign keeps SQLite from ever searching by the expiry here.
+# The plus sign prevents SQLite from searching by expiry.
 _SELECT = "SELECT key, value FROM claims WHERE key IN ({}) AND +expire_time_ms > ?"
 _SELECTS = [_SELECT.format(",".join("?" * count)) for count in range(_ROWS + 1)]
 _INSERT = "INSERT OR REPLACE INTO claims VALUES {}"
 _INSERTS = [_INSERT.format(",".join(["(?,?,?)"] * count)) for count in range(_ROWS + 1)]
 _RECLAIM = "DELETE FROM claims WHERE rowid IN (SELECT rowid FROM claims WHERE expire_time_ms <= ? LIMIT ?)"
 
-# What a step of idle upkeep aims at, since a claim that comes meanwhile waits for its end. How many rows that is
-# depends on the disk and on how large the file is: the keys of claims that expire together lie on as many pages.
+# The target duration of a step of idle upkeep, since a claim that arrives meanwhile waits for its end. The number of
+# rows that fits depends on the disk and on the size of the file: claims that expire together lie on as many pages.
 _STEP_S = 0.001
 _FIRST_STEP_ROWS = 50
-# Fewer would hardly make a step shorter, and a slow disk would never see the last of them.
+# Fewer rows hardly shorten a step, and a slow disk would never catch up.
 _MIN_STEP_ROWS = 32
 _MAX_STEP_ROWS = 1_000
 
-# How large the log may grow while claims come in: copying that takes 15 ms, and a page changes many times before.
+# The limit of the log while claims arrive: copying that much takes 15 ms, and a page changes many times before.
 _WAL_BYTES = 4 * 1024 * 1024
-# While nobody waits it is copied as soon as that is worth a step of its own.
+# The limit of the log while the store is idle.
 _IDLE_WAL_BYTES = 128 * 1024
+
+_LOCKED = (Reason.STORE_BUSY, "another process holds its lock: wait, or end that process")
+# Primary result codes of SQLite.
+_FAILURES = {
+    sqlite3.SQLITE_BUSY: _LOCKED,
+    sqlite3.SQLITE_LOCKED: _LOCKED,
+    sqlite3.SQLITE_NOMEM: (Reason.STORE_OUT_OF_MEMORY, "there is not enough memory: raise the limit of the process"),
+    sqlite3.SQLITE_READONLY: (
+        Reason.STORE_READ_ONLY,
+        "it cannot be written: check its owner, its mode and its file system",
+    ),
+    sqlite3.SQLITE_IOERR: (Reason.STORE_IO_ERROR, "the disk failed: check the system log"),
+    sqlite3.SQLITE_CORRUPT: (Reason.STORE_CORRUPT, "it is damaged: move it away, and check the disk"),
+    sqlite3.SQLITE_NOTADB: (Reason.STORE_CORRUPT, "it is not a SQLite database: choose another path"),
+    sqlite3.SQLITE_FULL: (Reason.STORE_FULL, "the disk is full: free some space"),
+    sqlite3.SQLITE_CANTOPEN: (Reason.STORE_CANNOT_OPEN, "it cannot be opened: check its folder"),
+}
+_BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+# Errors that waiting does not repair when they occur on connecting.
+_FINAL_CODES = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+_FINAL_ERRNOS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+)
+_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
 
 class ClaimFile:
-    """The file itself, driven by the thread. After any failure it connects anew: SQLite then checks it afresh."""
+    """The file, driven by the thread. After any failure it reconnects, so that SQLite checks the file again."""
 
     def __init__(self, path: Path, clock_ms: Callable[[], int]) -> None:
         self.name = f"the sqlite file {path}"
@@ -62,7 +93,7 @@ class ClaimFile:
         self._step_rows = _FIRST_STEP_ROWS
 
     def begin(self) -> bool:
-        """Take the write lock, connecting first where needed; see BatchFile."""
+        """Implement BatchFile."""
         connecting = self._connection is None
         try:
             if self._connection is None:
@@ -70,29 +101,31 @@ class ClaimFile:
             self._check_identity()
             self._connection.execute("BEGIN IMMEDIATE")
         except sqlite3.Error as error:
-            if code_of(error) in BUSY:
+            if _code_of(error) in _BUSY:
                 return False
             self.close()
             failure = self._failure(error)
-            if connecting and code_of(error) in FINAL_CODES:
+            if connecting and _code_of(error) in _FINAL_CODES:
                 raise StoreRefused(str(failure)) from error
             raise failure from error
         except OSError as error:
             self.close()
-            if error.errno in FINAL_ERRNOS:
-                raise StoreRefused(f"{self.name}: {error.strerror}: choose another path, or mend this one") from error
-            reason = Reason.STORE_FULL if error.errno in FULL_ERRNOS else Reason.STORE_IO_ERROR
-            raise StoreUnavailable(reason, f"{self.name}: {error.strerror}", Applied.NO) from error
+            if error.errno in _FINAL_ERRNOS:
+                raise StoreRefused(f"{self.name}: {error.strerror}: choose another path, or repair this one") from error
+            reason = Reason.STORE_FULL if error.errno in _FULL_ERRNOS else Reason.STORE_IO_ERROR
+            raise StoreUnavailable(
+                reason, f"{self.name}: {error.strerror}: check the disk and the system log", Applied.NO
+            ) from error
         except BaseException:
             self.close()
             raise
         return True
 
     def carry_out(self, operations: Sequence[Operation]) -> None:
-        """Carry out a batch under the lock that `begin` took, commit it, and set the answers."""
+        """Implement BatchFile."""
         committing = False
         try:
-            # Read only now: time spent waiting for the lock must not shorten a claim, nor revive an expired one.
+            # Read under the lock: waiting for it must neither shorten a claim nor revive an expired one.
             now_ms = self._clock_ms()
             held = self._held([one.key for one in operations if one.key is not None], now_ms)
             changes: dict[bytes, Row] = {}
@@ -101,26 +134,26 @@ class ClaimFile:
             self._keep([(key, *row) for key, row in changes.items() if row is not FORGET])
             self._forget([key for key, row in changes.items() if row is FORGET])
             if changes:
-                # Twice as many as come in, so that a busy store gets rid of a backlog too.
+                # Twice as many as arrive, so that a busy store reduces a backlog.
                 self._execute(_RECLAIM, (now_ms, 2 * len(changes)))
             if any(one.key is None for one in operations):
-                # A check writes what is there already: a full or read-only disk shows in no other way.
+                # A check writes an unchanged value: only a write detects a full or read-only disk.
                 self._execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             committing = True
             self._execute("COMMIT")
-        except Exception as error:  # noqa: BLE001 - whatever it is, every caller hears of it and the thread goes on.
+        except Exception as error:  # noqa: BLE001 - every caller receives it, and the thread continues
             self.close()
             for one in operations:
-                # Of a failed commit nobody knows whether it reached the disk; what wrote nothing was not applied.
+                # A failed commit may have reached the disk; an operation that wrote nothing was not applied.
                 applied = Applied.UNKNOWN if committing and one.changed else Applied.NO
                 one.answer = self._failure(error, applied) if isinstance(error, sqlite3.Error) else error
 
     def upkeep(self) -> bool:
-        """Copy a log that has grown, or else delete a few expired claims; return whether there may be more to do."""
+        """Copy a log that has grown, or else delete a few expired claims; return whether there may be more."""
         return self._shorten_log(_IDLE_WAL_BYTES) or self._reclaim()
 
     def checkpoint(self) -> None:
-        """Copy the log once it is large; no caller waits for it, as one would inside a commit."""
+        """Copy the log once it is large, outside of any commit, so that no caller waits for it."""
         self._shorten_log(_WAL_BYTES, patience_ms=100)
 
     def _reclaim(self) -> bool:
@@ -129,23 +162,23 @@ class ClaimFile:
         rows, begun = self._step_rows, time.perf_counter()
         try:
             now_ms = self._clock_ms()
-            # Looks first, so that an idle store takes no lock and writes nothing.
+            # Reads first, so that an idle store takes no lock and writes nothing.
             if not self._execute("SELECT 1 FROM claims WHERE expire_time_ms <= ? LIMIT 1", (now_ms,)).fetchall():
                 return False
             count = self._delete_expired(now_ms, rows)
-        except Exception as error:  # noqa: BLE001 - upkeep must not end the thread; a lasting fault shows in the next call.
-            if code_of(error) not in BUSY:
+        except Exception as error:  # noqa: BLE001 - a lasting fault shows in the next call
+            if _code_of(error) not in _BUSY:
                 self.close()
             return False
         if count == rows:
             fitting = int(rows * _STEP_S / (time.perf_counter() - begun))
-            # Towards more by and by, since one fast step says little; towards less at once.
+            # Grow gradually, since one fast step proves little; shrink at once.
             self._step_rows = min(max(fitting, _MIN_STEP_ROWS), rows + rows // 4 + 1, _MAX_STEP_ROWS)
         return count == rows
 
     def _delete_expired(self, now_ms: int, rows: int) -> int:
-        # A deletion that a crash takes back is made again, so that nobody has to wait for the disk to have it. The next
-        # claim brings it there: a sync is of the whole log.
+        # Not synced: a deletion that a crash undoes is repeated. The next claim syncs it, since a sync covers the whole
+        # log.
         self._execute("PRAGMA synchronous = NORMAL")
         try:
             self._execute("BEGIN IMMEDIATE")
@@ -156,12 +189,12 @@ class ClaimFile:
         return count
 
     def _shorten_log(self, limit: int, patience_ms: int = 0) -> bool:
-        """Copy a log above the limit into the database and cut it, and return whether that was done."""
+        """Copy a log above the limit into the database and truncate it; return whether that was done."""
         with contextlib.suppress(OSError):
             if self._connection is not None and self._wal_path.stat().st_size > limit:
                 try:
                     # Truncating waits for the write lock and keeps it. SQLite before 3.51.3 can, very rarely, damage a
-                    # database when one process starts its log anew while another copies it; so they rarely meet.
+                    # database when one process restarts its log while another copies it; the lock makes that rarer.
                     self._execute(f"PRAGMA busy_timeout = {patience_ms}")
                     ((busy, _, _),) = self._execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
                     self._execute("PRAGMA busy_timeout = 0")
@@ -172,7 +205,7 @@ class ClaimFile:
         return False
 
     def close(self) -> None:
-        """Roll back what is open, and close the connection; the next `begin` makes another."""
+        """Roll back and disconnect; the next `begin` reconnects."""
         connection, self._connection = self._connection, None
         if connection is not None:
             with contextlib.suppress(sqlite3.Error):
@@ -192,7 +225,7 @@ class ClaimFile:
         return connection
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
-        # Nothing is written before the file is known to be ours or empty.
+        # Nothing is written before the file proves to be ours or empty.
         empty = self._recognise(connection)
         if connection.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
             raise StoreRefused(f"{self.name} is on a file system without shared memory: choose a local disk")
@@ -200,7 +233,7 @@ class ClaimFile:
         connection.execute("PRAGMA wal_autocheckpoint = 0")
         if empty:
             connection.execute("BEGIN IMMEDIATE")
-            # Another process may have been faster.
+            # Another process may have created the schema meanwhile.
             if self._recognise(connection):
                 for statement in _SCHEMA:
                     connection.execute(statement)
@@ -212,12 +245,12 @@ class ClaimFile:
         for folder in reversed(self._path.parents):
             folder.mkdir(mode=0o700, exist_ok=True)
         if not self._path.exists():
-            # Never opened where it exists: closing it again would drop the locks of a connection in this process.
+            # An existing file is not opened: closing it would drop the locks of a connection in this process.
             with contextlib.suppress(FileExistsError):
                 os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         elif not self._path.is_file():
             raise StoreRefused(f"{self.name} is not a regular file: choose another path")
-        # SQLite would open it for reading, and say so only at the first write. The log is made beside it.
+        # SQLite would open it for reading and fail only at the first write. The log is made beside it.
         if not (os.access(self._path, os.R_OK | os.W_OK) and os.access(self._path.parent, os.W_OK | os.X_OK)):
             raise StoreRefused(f"{self.name} or its folder may not be written by this process: change owner or mode")
 
@@ -246,11 +279,12 @@ class ClaimFile:
         return stat.st_dev, stat.st_ino
 
     def _check_identity(self) -> None:
-        """Raise StoreUnavailable when the path no longer leads to the open file: others would claim in another one."""
+        """Raise StoreUnavailable when the path no longer leads to the open file, in which others would not look."""
         if self._identify() != self._identity:
             raise StoreUnavailable(
                 Reason.STORE_FILE_REPLACED,
-                f"{self.name} was removed or replaced while it was open: its claims are gone",
+                f"{self.name} was removed or replaced while it was open, and its claims are lost: restore it, or "
+                "stop whatever replaces it",
                 Applied.NO,
             )
 
@@ -276,12 +310,17 @@ class ClaimFile:
         return self._connection.execute(statement, parameters)
 
     def _failure(self, error: sqlite3.Error, applied: Applied = Applied.NO) -> StoreUnavailable:
-        reason, meaning = FAILURES.get(code_of(error), (Reason.STORE_ERROR, str(error)))
+        reason, meaning = _FAILURES.get(_code_of(error), (Reason.STORE_ERROR, str(error)))
         return StoreUnavailable(reason, f"{self.name}: {meaning}", applied)
 
 
+def _code_of(error: Exception) -> int:
+    """Return the primary result code of SQLite, 0 for any other error."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
+
+
 def _carry_out(operation: Operation, held: dict[bytes, bytes], changes: dict[bytes, Row], now_ms: int) -> None:
-    """Set the answer of one operation of a batch, and note in `held` and `changes` what it does to its key."""
+    """Set the answer of one operation, and record its effect in `held` and `changes`."""
     operation.answer, operation.changed = None, False
     key, step = operation.key, operation.step
     if key is None or step is None:

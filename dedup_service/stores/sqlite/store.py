@@ -1,4 +1,4 @@
-"""The embedded store: claims in one SQLite file, for trying it out, tests and use on a single host."""
+"""The embedded store: claims in one SQLite file, for trials, tests and use on a single host."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dedup_service.claims import (
     Applied,
+    ClaimError,
     Completion,
     Expiry,
     Extension,
@@ -24,16 +25,16 @@ from dedup_service.stores.sqlite.file import ClaimFile
 from dedup_service.stores.sqlite.thread import FORGET, BatchThread, Row, Step
 from dedup_service.stores.stored_value import decode, encode
 
-# What a column of SQLite holds.
+# The largest integer of a SQLite column.
 _MAX_TIME_MS = 2**63 - 1
 
 
 class SqliteStore:
     """Keeps claims in one SQLite file that several processes of one host may share.
 
-    A claim is on the disk when it is acknowledged. Every call ends within about `timeout_ms` milliseconds with its
-    answer or StoreUnavailable; more than `queue_limit` waiting calls are refused at once. Expired claims are deleted
-    with later ones, and every `idle_ms` milliseconds when nothing is asked.
+    An acknowledged claim is on the disk. Every call ends within about `timeout_ms` milliseconds with its answer or
+    StoreUnavailable; calls beyond `queue_limit` waiting ones are refused at once. Later claims delete expired ones, and
+    an idle store does so every `idle_ms` milliseconds.
     """
 
     def __init__(
@@ -56,14 +57,14 @@ class SqliteStore:
 
     @property
     def description(self) -> str:
-        """Where the claims are, for people."""
+        """Implement ClaimStore."""
         return f"sqlite file {self._path} (only this host sees its claims)"
 
     async def open(self) -> None:
-        """Create the file where needed, and begin to serve. One that cannot be used yet is tried again by every call.
+        """Create the file if needed, and begin to serve. Every call retries a file that cannot be used yet.
 
-        Raises StoreRefused when it never can be: no permission, not a database, another application's database, a
-        newer version's, or damaged. Such a file is left as it is.
+        Raises StoreRefused for a file that never can be used: no permission, not a database, damaged, or the database
+        of another application or a newer version. Such a file is left unchanged.
         """
         if self._thread is None:
             file = ClaimFile(self._path, self._clock_ms)
@@ -78,25 +79,26 @@ class SqliteStore:
             raise
 
     async def close(self) -> None:
-        """Answer what is queued, for at most the time-out, and close the file; may be called twice."""
+        """Answer queued calls, for at most the timeout, and close the file; may be called twice."""
         thread, self._thread = self._thread, None
         if thread is not None:
             await thread.close()
 
     async def check(self) -> Sequence[StoreNotice]:
-        """Return when the file could be written and synced; nothing else is noticed.
-
-        Raises StoreUnavailable when it could not, and StoreRefused as `open` does.
-        """
-        await self._running().submit()
+        """Implement ClaimStore. Writes and syncs the file; there are no notices."""
+        try:
+            await self._running().submit()
+        except ClaimError:
+            raise
+        except Exception as error:
+            message = f"checking the sqlite file {self._path} failed unexpectedly ({type(error).__name__})"
+            raise StoreUnavailable(
+                Reason.STORE_ERROR, f"{message}: this is a bug, please report it", Applied.NO
+            ) from error
         return ()
 
     async def claim(self, claim: Transaction, expiry: Expiry) -> Transaction | None:
-        """Store `claim` durably unless its transaction is held, in one transaction, and return the holder or None.
-
-        It expires `ttl_ms` from now by this host's clock, or at `claim.expire_time_ms` when `ttl_ms` is None. Raises
-        InvalidRequest when that moment is in the past or beyond 64 bits, StoreUnavailable and UnreadableValue.
-        """
+        """Implement ClaimStore. Raises InvalidRequest also for an expiry beyond 64 bits."""
         value = encode(claim)
 
         def step(held: bytes | None, now_ms: int) -> tuple[bytes | None, Row | None]:
@@ -106,26 +108,26 @@ class SqliteStore:
         return None if holder is None else decode(holder, claim.namespace, claim.transaction_id)
 
     async def claim_all(self, claims: Sequence[tuple[Transaction, Expiry]]) -> Sequence[Transaction | Exception | None]:
-        """Make many claims; see ClaimStore.claim_all. They share transactions as all that is ready does."""
+        """Implement ClaimStore. The claims share transactions, as all ready operations do."""
 
         async def one(claim: Transaction, expiry: Expiry) -> Transaction | Exception | None:
             try:
                 return await self.claim(claim, expiry)
-            except Exception as error:  # noqa: BLE001 - whatever becomes of one claim, the others are made
+            except Exception as error:  # noqa: BLE001 - a fault of one claim must not fail the others
                 return error
 
         return await asyncio.gather(*(one(*asked) for asked in claims))
 
     async def complete(self, completion: Completion) -> Transaction | None:
-        """Complete what the token holds, durably; see ClaimStore.complete."""
+        """Implement ClaimStore."""
         return await self._change(completion)
 
     async def extend(self, extension: Extension) -> Transaction | None:
-        """Move the end of what the token holds, durably; see ClaimStore.extend."""
+        """Implement ClaimStore."""
         return await self._change(extension)
 
     async def release(self, release: Release) -> bool:
-        """Forget what the token holds, durably; see ClaimStore.release."""
+        """Implement ClaimStore."""
 
         def step(held: bytes | None, _: int) -> tuple[bytes | None, Row | None]:
             if held is None or not release.releases(decode(held, release.namespace, release.transaction_id)):
@@ -135,7 +137,7 @@ class SqliteStore:
         return await self._ask(release.namespace, release.transaction_id, step) is not None
 
     async def get(self, namespace: str, transaction_id: str) -> Transaction | None:
-        """Return the holder of a transaction, or None. Raises StoreUnavailable and UnreadableValue."""
+        """Implement ClaimStore."""
         held = await self._ask(namespace, transaction_id, _look, may_change=False)
         return None if held is None else decode(held, namespace, transaction_id)
 

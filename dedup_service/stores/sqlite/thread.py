@@ -1,6 +1,6 @@
-"""The thread between the event loop and a blocking file: it groups whatever is ready into one transaction.
+"""The thread between the event loop and a blocking file. It groups all ready operations into one transaction.
 
-It knows nothing of SQL: the file it drives is handed to it.
+Knows nothing of SQL.
 """
 
 import asyncio
@@ -18,24 +18,23 @@ Answer = bytes | Exception | None
 # Bounds how long one transaction keeps the lock from other processes; larger ones are hardly faster.
 MAX_BATCH = 256
 
-# How often a lock held by another process is tried again. SQLite's own waiting sleeps up to 100 ms at a time.
+# Retry interval for a lock held by another process. SQLite's own waiting sleeps up to 100 ms at a time.
 _LOCK_POLL_S = 0.001
 
-
-# What becomes of a key: None leaves it as it is, otherwise its new value and expiry, or that it is forgotten.
+# The new value and expiry of a key, or FORGET to delete it.
 Row = tuple[bytes, int]
 FORGET: Row = (b"", 0)
 
-# Given the live value of a key and the present in Unix milliseconds: the answer, and what becomes of the key. It runs
-# in the thread, and may raise what its own caller should be told.
+# Takes the live value of a key and the time in Unix milliseconds; returns the answer, and the new row of the key, or
+# None to leave it. Runs in the thread. InvalidRequest and UnreadableValue reach the caller.
 Step = Callable[[bytes | None, int], tuple[bytes | None, Row | None]]
 
 
 @dataclass(slots=True, eq=False)
 class Operation:
-    """One call on its way through the thread: a step on a key, or a check of the file where there is no key.
+    """One call: a step on a key, or a check of the file if there is no key.
 
-    `may_change` says whether the step may write, `changed` whether it did.
+    `may_change`: the step may write. `changed`: it did.
     """
 
     future: asyncio.Future[Answer]
@@ -48,7 +47,7 @@ class Operation:
 
 
 class BatchFile(Protocol):
-    """What the thread drives. Only the thread calls it."""
+    """The file driven by the thread; only the thread calls it."""
 
     def begin(self) -> bool:
         """Take the write lock, connecting first where needed, and return False when another process holds it.
@@ -57,26 +56,23 @@ class BatchFile(Protocol):
         """
 
     def carry_out(self, operations: Sequence[Operation]) -> None:
-        """Carry out `operations`, commit, and set the answer of each; it never raises."""
+        """Carry out `operations` under the lock, commit, and set the answer of each. Raises nothing."""
 
     def upkeep(self) -> bool:
-        """Take one short step of what has to be done outside any batch, and return whether to take another at once.
-
-        Called while nobody waits, and never raises.
-        """
+        """Take one short step of maintenance while no call waits; return whether to take another at once."""
 
     def checkpoint(self) -> None:
-        """Do what cannot be put off until nobody waits; called after each batch, and never raises."""
+        """Do maintenance that cannot wait for idle time; called after each batch."""
 
     def close(self) -> None:
-        """Give the file back; it never raises."""
+        """Disconnect. Raises nothing."""
 
 
 class BatchThread:
-    """Hands operations to a thread in groups, and their answers back in one callback a group.
+    """Passes operations to a thread in groups, and their answers back in one callback per group.
 
-    Belongs to the event loop that made it. Every operation is answered within about `timeout_s` seconds, whatever the
-    file does: one that still waits then is withdrawn and never carried out, one under way has an unknown end.
+    Belongs to the event loop that made it. Every operation is answered within about `timeout_s` seconds: at the timeout
+    a waiting operation is withdrawn and never carried out, and one in progress is unknown.
     """
 
     def __init__(self, file: BatchFile, subject: str, timeout_s: float, queue_limit: int, idle_s: float) -> None:
@@ -88,14 +84,13 @@ class BatchThread:
         self._loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._timer: asyncio.TimerHandle | None = None
-        # Guards the four below. An operation is in the queue or among the taken, never in both: that is what makes
-        # "withdrawn" certain.
+        # Guards the four below. An operation is in the queue or taken, never both, which makes a withdrawal certain.
         self._changed = threading.Condition(threading.Lock())
         self._queue: list[Operation] = []
         self._taken: list[Operation] = []
         self._locked_out = False
         self._closing = False
-        # A daemon, so that a disk that never answers cannot keep the process from ending.
+        # A daemon, so that a disk that never answers cannot prevent the process from ending.
         self._thread = threading.Thread(target=self._run, name="dedup-sqlite", daemon=True)
 
     def start(self) -> None:
@@ -107,17 +102,18 @@ class BatchThread:
     ) -> bytes | None:
         """Return the answer to one operation.
 
-        Raises whatever the file answered, and StoreUnavailable when the queue is full, at the time-out and when closed.
+        Raises the exception the file answered, and StoreUnavailable when the queue is full, at the timeout and when
+        closed.
         """
         loop = self._loop
         operation = Operation(loop.create_future(), loop.time(), key, step, may_change)
         with self._changed:
             if self._closing:
-                raise StoreUnavailable(Reason.STORE_CLOSED, f"{self._subject} is closed", Applied.NO)
+                raise self._closed_failure()
             if len(self._queue) >= self._queue_limit:
                 raise StoreUnavailable(
                     Reason.STORE_QUEUE_FULL,
-                    f"{self._queue_limit} calls already wait for {self._subject}: it is slower than its callers",
+                    f"{self._queue_limit} calls already wait for {self._subject}: send fewer, or use a faster disk",
                     Applied.NO,
                 )
             self._queue.append(operation)
@@ -126,12 +122,12 @@ class BatchThread:
             self._timer = loop.call_later(self._timeout_s, self._watch)
         answer = await operation.future
         if isinstance(answer, Exception):
-            # A group that fails shares one exception: without the tracebacks of its other callers.
+            # A failed group shares one exception: drop the tracebacks of its other callers.
             raise answer.with_traceback(None)
         return answer
 
     async def close(self) -> None:
-        """End the thread once all that was queued is answered, or given up at the time-out; may be called twice."""
+        """End the thread once every queued operation is answered, at the timeout at the latest; may be called twice."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -139,7 +135,8 @@ class BatchThread:
         with self._changed:
             waiting, self._queue = self._queue, []
             taken = list(self._taken)
-        self._give_up(waiting, taken, Reason.STORE_CLOSED, f"{self._subject} is closed")
+        closed = self._closed_failure()
+        self._give_up(waiting, taken, closed.reason, str(closed))
         if self._timer is not None:
             self._timer.cancel()
 
@@ -154,14 +151,18 @@ class BatchThread:
                     idle = not self._queue
                     if (idle and self._closing) or self._loop.is_closed():
                         return
-                if idle:
-                    # At once again while there is more: a burst is gone soon after it expires.
-                    idle_s = 0 if self._file.upkeep() else self._idle_s
-                else:
-                    self._serve()
-                    self._file.checkpoint()
+                try:
+                    if idle:
+                        # Without a pause while there is more: a burst is deleted soon after it expires.
+                        idle_s = 0 if self._file.upkeep() else self._idle_s
+                    else:
+                        self._serve()
+                        self._file.checkpoint()
+                except Exception as error:  # noqa: BLE001 - without its thread the store would never answer again
+                    idle_s = self._idle_s
+                    self._fail_taken(error)
         except RuntimeError:
-            # The loop was closed before the store: nobody is left to answer.
+            # The loop was closed before the store: no caller is left.
             if not self._loop.is_closed():
                 raise
         finally:
@@ -172,7 +173,7 @@ class BatchThread:
     def _serve(self) -> None:
         try:
             locked_out = not self._file.begin()
-        except Exception as error:  # noqa: BLE001 - whatever it is, every caller hears of it and the thread goes on.
+        except Exception as error:  # noqa: BLE001 - every caller receives it, and the thread continues
             with self._changed:
                 failed, self._queue = self._queue, []
             for one in failed:
@@ -182,8 +183,8 @@ class BatchThread:
         with self._changed:
             self._locked_out = locked_out
             if not locked_out:
-                # Taken only now that the lock is held: whoever came while it was awaited is in this batch, and
-                # whoever waited for it in vain could be withdrawn. A caller that has gone needs no claim.
+                # Taken under the lock: operations that arrived while it was awaited are in this batch, and could be
+                # withdrawn before. A caller that left needs no claim.
                 self._taken = [one for one in self._queue[:MAX_BATCH] if not one.future.done()]
                 del self._queue[:MAX_BATCH]
         if locked_out:
@@ -194,8 +195,22 @@ class BatchThread:
             answered, self._taken = self._taken, []
         self._loop.call_soon_threadsafe(_deliver, answered)
 
+    def _fail_taken(self, error: Exception) -> None:
+        """Answer the batch in progress after an unexpected exception, and reconnect with the next batch."""
+        with contextlib.suppress(Exception):
+            self._file.close()
+        with self._changed:
+            failed, self._taken = self._taken, []
+        for one in failed:
+            one.answer = StoreUnavailable(
+                Reason.STORE_ERROR,
+                f"{self._subject} failed unexpectedly ({type(error).__name__}): this is a bug, please report it",
+                Applied.UNKNOWN if one.may_change else Applied.NO,
+            )
+        self._loop.call_soon_threadsafe(_deliver, failed)
+
     def _watch(self) -> None:
-        """Answer the operations that have waited too long, and come back for the oldest that has not."""
+        """Answer the overdue operations, and schedule the next look at the oldest other one."""
         self._timer = None
         # A millisecond of grace, since the loop's clock and timers are no finer.
         late = self._loop.time() - self._timeout_s + 0.001
@@ -208,13 +223,13 @@ class BatchThread:
             locked_out = self._locked_out
         if oldest is not None:
             self._timer = self._loop.call_at(oldest + self._timeout_s, self._watch)
-        patience = f"for {self._timeout_s * 1000:.0f} ms"
+        timeout = f"for {self._timeout_s * 1000:.0f} ms"
         if locked_out:
-            self._give_up(
-                withdrawn, stuck, Reason.STORE_BUSY, f"another process holds the lock of {self._subject} {patience}"
-            )
+            message = f"another process holds the lock of {self._subject} {timeout}: end that process, or wait"
+            self._give_up(withdrawn, stuck, Reason.STORE_BUSY, message)
         else:
-            self._give_up(withdrawn, stuck, Reason.STORE_STALLED, f"{self._subject} has not answered {patience}")
+            message = f"{self._subject} has not answered {timeout}: check the disk, or raise DEDUP_STORE_TIMEOUT"
+            self._give_up(withdrawn, stuck, Reason.STORE_STALLED, message)
 
     def _give_up(self, waiting: list[Operation], taken: list[Operation], reason: Reason, message: str) -> None:
         for one in waiting:
@@ -222,6 +237,9 @@ class BatchThread:
         for one in taken:
             applied = Applied.UNKNOWN if one.may_change else Applied.NO
             _answer(one, StoreUnavailable(reason, message, applied))
+
+    def _closed_failure(self) -> StoreUnavailable:
+        return StoreUnavailable(Reason.STORE_CLOSED, f"{self._subject} is closed: the service is stopping", Applied.NO)
 
     def _end(self) -> None:
         if not self._ended.done():
@@ -234,6 +252,6 @@ def _deliver(operations: list[Operation]) -> None:
 
 
 def _answer(operation: Operation, answer: Answer) -> None:
-    # A caller that was cancelled, or was answered by the watchdog, is not there to hear it.
+    # The caller may have been cancelled, or answered by the watchdog.
     if not operation.future.done():
         operation.future.set_result(answer)

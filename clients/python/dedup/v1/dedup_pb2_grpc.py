@@ -28,8 +28,8 @@ if _version_not_supported:
 class DedupServiceStub(object):
     """Admits each transaction at most once: claim before the work, complete or release after it.
 
-    The guarantee is at-most-once admission while the claim lives. It is not exactly-once execution: a claim that expired
-    can be taken by another caller while the first one still works, and a store that loses data loses claims.
+    The guarantee is at-most-once admission while the claim lives, not exactly-once execution. Another caller can take an
+    expired claim while the first one still works, and a store that loses data loses claims.
     """
 
     def __init__(self, channel):
@@ -73,50 +73,50 @@ class DedupServiceStub(object):
 class DedupServiceServicer(object):
     """Admits each transaction at most once: claim before the work, complete or release after it.
 
-    The guarantee is at-most-once admission while the claim lives. It is not exactly-once execution: a claim that expired
-    can be taken by another caller while the first one still works, and a store that loses data loses claims.
+    The guarantee is at-most-once admission while the claim lives, not exactly-once execution. Another caller can take an
+    expired claim while the first one still works, and a store that loses data loses claims.
     """
 
     def ClaimTransaction(self, request, context):
-        """Claims a transaction: of all concurrent and later callers exactly one is told CLAIMED, until the claim expires or
-        is released. Repeating the call with the same claim_token while the work is in progress is told CLAIMED again, with
-        replayed set, so a caller that lost the reply may safely ask again.
+        """Claims a transaction. Of all concurrent and later callers exactly one receives CLAIMED, until the claim expires or
+        is released. A repeated call with the same claim_token receives CLAIMED again while the work is in progress, with
+        replayed set, so a caller that lost the reply can safely retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CompleteTransaction(self, request, context):
-        """Marks a claimed transaction as completed, keeps its result for later duplicates, and sets how long it is
-        remembered. Repeating it with the same token and result is told COMPLETED again.
+        """Marks a claimed transaction as completed, stores its result for later duplicates, and sets the retention. Repeating
+        the call with the same token and result returns COMPLETED again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReleaseTransaction(self, request, context):
-        """Gives a claim back, because the work failed or never began, so that the next caller may claim it at once.
+        """Releases a claim whose work failed or never began. The next caller can claim the transaction at once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ExtendTransaction(self, request, context):
-        """Moves the expiry of a claim in progress further away, for work that takes longer than expected.
+        """Postpones the expiry of a claim in progress, for long work.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetTransaction(self, request, context):
-        """Looks a transaction up and changes nothing. Answers the gRPC code NOT_FOUND when nobody holds it.
+        """Looks a transaction up without changing it. Fails with the gRPC code NOT_FOUND if nobody holds it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def BatchClaimTransactions(self, request, context):
-        """Claims many independent transactions in one call. Each entry succeeds or fails alone; there is no "all or nothing".
+        """Claims many independent transactions in one call. Each entry succeeds or fails alone.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -166,8 +166,8 @@ def add_DedupServiceServicer_to_server(servicer, server):
 class DedupService(object):
     """Admits each transaction at most once: claim before the work, complete or release after it.
 
-    The guarantee is at-most-once admission while the claim lives. It is not exactly-once execution: a claim that expired
-    can be taken by another caller while the first one still works, and a store that loses data loses claims.
+    The guarantee is at-most-once admission while the claim lives, not exactly-once execution. Another caller can take an
+    expired claim while the first one still works, and a store that loses data loses claims.
     """
 
     @staticmethod

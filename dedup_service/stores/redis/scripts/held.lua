@@ -1,19 +1,19 @@
--- Put before each of the other scripts. Field numbers are those of the stored value, counted from 1:
+-- Prepended to each of the other scripts. Field numbers are those of the stored value, counted from 1:
 -- version, token, claimant, claim time, expire time, state, fingerprint, completion time, result.
 
 local IN_PROGRESS, COMPLETED = 1, 2
 
--- How many bytes after the first say the length of a msgpack bin 8, bin 16 and bin 32.
+-- The number of length bytes after the first byte of a msgpack bin 8, bin 16 and bin 32.
 local BIN_LENGTH = {[0xc4] = 1, [0xc5] = 2, [0xc6] = 4}
 
--- Returns where the object at `offset` ends, and the object. Redis' cmsgpack knows no bin, which fingerprint and result
--- are.
+-- Returns the end of the object at `offset`, and the object. The cmsgpack of Redis does not read bin, the type of
+-- fingerprint and result.
 local function unpack_at(value, offset)
   assert(offset < #value)
   local length = BIN_LENGTH[string.byte(value, offset + 1)]
   if not length then
     local ends, object = cmsgpack.unpack_one(value, offset)
-    -- At the end of its input unpack_one says -1.
+    -- At the end of its input unpack_one returns -1.
     return ends < 0 and #value or ends, object
   end
   local size = 0
@@ -25,14 +25,13 @@ local function unpack_at(value, offset)
   return begins + size, string.sub(value, begins + 1, begins + size)
 end
 
--- Returns the stored value, its first nine fields, and the offset at which each of them begins (the tenth is where the
--- ninth ends), when `token` holds the key; nil when nobody holds it, or somebody else does. Raises for a value that this
--- version cannot read. Scripts put a new value together from slices of the old one, so that fields which a newer
--- version added at the end stay as they are.
+-- Returns the stored value, its first nine fields, and the offset at which each begins (the tenth offset is the end of
+-- the ninth field) if `token` holds the key, or else nil. Raises for a value this version cannot read. Scripts build a
+-- new value from slices of the old one, so that fields a newer version added at the end are kept.
 local function held(key, token)
   local value = redis.call('GET', key)
   local first = value and string.byte(value, 1)
-  -- Only an array that begins with a number was written by this service.
+  -- This service writes only arrays that begin with a number.
   if not first or first < 0x91 or (first > 0x9f and first ~= 0xdc) then
     return nil
   end
@@ -56,8 +55,8 @@ local function held(key, token)
   return value, fields, begins
 end
 
--- Writes the end of a held key again as it is: a WAIT on this connection then answers for whatever was written before,
--- perhaps over another one.
+-- Writes the expiry of a held key again: a WAIT on this connection then covers earlier writes, also those of other
+-- connections.
 local function touch(key)
   local ends_at = redis.call('PEXPIRETIME', key)
   if ends_at > 0 then

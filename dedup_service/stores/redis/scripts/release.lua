@@ -1,5 +1,6 @@
--- KEYS: the key. ARGV: token. Answers 1 when the claim was given back, 0 when the token does not hold it in progress.
-local value, fields = held(KEYS[1], ARGV[1])
+-- Replies 1 if it deleted the claim, or 0 if the token does not hold the transaction in progress.
+local token = ARGV[1]
+local value, fields = held(KEYS[1], token)
 if not value or fields[6] ~= IN_PROGRESS then
   return 0
 end

@@ -1,6 +1,5 @@
 {{/*
-The container. Call it by `dedup.sidecar` or `dedup.shared-container`, with .root, .listen, and
-the .settings that this way of running it needs.
+The container. `dedup.sidecar` and `dedup.shared-container` include it with .root, .listen, and their .settings.
 */}}
 {{- define "dedup.container" -}}
 {{- $values := .root.Values -}}
@@ -9,7 +8,7 @@ image: {{ $values.image.repository }}{{ if $values.image.digest }}@{{ $values.im
 env:
   - name: DEDUP_LISTEN
     value: {{ .listen }}
-  # The kubelet dials the address of the pod, so that a probe reaches neither socket nor loopback.
+  # The kubelet connects to the pod's address, so probes reach neither the socket nor the loopback.
   - name: DEDUP_HEALTH_LISTEN
     value: 0.0.0.0:50052
   - name: DEDUP_METRICS_LISTEN
@@ -27,7 +26,7 @@ env:
   - name: {{ $name }}
     value: {{ $value | toString | quote }}
   {{- end }}
-# Neither of these two depends on Redis: a restart would not bring it back.
+# Start-up and liveness do not depend on Redis: a restart would not repair it.
 startupProbe:
   grpc:
     port: 50052
@@ -64,7 +63,7 @@ securityContext:
 {{- end }}
 
 {{/*
-An item of `initContainers`, as a native sidecar, for the chart of an app that has this one as a dependency:
+A native sidecar, as an item of `initContainers`, for an app's chart that depends on this one:
     initContainers:
       - {{- include "dedup.sidecar" .Subcharts.dedup | nindent 10 }}
 */}}
@@ -82,7 +81,7 @@ volumeMounts:
 {{- end }}
 
 {{/*
-The item of `volumes` for it. The app mounts it too, at /run/dedup, and the pod has securityContext.fsGroup: 65532.
+Its item of `volumes`. The app mounts it too, at /run/dedup, and the pod needs securityContext.fsGroup: 65532.
 */}}
 {{- define "dedup.sidecar-volume" -}}
 name: dedup
@@ -104,11 +103,11 @@ ports:
     containerPort: 50053
 lifecycle:
   preStop:
-    # Endpoints are taken away meanwhile. A server that stopped at once would still be sent new connections.
+    # Until the endpoints are removed, new connections still arrive.
     sleep:
       seconds: 5
 volumeMounts:
-  # Where more than one worker (DEDUP_WORKERS) adds up its metrics.
+  # Several workers (DEDUP_WORKERS) combine their metrics here.
   - name: tmp
     mountPath: /tmp
   {{- if .Values.shared.tlsSecretName }}

@@ -16,34 +16,34 @@ export const protobufPackage = "dedup.v1";
 export const protobufFileName = "dedup/v1/dedup.proto";
 
 /**
- * The contract of the dedup service: one atomic claim per transaction, and what becomes of it.
+ * The contract of the dedup service: one atomic claim per transaction.
  *
- * Four rules for every caller:
+ * Rules for every caller:
  *  1. Make a fresh claim_token for each logical call, and reuse it only for that call's own retries.
- *  2. Start the guarded work only on CLAIM_OUTCOME_CLAIMED. Unspecified is not "go", and neither is an error.
- *  3. A duplicate is an expected outcome in an OK reply; an error means that the question was not answered.
+ *  2. Start the guarded work only on CLAIM_OUTCOME_CLAIMED, never on CLAIM_OUTCOME_UNSPECIFIED and never on an error.
+ *  3. A duplicate is an expected outcome in an OK reply. An error means the service could not answer.
  *  4. Answer your own caller 409 for a duplicate, and 503 (never 409) when this service is unavailable.
  *
  * Every error of the service carries google.rpc.ErrorInfo with the domain "dedup.v1", a stable reason, and the metadata
- * entry "applied": "no" when the call certainly changed nothing, "unknown" when it may have. Errors that a retry may
- * mend also carry google.rpc.RetryInfo; invalid arguments carry google.rpc.BadRequest with a violation for each field.
- * An error without ErrorInfo was made by gRPC itself, such as the caller's own deadline: read it as "unknown".
+ * entry "applied": "no" if the call changed nothing, "unknown" if it may have. Retryable errors also carry
+ * google.rpc.RetryInfo; invalid arguments carry google.rpc.BadRequest with one violation per field. gRPC itself makes
+ * errors without ErrorInfo, such as the caller's own deadline: treat them as "unknown".
  */
 
-/** How a claim ended. */
+/** The outcome of a claim. */
 export enum ClaimOutcome {
-  /** CLAIM_OUTCOME_UNSPECIFIED - Never sent. A reader that sees it must not start the work. */
+  /** CLAIM_OUTCOME_UNSPECIFIED - Never sent. Readers must not start the work. */
   CLAIM_OUTCOME_UNSPECIFIED = 0,
-  /** CLAIM_OUTCOME_CLAIMED - The caller holds the claim: go. */
+  /** CLAIM_OUTCOME_CLAIMED - The caller may start the work. */
   CLAIM_OUTCOME_CLAIMED = 1,
-  /** CLAIM_OUTCOME_DUPLICATE - Somebody else holds the transaction, or it is completed: do not work, see the transaction in the reply. */
+  /** CLAIM_OUTCOME_DUPLICATE - Another caller holds the transaction, or it is completed: do not start the work. The reply has the transaction. */
   CLAIM_OUTCOME_DUPLICATE = 2,
-  /** CLAIM_OUTCOME_PAYLOAD_MISMATCH - The transaction is known with another payload_fingerprint: the id was reused for different work. */
+  /** CLAIM_OUTCOME_PAYLOAD_MISMATCH - The transaction exists with another payload_fingerprint: the id was reused for different work. */
   CLAIM_OUTCOME_PAYLOAD_MISMATCH = 3,
   UNRECOGNIZED = -1,
 }
 
-/** How a completion ended. */
+/** The outcome of a completion. */
 export enum CompleteOutcome {
   /** COMPLETE_OUTCOME_UNSPECIFIED - Never sent. */
   COMPLETE_OUTCOME_UNSPECIFIED = 0,
@@ -51,260 +51,251 @@ export enum CompleteOutcome {
   COMPLETE_OUTCOME_COMPLETED = 1,
   /**
    * COMPLETE_OUTCOME_NOT_HELD - The token does not hold the transaction: it expired, was released, was taken by another caller, or was completed
-   * with another result. Nothing was changed.
+   * with another result. Nothing changed.
    */
   COMPLETE_OUTCOME_NOT_HELD = 2,
   UNRECOGNIZED = -1,
 }
 
-/** How a release ended. */
+/** The outcome of a release. */
 export enum ReleaseOutcome {
   /** RELEASE_OUTCOME_UNSPECIFIED - Never sent. */
   RELEASE_OUTCOME_UNSPECIFIED = 0,
-  /** RELEASE_OUTCOME_RELEASED - The claim is gone and the transaction may be claimed again. */
+  /** RELEASE_OUTCOME_RELEASED - The claim is gone and the transaction can be claimed again. */
   RELEASE_OUTCOME_RELEASED = 1,
   /**
    * RELEASE_OUTCOME_NOT_HELD - The token does not hold the transaction in progress: it expired, was released, was taken by another caller, or is
-   * completed. Nothing was changed.
+   * completed. Nothing changed.
    */
   RELEASE_OUTCOME_NOT_HELD = 2,
   UNRECOGNIZED = -1,
 }
 
-/** How an extension ended. */
+/** The outcome of an extension. */
 export enum ExtendOutcome {
   /** EXTEND_OUTCOME_UNSPECIFIED - Never sent. */
   EXTEND_OUTCOME_UNSPECIFIED = 0,
-  /** EXTEND_OUTCOME_EXTENDED - The claim now expires at the expire_time of the returned transaction. */
+  /** EXTEND_OUTCOME_EXTENDED - The claim expires at the expire_time of the returned transaction. */
   EXTEND_OUTCOME_EXTENDED = 1,
   /**
    * EXTEND_OUTCOME_NOT_HELD - The token does not hold the transaction in progress: it expired, was released, was taken by another caller, or is
-   * completed. Nothing was changed.
+   * completed. Nothing changed.
    */
   EXTEND_OUTCOME_NOT_HELD = 2,
   UNRECOGNIZED = -1,
 }
 
-/** What has become of a claimed transaction. */
+/** The state of a claimed transaction. */
 export enum TransactionState {
   /** TRANSACTION_STATE_UNSPECIFIED - Never sent. */
   TRANSACTION_STATE_UNSPECIFIED = 0,
-  /** TRANSACTION_STATE_IN_PROGRESS - Claimed, and its work is neither completed nor released. */
+  /** TRANSACTION_STATE_IN_PROGRESS - Claimed; the work is neither completed nor released. */
   TRANSACTION_STATE_IN_PROGRESS = 1,
-  /** TRANSACTION_STATE_COMPLETED - Its holder reported the work as done; the result, if one was given, is kept until expire_time. */
+  /** TRANSACTION_STATE_COMPLETED - The holder completed the work. The result, if any, is kept until expire_time. */
   TRANSACTION_STATE_COMPLETED = 2,
   UNRECOGNIZED = -1,
 }
 
-/** A claimed transaction, as anybody may see it: it never contains the claim token. */
+/** A claimed transaction as every caller may see it. It never contains the claim token. */
 export interface Transaction {
-  /** The id, byte for byte as it was claimed. */
+  /** The id, byte for byte as claimed. */
   transactionId: string;
-  /** The namespace that it was claimed in. */
+  /** The namespace of the claim. */
   namespace: string;
-  /** Whether its work is in progress or completed. */
+  /** Whether the work is in progress or completed. */
   state: TransactionState;
-  /**
-   * Who claimed it, in the words of that caller; empty when they did not say, or when the claim was not written by this
-   * service.
-   */
+  /** The claimant that the holder gave. Empty if it gave none, or if another program wrote the claim. */
   claimant: string;
-  /** When it was claimed, by the clock of the service; unset when the claim was not written by this service. */
+  /** The time of the claim, by the service's clock. Unset if another program wrote the claim. */
   claimTime:
     | Date
     | undefined;
   /**
-   * When it will be forgotten. Unset on a duplicate of a claim that was not written by this service, and when such a
-   * claim has no expiry.
+   * The time at which the transaction is forgotten. If another program wrote the claim: unset on a duplicate, and unset
+   * when the claim has no expiry.
    */
   expireTime:
     | Date
     | undefined;
-  /** When it was completed; unset while it is in progress. */
+  /** The time of the completion. Unset while in progress. */
   completionTime:
     | Date
     | undefined;
-  /** The result that its holder gave on completion, byte for byte; empty while it is in progress. */
+  /** The result stored on completion, byte for byte. Empty while in progress. */
   result: Buffer;
 }
 
-/** Asks for the right to do the work of one transaction. */
+/** A claim of one transaction. */
 export interface ClaimTransactionRequest {
-  /** Required. 1 to 512 bytes of UTF-8 without control characters, compared byte for byte and never normalised. */
+  /** Required. 1 to 512 bytes of UTF-8 without control characters. Compared byte for byte and never normalised. */
   transactionId: string;
-  /** Keeps the ids of different uses apart. Matches [a-z0-9][a-z0-9_.-]{0,62}; default "default". */
+  /** Separates the ids of different uses. Matches [a-z0-9][a-z0-9_.-]{0,62}. Default "default". */
   namespace: string;
   /**
-   * From now. Whole milliseconds, at least 1 ms and at most the maximum of the namespace (7 days unless configured
+   * From now. Whole milliseconds, at least 1 ms, at most the namespace's maximum (7 days unless configured
    * otherwise).
    */
   ttl?:
     | Duration
     | undefined;
-  /**
-   * Until this moment, by the clock of the store. Whole milliseconds, in the future, and no further away than the
-   * maximum ttl.
-   */
+  /** Until this time, by the store's clock. Whole milliseconds, in the future, at most the maximum ttl away. */
   expireTime?:
     | Date
     | undefined;
   /**
-   * Names this attempt, so that its own retry is recognised. 16 to 64 printable ASCII characters; generated and
-   * returned when absent. Never share one between two workers: both would be told CLAIMED.
+   * Identifies this attempt, so that its retries are recognised. 16 to 64 printable ASCII characters. Generated and
+   * returned if absent. Two workers must not share a token: both would receive CLAIMED.
    */
   claimToken: string;
   /**
-   * Who claims, shown to duplicates and to whoever looks the transaction up. At most 256 bytes of UTF-8 without control
-   * characters; empty by default.
+   * The name of the caller, shown to duplicates and by GetTransaction. At most 256 bytes of UTF-8 without control
+   * characters. Default empty.
    */
   claimant: string;
   /**
-   * A digest of what the transaction is about, at most 64 bytes; empty means "do not compare". The same id with another
-   * fingerprint is told PAYLOAD_MISMATCH.
+   * A digest of the payload, at most 64 bytes. The same id with another fingerprint receives PAYLOAD_MISMATCH. Empty
+   * (the default) compares nothing.
    */
   payloadFingerprint: Buffer;
   /**
-   * How long a duplicate of work in progress may wait before it is answered; default 0, not at all, and at most 5
-   * minutes. It is answered when that work completes (DUPLICATE with the result), when its claim is released or expires
-   * (then one of those who wait is told CLAIMED), or when the wait ends. Set a deadline that is longer than the wait: a
-   * shorter one cuts it. Refused in a batch, where it would hold up the other entries.
+   * How long a duplicate of work in progress may wait before it is answered. Default 0 (no wait), at most 5 minutes.
+   * The wait ends when the work completes (DUPLICATE with the result), when the claim is released or expires (one
+   * waiter receives CLAIMED), or at this timeout. Set a longer deadline on the call: a shorter one cuts the wait.
+   * Rejected in a batch, where it would delay the other entries.
    */
   wait: Duration | undefined;
 }
 
-/** Says whether the caller may do the work. */
+/** The answer to a claim. */
 export interface ClaimTransactionResponse {
-  /** Whether to go. Anything but CLAIMED means: do not do the work. */
+  /** Only CLAIMED permits the work. */
   outcome: ClaimOutcome;
-  /**
-   * Authorises completing, releasing and extending. Set only when the outcome is CLAIMED, and never shown to anybody
-   * else.
-   */
+  /** Authorises complete, release and extend. Set only when the outcome is CLAIMED, and never shown to other callers. */
   claimToken: string;
-  /** The claim was made by an earlier call with the same token: this is the answer that the caller did not hear. */
+  /** An earlier call with the same token made the claim; this call repeats its lost reply. */
   replayed: boolean;
   /**
-   * The namespace runs in shadow mode, and in enforce mode this claim would have been told DUPLICATE or
-   * PAYLOAD_MISMATCH. The caller may go, and does not hold the transaction: completing, releasing or extending it with
-   * the token of this reply answers NOT_HELD.
+   * The namespace runs in shadow mode; in enforce mode this claim would have received DUPLICATE or PAYLOAD_MISMATCH.
+   * The caller may start the work but does not hold the transaction: complete, release and extend with the token of
+   * this reply return NOT_HELD.
    */
   shadowDuplicate: boolean;
   /**
-   * The transaction as the store holds it: the caller's own when CLAIMED, otherwise, and when shadow_duplicate is set,
-   * that of the holder.
+   * The transaction in the store: the caller's own when CLAIMED; the holder's otherwise, and when shadow_duplicate is
+   * set.
    */
   transaction: Transaction | undefined;
 }
 
-/** Reports the work of a claimed transaction as done. */
+/** A completion of a claimed transaction. */
 export interface CompleteTransactionRequest {
-  /** Required. The id that was claimed. */
+  /** Required. The claimed id. */
   transactionId: string;
-  /** The namespace that it was claimed in; default "default". */
+  /** The namespace of the claim. Default "default". */
   namespace: string;
-  /** Required. The token that the claim returned. */
+  /** Required. The token returned by the claim. */
   claimToken: string;
-  /** Kept for later duplicates, byte for byte; at most 4,096 bytes unless configured otherwise. Empty by default. */
+  /** Stored for later duplicates, byte for byte. At most 4,096 bytes unless configured otherwise. Default empty. */
   result: Buffer;
-  /** From now. Whole milliseconds, at least 1 ms and at most the maximum of the namespace. */
+  /** From now. Whole milliseconds, at least 1 ms, at most the namespace's maximum. */
   ttl?:
     | Duration
     | undefined;
-  /** Until this moment. Whole milliseconds, in the future, and no further away than the maximum of the namespace. */
+  /** Until this time. Whole milliseconds, in the future, at most the namespace's maximum away. */
   expireTime?: Date | undefined;
 }
 
-/** Says whether the completion was recorded. */
+/** The answer to a completion. */
 export interface CompleteTransactionResponse {
   /** Whether the transaction is completed with this result. */
   outcome: CompleteOutcome;
-  /** The completed transaction; unset when the outcome is NOT_HELD. */
+  /** The completed transaction. Unset when the outcome is NOT_HELD. */
   transaction: Transaction | undefined;
 }
 
-/** Gives a claim back. */
+/** A release of a claim. */
 export interface ReleaseTransactionRequest {
-  /** Required. The id that was claimed. */
+  /** Required. The claimed id. */
   transactionId: string;
-  /** The namespace that it was claimed in; default "default". */
+  /** The namespace of the claim. Default "default". */
   namespace: string;
-  /** Required. The token that the claim returned. */
+  /** Required. The token returned by the claim. */
   claimToken: string;
 }
 
-/** Says whether the claim was given back. */
+/** The answer to a release. */
 export interface ReleaseTransactionResponse {
-  /** Whether the transaction may be claimed again. */
+  /** Whether the claim was released. */
   outcome: ReleaseOutcome;
 }
 
-/** Asks for more time. */
+/** An extension of a claim. */
 export interface ExtendTransactionRequest {
-  /** Required. The id that was claimed. */
+  /** Required. The claimed id. */
   transactionId: string;
-  /** The namespace that it was claimed in; default "default". */
+  /** The namespace of the claim. Default "default". */
   namespace: string;
-  /** Required. The token that the claim returned. */
+  /** Required. The token returned by the claim. */
   claimToken: string;
-  /** From now. Whole milliseconds, at least 1 ms and at most the maximum of the namespace. */
+  /** From now. Whole milliseconds, at least 1 ms, at most the namespace's maximum. */
   ttl?:
     | Duration
     | undefined;
-  /** Until this moment. Whole milliseconds, in the future, and no further away than the maximum of the namespace. */
+  /** Until this time. Whole milliseconds, in the future, at most the namespace's maximum away. */
   expireTime?:
     | Date
     | undefined;
   /**
-   * Whether the new end may be earlier than the present one. By default an extension that would shorten the claim
-   * leaves its end where it is and answers EXTENDED.
+   * Permits a new expiry earlier than the present one. Default false: an extension that would shorten the claim keeps
+   * the present expiry and returns EXTENDED.
    */
   allowShortening: boolean;
 }
 
-/** Says whether the claim was extended. */
+/** The answer to an extension. */
 export interface ExtendTransactionResponse {
-  /** Whether the caller still holds the claim, until the expire_time of the transaction. */
+  /** Whether the caller still holds the claim, until the transaction's expire_time. */
   outcome: ExtendOutcome;
-  /** The transaction with its new expire_time; unset when the outcome is NOT_HELD. */
+  /** The transaction with its new expire_time. Unset when the outcome is NOT_HELD. */
   transaction: Transaction | undefined;
 }
 
-/** Names the transaction to look up. */
+/** A lookup of one transaction. */
 export interface GetTransactionRequest {
-  /** Required. The id, byte for byte as it was claimed. */
+  /** Required. The id, byte for byte as claimed. */
   transactionId: string;
-  /** The namespace that it was claimed in; default "default". */
+  /** The namespace of the claim. Default "default". */
   namespace: string;
 }
 
-/** The transaction that was looked up. */
+/** The answer to a lookup. */
 export interface GetTransactionResponse {
-  /** The transaction as the store holds it. */
+  /** The transaction in the store. */
   transaction: Transaction | undefined;
 }
 
 /** Many independent claims. */
 export interface BatchClaimTransactionsRequest {
   /**
-   * 1 to 1,000 claims, each as in ClaimTransaction. The same id twice is decided in this order: the first may be told
-   * CLAIMED, the second DUPLICATE.
+   * 1 to 1,000 claims, each as in ClaimTransaction. Claims of the same id are decided in this order: the first may
+   * receive CLAIMED, the second DUPLICATE.
    */
   requests: ClaimTransactionRequest[];
 }
 
-/** The answers to many claims. */
+/** The answers to a batch. */
 export interface BatchClaimTransactionsResponse {
-  /** One for each request, in the order of the requests. */
+  /** One entry per request, in the order of the requests. */
   entries: BatchClaimEntry[];
 }
 
-/** The answer to one claim of a batch. A string that is not valid UTF-8 fails the whole batch, since it cannot be read. */
+/** The answer to one claim of a batch. A string that is not valid UTF-8 fails the whole batch, which cannot be decoded. */
 export interface BatchClaimEntry {
   /** The claim was answered. */
   response?:
     | ClaimTransactionResponse
     | undefined;
-  /** The claim failed, with the code and the details that ClaimTransaction would have failed with. */
+  /** The claim failed, with the code and details that ClaimTransaction would return. */
   error?: Status | undefined;
 }
 
@@ -1533,15 +1524,15 @@ export const BatchClaimEntry: MessageFns<BatchClaimEntry> = {
 /**
  * Admits each transaction at most once: claim before the work, complete or release after it.
  *
- * The guarantee is at-most-once admission while the claim lives. It is not exactly-once execution: a claim that expired
- * can be taken by another caller while the first one still works, and a store that loses data loses claims.
+ * The guarantee is at-most-once admission while the claim lives, not exactly-once execution. Another caller can take an
+ * expired claim while the first one still works, and a store that loses data loses claims.
  */
 export type DedupServiceService = typeof DedupServiceService;
 export const DedupServiceService = {
   /**
-   * Claims a transaction: of all concurrent and later callers exactly one is told CLAIMED, until the claim expires or
-   * is released. Repeating the call with the same claim_token while the work is in progress is told CLAIMED again, with
-   * replayed set, so a caller that lost the reply may safely ask again.
+   * Claims a transaction. Of all concurrent and later callers exactly one receives CLAIMED, until the claim expires or
+   * is released. A repeated call with the same claim_token receives CLAIMED again while the work is in progress, with
+   * replayed set, so a caller that lost the reply can safely retry.
    */
   claimTransaction: {
     path: "/dedup.v1.DedupService/ClaimTransaction" as const,
@@ -1555,8 +1546,8 @@ export const DedupServiceService = {
     responseDeserialize: (value: Buffer): ClaimTransactionResponse => ClaimTransactionResponse.decode(value),
   },
   /**
-   * Marks a claimed transaction as completed, keeps its result for later duplicates, and sets how long it is
-   * remembered. Repeating it with the same token and result is told COMPLETED again.
+   * Marks a claimed transaction as completed, stores its result for later duplicates, and sets the retention. Repeating
+   * the call with the same token and result returns COMPLETED again.
    */
   completeTransaction: {
     path: "/dedup.v1.DedupService/CompleteTransaction" as const,
@@ -1569,7 +1560,7 @@ export const DedupServiceService = {
       Buffer.from(CompleteTransactionResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): CompleteTransactionResponse => CompleteTransactionResponse.decode(value),
   },
-  /** Gives a claim back, because the work failed or never began, so that the next caller may claim it at once. */
+  /** Releases a claim whose work failed or never began. The next caller can claim the transaction at once. */
   releaseTransaction: {
     path: "/dedup.v1.DedupService/ReleaseTransaction" as const,
     requestStream: false as const,
@@ -1581,7 +1572,7 @@ export const DedupServiceService = {
       Buffer.from(ReleaseTransactionResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): ReleaseTransactionResponse => ReleaseTransactionResponse.decode(value),
   },
-  /** Moves the expiry of a claim in progress further away, for work that takes longer than expected. */
+  /** Postpones the expiry of a claim in progress, for long work. */
   extendTransaction: {
     path: "/dedup.v1.DedupService/ExtendTransaction" as const,
     requestStream: false as const,
@@ -1593,7 +1584,7 @@ export const DedupServiceService = {
       Buffer.from(ExtendTransactionResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): ExtendTransactionResponse => ExtendTransactionResponse.decode(value),
   },
-  /** Looks a transaction up and changes nothing. Answers the gRPC code NOT_FOUND when nobody holds it. */
+  /** Looks a transaction up without changing it. Fails with the gRPC code NOT_FOUND if nobody holds it. */
   getTransaction: {
     path: "/dedup.v1.DedupService/GetTransaction" as const,
     requestStream: false as const,
@@ -1605,7 +1596,7 @@ export const DedupServiceService = {
       Buffer.from(GetTransactionResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): GetTransactionResponse => GetTransactionResponse.decode(value),
   },
-  /** Claims many independent transactions in one call. Each entry succeeds or fails alone; there is no "all or nothing". */
+  /** Claims many independent transactions in one call. Each entry succeeds or fails alone. */
   batchClaimTransactions: {
     path: "/dedup.v1.DedupService/BatchClaimTransactions" as const,
     requestStream: false as const,
@@ -1622,23 +1613,23 @@ export const DedupServiceService = {
 
 export interface DedupServiceServer extends UntypedServiceImplementation {
   /**
-   * Claims a transaction: of all concurrent and later callers exactly one is told CLAIMED, until the claim expires or
-   * is released. Repeating the call with the same claim_token while the work is in progress is told CLAIMED again, with
-   * replayed set, so a caller that lost the reply may safely ask again.
+   * Claims a transaction. Of all concurrent and later callers exactly one receives CLAIMED, until the claim expires or
+   * is released. A repeated call with the same claim_token receives CLAIMED again while the work is in progress, with
+   * replayed set, so a caller that lost the reply can safely retry.
    */
   claimTransaction: handleUnaryCall<ClaimTransactionRequest, ClaimTransactionResponse>;
   /**
-   * Marks a claimed transaction as completed, keeps its result for later duplicates, and sets how long it is
-   * remembered. Repeating it with the same token and result is told COMPLETED again.
+   * Marks a claimed transaction as completed, stores its result for later duplicates, and sets the retention. Repeating
+   * the call with the same token and result returns COMPLETED again.
    */
   completeTransaction: handleUnaryCall<CompleteTransactionRequest, CompleteTransactionResponse>;
-  /** Gives a claim back, because the work failed or never began, so that the next caller may claim it at once. */
+  /** Releases a claim whose work failed or never began. The next caller can claim the transaction at once. */
   releaseTransaction: handleUnaryCall<ReleaseTransactionRequest, ReleaseTransactionResponse>;
-  /** Moves the expiry of a claim in progress further away, for work that takes longer than expected. */
+  /** Postpones the expiry of a claim in progress, for long work. */
   extendTransaction: handleUnaryCall<ExtendTransactionRequest, ExtendTransactionResponse>;
-  /** Looks a transaction up and changes nothing. Answers the gRPC code NOT_FOUND when nobody holds it. */
+  /** Looks a transaction up without changing it. Fails with the gRPC code NOT_FOUND if nobody holds it. */
   getTransaction: handleUnaryCall<GetTransactionRequest, GetTransactionResponse>;
-  /** Claims many independent transactions in one call. Each entry succeeds or fails alone; there is no "all or nothing". */
+  /** Claims many independent transactions in one call. Each entry succeeds or fails alone. */
   batchClaimTransactions: handleUnaryCall<BatchClaimTransactionsRequest, BatchClaimTransactionsResponse>;
 }
 

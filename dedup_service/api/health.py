@@ -1,4 +1,4 @@
-"""The standard health service, whose answers also say in their trailing metadata what the store has forgotten."""
+"""The standard health service; its replies also report, in their trailing metadata, what the store has forgotten."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +13,13 @@ FORGOTTEN = "dedup-store-forgotten"
 RESTARTS = "dedup-store-restarts"
 LAST_FORGOTTEN = "dedup-store-last-forgotten"
 
+SERVICE_NAME: str = health.SERVICE_NAME
+OVERALL: str = health.OVERALL_HEALTH
+
 
 @dataclass(slots=True)
-class StoreMemory:
-    """How often, since this process began, the store had forgotten claims, and another server process answered."""
+class StoreHistory:
+    """How often, since this process started, the store had forgotten claims or another server process answered."""
 
     forgotten: int = 0
     restarts: int = 0
@@ -37,15 +40,15 @@ class StoreMemory:
         return counts
 
 
-# The library has no types, hence what is ignored.
-class DetailedHealth(health.aio.HealthServicer):  # type: ignore[misc]
-    """The health service of the library, with details."""
+# The library has no types.
+class HealthServicer(health.aio.HealthServicer):  # type: ignore[misc]
+    """The library's health service, with the history of the store."""
 
-    def __init__(self, memory: StoreMemory) -> None:
+    def __init__(self, history: StoreHistory) -> None:
         super().__init__()
-        self._memory = memory
+        self._history = history
 
     async def Check(self, request: health_pb2.HealthCheckRequest, context: Any) -> Any:  # noqa: ANN401, N802 - theirs
-        """Answer as the library does."""
-        context.set_trailing_metadata(tuple(self._memory.metadata()))
+        """Reply as the library does."""
+        context.set_trailing_metadata(tuple(self._history.metadata()))
         return await super().Check(request, context)

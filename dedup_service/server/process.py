@@ -1,0 +1,67 @@
+"""The processes of the server: one that serves alone, and one of several workers."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import NoReturn
+
+import uvloop
+
+from dedup_service.config.errors import FatalError
+from dedup_service.config.settings import Settings, settings_from_json
+from dedup_service.observability.banner import banner
+from dedup_service.observability.logs import configure_logs
+from dedup_service.observability.observers import WorkerMetricFiles
+from dedup_service.server.life_cycle import serve
+from dedup_service.supervisor.messages import Refusal, WorkerStart, ready_line, refusal_line
+
+# What the drain of a worker without supervisor may take beyond its grace period.
+_ORPHAN_SLACK_S = 5.0
+
+
+def run_server(settings: Settings, *, show_banner: bool = False) -> None:
+    """Serve until a signal. Raises FatalError."""
+
+    def announce(addresses: Sequence[str]) -> None:
+        if show_banner:
+            sys.stdout.write(banner(addresses))
+            sys.stdout.flush()
+
+    uvloop.run(serve(settings, announce))
+
+
+def run_worker() -> None:
+    """Serve as one of several workers until SIGTERM, or until the supervisor is gone.
+
+    The first line of standard input says how to start; standard output reports to the supervisor.
+    """
+    start = WorkerStart.from_line(sys.stdin.buffer.readline())
+    # Whatever a library prints must not reach the supervisor as a report.
+    report = os.dup(1)
+    os.dup2(2, 1)
+    settings = settings_from_json(start.settings)
+    configure_logs(settings.log_level, worker=start.number)
+    threading.Thread(target=_stop_with_supervisor, args=(settings.shutdown_grace / 1000,), daemon=True).start()
+
+    def announce(addresses: Sequence[str]) -> None:
+        os.write(report, ready_line(list(addresses)))
+
+    def refuse(error: FatalError) -> NoReturn:
+        os.write(report, refusal_line(Refusal(str(error), error.exit_code)))
+        sys.exit(error.exit_code)
+
+    try:
+        uvloop.run(serve(settings, announce, WorkerMetricFiles(start.number, start.metrics_folder)))
+    except FatalError as error:
+        refuse(error)
+
+
+def _stop_with_supervisor(grace_s: float) -> None:
+    while os.read(0, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(grace_s + _ORPHAN_SLACK_S)
+    os._exit(1)
