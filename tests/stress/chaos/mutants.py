@@ -19,7 +19,7 @@ from typing import Any
 from dedup_service import cli
 from dedup_service.claims import Applied, ClaimAnswer, Expiry, Reason, StoreUnavailable, Transaction, service
 from dedup_service.stores import stored_value
-from dedup_service.stores.redis import store as redis_store
+from dedup_service.stores.redis import scripts
 from dedup_service.stores.redis.scripts import Script
 from dedup_service.stores.redis.store import RedisStore
 
@@ -42,9 +42,9 @@ def _no_token_holds() -> None:
 
 def _any_token_ends() -> None:
     for name in ("COMPLETE", "RELEASE"):
-        text = getattr(redis_store, name).text.replace(b"fields[2] ~= token", b"false")
+        text = getattr(scripts, name).text.replace(b"fields[2] ~= token", b"false")
         # Redis does not know this digest, so the store sends the text.
-        setattr(redis_store, name, Script(text, "0" * 40))
+        setattr(scripts, name, Script(text, "0" * 40))
 
 
 def _no_nx() -> None:
