@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.figures import percentile
 from benchmarks.filling import fill_sqlite
-from dedup_service.claims import Transaction, system_clock_ms
+from dedup_service.claims import Expiry, Transaction, system_clock_ms
 from dedup_service.stores.keys import prefixed_layout
 from dedup_service.stores.sqlite.file import ClaimFile
 from dedup_service.stores.sqlite.store import SqliteStore
@@ -65,7 +65,7 @@ class Subject:
             now_ms = system_clock_ms()
             claim = Transaction("default", f"live:{self._number}", "T" * 22, "", now_ms, now_ms + 3_600_000)
             begun = time.perf_counter()
-            if await self._store.claim(claim, 3_600_000) is not None:
+            if await self._store.claim(claim, Expiry(now_ms + 3_600_000, 3_600_000)) is not None:
                 raise AssertionError("a fresh id was held")
             self.claims_us.append(round((time.perf_counter() - begun) * 1e6))
             await asyncio.sleep(_PAUSE_S)

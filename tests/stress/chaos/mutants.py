@@ -22,7 +22,6 @@ from dedup_service.stores import stored_value
 from dedup_service.stores.redis import scripts
 from dedup_service.stores.redis.scripts import Script
 from dedup_service.stores.redis.store import RedisStore
-from dedup_service.stores.registry import redis_store, stored_value
 
 _decide = service.decide
 
