@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,11 @@ from tests.support.polling import wait_until
 from tests.support.processes import ServiceProcess, run_command
 
 
-def test_the_log_names_the_engine(service: ServiceProcess, engine: EngineName) -> None:
-    """Operators read in the log of the start which engine serves."""
+def test_the_log_names_the_engine(
+    start_service: Callable[..., ServiceProcess], engine: EngineName, tmp_path: Path
+) -> None:
+    """The log line of the start names the engine that serves."""
+    service = start_service("--store-url", f"sqlite://{tmp_path / 'claims.db'}")
     assert service.events("server_started")[0]["engine"] == engine
 
 
