@@ -1,5 +1,6 @@
 """`dedup-service batch`: claims every line of a file."""
 
+import math
 import os
 import shlex
 import stat
@@ -14,42 +15,49 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from dedup.batches import claim_batch
+from dedup.errors import CallFailed
+from dedup.retries import RetryPolicy
 from dedup.v1 import dedup_pb2_grpc
-from dedup_service.cli import exit_codes
-from dedup_service.cli.batch_call import claim_lines
-from dedup_service.cli.batch_files import OUTCOMES, Record
-from dedup_service.cli.batch_lines import Defaults, Line, read_chunks
-from dedup_service.cli.channel import open_channel
+from dedup_service.cli.batch_lines import OUTCOMES, Defaults, Line, Record, read_chunks
+from dedup_service.cli.connection import Server
 from dedup_service.cli.options import (
     AsJson,
     Target,
+    TlsCa,
+    TlsCert,
+    TlsKey,
+    TokenFile,
     duration_option,
     positive_milliseconds_option,
     text_option,
 )
-from dedup_service.cli.show import print_json, print_table
+from dedup_service.cli.output import ExitCode, error_fields, make_error, print_json, print_table
 
 _STANDARD_INPUT = "-"
 _FAILURES = "failures.jsonl"
+_MAX_ATTEMPTS = 4
+_FIRST_BACKOFF_S = 0.3
+_MAX_BACKOFF_S = 1.2
+_INTERRUPTED = make_error("CANCELLED", "", "unknown", "interrupted before the answer arrived")
 
 
 def batch(
-    file: Annotated[str, typer.Argument(help="The file; - is standard input.", metavar="FILE", show_default=False)],
+    file: Annotated[str, typer.Argument(help="Input file; - is standard input.", metavar="FILE", show_default=False)],
     *,
-    namespace: Annotated[str, typer.Option(help="The namespace of lines that name none.")] = "default",
+    namespace: Annotated[str, typer.Option(help="Namespace of lines that name none.")] = "default",
     ttl: Annotated[
         str | None,
         typer.Option(
-            help="How long a claim lives whose line does not say, such as 60s.  [default: the server's]",
-            metavar="DURATION",
+            help="Lease of claims whose line sets none, such as 60s.  [default: the server's]", metavar="DURATION"
         ),
     ] = None,
-    claimant: Annotated[str, typer.Option(help="Who claims, for lines that do not say.")] = "",
-    chunk: Annotated[int, typer.Option(help="How many lines go into one call.", min=1, max=1000)] = 500,
+    claimant: Annotated[str, typer.Option(help="Claimant of lines that name none.")] = "",
+    chunk: Annotated[int, typer.Option(help="Lines per call.", min=1, max=1000)] = 500,
     results: Annotated[
         Path | None,
         typer.Option(
-            help="A new file for one JSON object a line of the input, with the tokens of the claims.  [default: none]",
+            help="New file for one JSON object per input line, with the claim tokens.  [default: none]",
             metavar="FILE",
             show_default=False,
         ),
@@ -57,26 +65,28 @@ def batch(
     failures: Annotated[
         Path | None,
         typer.Option(
-            help="A new file for one JSON object a line that failed; made only when one does.  "
+            help="New file for one JSON object per failed line, created with the first failure.  "
             f"[default: FILE.{_FAILURES}, or batch.{_FAILURES} for standard input]",
             metavar="FILE",
             show_default=False,
         ),
     ] = None,
     target: Target = None,
-    timeout: Annotated[
-        str, typer.Option(help="How long to wait for the answer to one call, such as 5s.", metavar="DURATION")
-    ] = "5s",
+    timeout: Annotated[str, typer.Option(help="Timeout of one call, such as 5s.", metavar="DURATION")] = "5s",
     as_json: AsJson = False,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    token_file: TokenFile = None,
 ) -> None:
     """Claim every line of a file.
 
-    A line is the id of a transaction, or a JSON object with fields of ClaimTransactionRequest: transaction_id,
-    namespace, ttl ("60s"), claim_token, claimant, payload_fingerprint (base64). Blank lines are skipped.
+    A line is a transaction id, or a JSON object with fields of ClaimTransactionRequest: transaction_id, namespace, ttl
+    ("60s"), claim_token, claimant, payload_fingerprint (base64). Blank lines are skipped.
 
-    What fails because the server or its store is away is repeated up to 3 times, with the same tokens.
+    Claims that fail because the server or its store is unavailable are repeated up to 3 times with the same tokens.
 
-    Exit code 0: all claimed. 3: there were duplicates or mismatches. 1: a line failed. 130: Ctrl-C. 2: bad usage, and
+    Exit code 0: all claimed. 3: there were duplicates or mismatches. 1: a line failed. 130: Ctrl-C. 2: invalid usage;
     nothing was claimed.
     """
     defaults = Defaults(
@@ -89,28 +99,55 @@ def batch(
     with (
         _opened(file) as stream,
         closing(Record(results, failures)) as record,
-        open_channel(target) as channel,
+        Server(target, tls_ca, tls_cert, tls_key, token_file).connect() as channel,
         _progress(file, stream) as advance,
     ):
         stub = dedup_pb2_grpc.DedupServiceStub(channel)
         try:
             for lines in read_chunks(stream, defaults, chunk):
                 try:
-                    claim_lines(stub, lines, timeout_s)
+                    _claim(stub, lines, timeout_s)
                 finally:
-                    # Also when it was interrupted: what was claimed by then has tokens that nobody else knows.
+                    # Also after Ctrl-C: the tokens of these claims are recorded nowhere else.
                     record.add(lines)
                 advance(lines[-1])
         except KeyboardInterrupt:
             interrupted = True
         except OSError as error:
-            # Without a place for the tokens nothing more is claimed.
-            typer.echo(f"stopped, since a file failed: {error}", err=True)
+            # Claims whose tokens cannot be recorded must not be made.
+            typer.echo(f"stopped: a file cannot be read or written: {error}", err=True)
             broken = True
     _print_summary(record, time.monotonic() - started, interrupted=interrupted, as_json=as_json)
     if interrupted:
-        raise typer.Exit(exit_codes.INTERRUPTED)
-    raise typer.Exit(exit_codes.ERROR if broken else _exit_code(record))
+        raise typer.Exit(ExitCode.INTERRUPTED)
+    raise typer.Exit(ExitCode.ERROR if broken else _exit_code(record))
+
+
+def _claim(stub: dedup_pb2_grpc.DedupServiceStub, lines: list[Line], timeout_s: float) -> None:
+    """Claim the lines of one chunk and give each a response or an error.
+
+    After KeyboardInterrupt, lines without an answer have an error that says the claim may have been made.
+    """
+    valid = [line for line in lines if line.request is not None]
+    # The number of attempts is the limit, not a budget.
+    policy = RetryPolicy(
+        budget_s=math.inf,
+        attempt_timeout_s=timeout_s,
+        first_backoff_s=_FIRST_BACKOFF_S,
+        max_backoff_s=_MAX_BACKOFF_S,
+        max_attempts=_MAX_ATTEMPTS,
+    )
+    try:
+        for index, answer in claim_batch(stub, [line.request for line in valid if line.request], policy=policy):
+            if isinstance(answer, CallFailed):
+                valid[index].error = error_fields(answer)
+            else:
+                valid[index].response = answer
+    except KeyboardInterrupt:
+        for line in valid:
+            if line.response is None and line.error is None:
+                line.error = _INTERRUPTED
+        raise
 
 
 @contextmanager
@@ -128,9 +165,9 @@ def _opened(file: str) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _progress(file: str, stream: BinaryIO) -> Iterator[Callable[[Line], None]]:
-    """Yield a function that takes the last line that was answered, and show it on standard error."""
+    """Show the progress on standard error. Yields a function that takes the last answered line."""
     status = os.fstat(stream.fileno()) if file != _STANDARD_INPUT else None
-    # Bytes, since counting the lines would read the file twice; a pipe has no size.
+    # Progress in bytes: counting the lines would read the file twice. A pipe has no size.
     total = status.st_size if status is not None and stat.S_ISREG(status.st_mode) else None
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     quiet = not sys.stderr.isatty()
@@ -156,12 +193,12 @@ def _print_summary(record: Record, seconds: float, *, interrupted: bool, as_json
     )
     if failures:
         typer.echo(
-            "The requests in that file can be claimed again as they are, with the same tokens: "
+            "To repeat these claims with the same tokens: "
             f"jq -c '.request // empty' {shlex.quote(failures)} | dedup-service batch -"
         )
 
 
 def _exit_code(record: Record) -> int:
     if record.counts["failed"]:
-        return exit_codes.ERROR
-    return exit_codes.DUPLICATE if record.counts["duplicate"] or record.counts["mismatch"] else 0
+        return ExitCode.ERROR
+    return ExitCode.DUPLICATE if record.counts["duplicate"] or record.counts["mismatch"] else 0

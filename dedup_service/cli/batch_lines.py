@@ -1,27 +1,38 @@
-"""What `dedup-service batch` reads: one claim a line, as an id or as a JSON object, and never more than one chunk."""
+"""The files of `dedup-service batch`: the input, one claim a line, and the results and failures."""
 
 import base64
 import json
+import os
 import secrets
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, BinaryIO
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
 
+import typer
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.json_format import ParseDict, ParseError
 
 from dedup.v1 import dedup_pb2
-from dedup_service.cli.channel import failure
+from dedup_service.cli.output import as_dict, make_error
 
-# The longest claim of the contract fits in, and a thousand of them into one gRPC message.
+OUTCOMES = {
+    dedup_pb2.CLAIM_OUTCOME_CLAIMED: "claimed",
+    dedup_pb2.CLAIM_OUTCOME_DUPLICATE: "duplicate",
+    dedup_pb2.CLAIM_OUTCOME_PAYLOAD_MISMATCH: "mismatch",
+}
+
+# Enough for the longest valid claim, and a thousand of them fit into one gRPC message.
 MAX_LINE_BYTES = 4_000
 _BOM = b"\xef\xbb\xbf"
 
 
 @dataclass
 class Line:
-    """One line of the input and what has become of it; `request` is None when the line asks for nothing readable."""
+    """One input line and its answer: a `response` or an `error`. An unreadable line has no `request`."""
 
     number: int
     text: str
@@ -30,16 +41,10 @@ class Line:
     error: dict[str, str] | None = None
     end_position: int = 0
 
-    def fail(self, error: dict[str, str]) -> None:
-        """Note an error; once an attempt may have been applied, no later one can take that doubt away."""
-        if self.error is not None and self.error["applied"] != "no":
-            error = error | {"applied": self.error["applied"]}
-        self.error = error
-
 
 @dataclass(frozen=True)
 class Defaults:
-    """What holds for a line that does not say."""
+    """Values for lines that do not set them."""
 
     namespace: str
     ttl: Duration | None
@@ -47,7 +52,7 @@ class Defaults:
 
 
 def read_chunks(stream: BinaryIO, defaults: Defaults, size: int) -> Iterator[list[Line]]:
-    """Yield the lines of `stream` that are not blank, `size` at a time; each claim has its token already."""
+    """Yield the lines that are not blank, `size` at a time, and read no further ahead. Each claim has its token."""
     lines = _read_lines(stream, defaults)
     while chunk := list(islice(lines, size)):
         yield chunk
@@ -64,7 +69,7 @@ def _read_lines(stream: BinaryIO, defaults: Defaults) -> Iterator[Line]:
             rest = stream.readline(MAX_LINE_BYTES)
             position += len(rest)
         if number == 1:
-            # An editor's mark at the head of a file is no part of the first id.
+            # The byte order mark of some editors is not part of the first id.
             raw = raw.removeprefix(_BOM)
         raw = raw.removesuffix(b"\n").removesuffix(b"\r")
         if not raw.strip():
@@ -72,10 +77,10 @@ def _read_lines(stream: BinaryIO, defaults: Defaults) -> Iterator[Line]:
         line = Line(number, raw.decode("utf-8", "backslashreplace"), end_position=position)
         try:
             if too_long:
-                raise ValueError(f"is longer than {MAX_LINE_BYTES} bytes: no claim is that long")  # noqa: TRY301
+                raise ValueError(f"is longer than {MAX_LINE_BYTES} bytes, which no valid claim is")  # noqa: TRY301
             line.request = _request(raw, defaults)
         except (ValueError, ParseError, RecursionError) as error:
-            line.fail(failure("INVALID_ARGUMENT", "BAD_LINE", "no", _sentence(error)))
+            line.error = make_error("INVALID_ARGUMENT", "BAD_LINE", "no", _sentence(error))
         yield line
 
 
@@ -92,7 +97,7 @@ def _request(raw: bytes, defaults: Defaults) -> dedup_pb2.ClaimTransactionReques
     request.claimant = request.claimant or defaults.claimant
     if request.WhichOneof("expiry") is None and defaults.ttl is not None:
         request.ttl.CopyFrom(defaults.ttl)
-    # Before the first attempt, so that every attempt is the same claim.
+    # All attempts share this token, so that a repeated claim is not its own duplicate.
     request.claim_token = request.claim_token or secrets.token_urlsafe(16)
     return request
 
@@ -100,15 +105,15 @@ def _request(raw: bytes, defaults: Defaults) -> dedup_pb2.ClaimTransactionReques
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        raise ValueError("says a field twice")
+        raise ValueError("sets a field twice")
     return fields
 
 
 def _check_base64(fields: dict[str, Any], request: dedup_pb2.ClaimTransactionRequest) -> None:
-    # protobuf skips what is no base64, and a fingerprint that comes out empty is never compared.
-    said = fields.get("payload_fingerprint", fields.get("payloadFingerprint")) or ""
+    # protobuf ignores characters outside base64, and the service never compares an empty fingerprint.
+    written = fields.get("payload_fingerprint", fields.get("payloadFingerprint")) or ""
     read = base64.b64encode(request.payload_fingerprint).decode()
-    if said.replace("-", "+").replace("_", "/").rstrip("=") != read.rstrip("="):
+    if written.replace("-", "+").replace("_", "/").rstrip("=") != read.rstrip("="):
         raise ValueError("payload_fingerprint is not base64")
 
 
@@ -116,5 +121,100 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, UnicodeError):
         return "is not valid UTF-8"
     if isinstance(error, json.JSONDecodeError):
-        return f"is no JSON object: {error}"
+        return f"is not a JSON object: {error}"
     return "is nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+class Record:
+    """Counts the answers and writes the files of results and failures.
+
+    Creates `results` at once and `failures` with the first failure. Both contain tokens, so only their owner can read
+    them. Raises a usage error that names the flag if a file exists already or cannot be created.
+    """
+
+    def __init__(self, results: Path | None, failures: Path) -> None:
+        self.counts: Counter[str] = Counter()
+        self.shadow_duplicates = 0
+        self.failures = failures
+        self._exits = ExitStack()
+        self._failures_file: TextIO | None = None
+        self._results_file: TextIO | None = None
+        if results is not None and results.absolute() == failures.absolute():
+            raise typer.BadParameter("must differ from --results", param_hint="--failures")
+        _check_new(failures, "--failures")
+        if results is not None:
+            _check_new(results, "--results")
+            try:
+                self._results_file = self._open(results)
+            except OSError as error:
+                raise typer.BadParameter(f"cannot be written: {error}", param_hint="--results") from None
+
+    @property
+    def failures_written(self) -> bool:
+        """Whether the file of failures was created."""
+        return self._failures_file is not None
+
+    def add(self, lines: Iterable[Line]) -> None:
+        """Count the lines of one chunk, write them and flush the files. Raises OSError."""
+        for line in lines:
+            self.counts["failed" if line.response is None else OUTCOMES[line.response.outcome]] += 1
+            if line.response is None:
+                if self._failures_file is None:
+                    self._failures_file = self._open(self.failures)
+                _write(self._failures_file, _failure(line))
+            elif line.response.shadow_duplicate:
+                self.shadow_duplicates += 1
+            if self._results_file is not None:
+                _write(self._results_file, _result(line))
+        for file in (self._failures_file, self._results_file):
+            if file is not None:
+                file.flush()
+
+    def close(self) -> None:
+        """Close the files."""
+        self._exits.close()
+
+    def _open(self, path: Path) -> TextIO:
+        # O_EXCL although the file was checked: an existing one may hold the only copy of the tokens of other claims.
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        return self._exits.enter_context(os.fdopen(descriptor, "w", encoding="utf-8"))
+
+
+def _check_new(path: Path, flag: str) -> None:
+    if path.exists() or path.is_symlink():
+        raise typer.BadParameter(f"{str(path)!r} exists already: move it away or choose another name", param_hint=flag)
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise typer.BadParameter(f"{str(path)!r} cannot be created in its folder: choose another path", param_hint=flag)
+
+
+def _write(file: TextIO, fields: dict[str, object]) -> None:
+    file.write(json.dumps(fields, ensure_ascii=False) + "\n")
+
+
+def _result(line: Line) -> dict[str, object]:
+    fields: dict[str, object] = {
+        "line": line.number,
+        "transaction_id": line.request.transaction_id if line.request else None,
+    }
+    if line.response is None:
+        token = line.request.claim_token if line.request and _in_doubt(line) else None
+        return fields | {"outcome": "FAILED", "claim_token": token, "transaction": None}
+    fields |= {
+        "outcome": dedup_pb2.ClaimOutcome.Name(line.response.outcome),
+        "claim_token": line.response.claim_token or None,
+        "transaction": as_dict(line.response.transaction),
+    }
+    # Marked, because the token of a shadow duplicate does not hold the transaction.
+    return fields | ({"shadow_duplicate": True} if line.response.shadow_duplicate else {})
+
+
+def _failure(line: Line) -> dict[str, object]:
+    fields: dict[str, object] = {"line": line.number, "input": line.text, "error": line.error}
+    if line.request is not None:
+        # It includes the token, so that the same claim can be repeated.
+        fields["request"] = as_dict(line.request)
+    return fields
+
+
+def _in_doubt(line: Line) -> bool:
+    return line.error is not None and line.error["applied"] != "no"

@@ -1,22 +1,20 @@
-"""The commands that people give by hand. `serve` is listed here and read elsewhere: it starts without this module."""
+"""The typer application with all commands. A server starts without it and its libraries."""
 
 from typing import Annotated
 
 import typer
 
-from dedup_service.cli.access import with_access
-from dedup_service.cli.ask import claim, get
 from dedup_service.cli.batch import batch
 from dedup_service.cli.doctor import doctor
 from dedup_service.cli.hash_id import hash_id
 from dedup_service.cli.healthcheck import healthcheck
-from dedup_service.cli.hold import complete, extend, release
 from dedup_service.cli.serve import run_serve, version_text
+from dedup_service.cli.transactions import claim, complete, extend, get, release
 from dedup_service.cli.watch import watch
 
 app = typer.Typer(
     name="dedup-service",
-    help="Admits each transaction at most once: claim before the work, so that a retry or a double click cannot pay "
+    help="Admits each transaction at most once: claim it before the work, so that a retry or a double click cannot pay "
     "twice.",
     no_args_is_help=True,
     add_completion=False,
@@ -25,29 +23,28 @@ app = typer.Typer(
 )
 
 
-def _print_version(asked: bool) -> None:  # noqa: FBT001 - typer's signature of a callback
+def _print_version(asked: bool) -> None:  # noqa: FBT001 - The signature of a typer callback.
     if asked:
         typer.echo(version_text())
         raise typer.Exit
 
 
 @app.callback()
-def version_option(
+def _options_before_the_command(
     *,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Take the options that stand before a command."""
+    pass
 
 
 @app.command("serve", add_help_option=False, context_settings={"ignore_unknown_options": True})
 def serve(arguments: Annotated[list[str] | None, typer.Argument()] = None) -> None:
     """Serve claims over gRPC until SIGTERM or SIGINT."""
+    # Listed for the help. `dedup-service serve` itself starts without this module.
     run_serve(arguments or [])
 
 
-for _command in (claim, get, complete, release, extend, watch, batch, healthcheck):
-    app.command(_command.__name__)(with_access(_command))
-app.command("doctor")(doctor)
-app.command("hash-id")(hash_id)
+for _command in (claim, get, complete, release, extend, watch, batch, healthcheck, doctor, hash_id):
+    app.command()(_command)

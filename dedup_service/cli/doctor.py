@@ -1,25 +1,21 @@
-"""`dedup-service doctor`: what is wrong with the store, and what to change. It asks the store and no server."""
+"""`dedup-service doctor`: examines the store itself, without a server."""
 
 import asyncio
-from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
-from dedup_service.claims import StoreRefused, StoreUnavailable
-from dedup_service.claims.findings import Finding, Severity, worst
-from dedup_service.cli import exit_codes
-from dedup_service.cli.options import AsJson
-from dedup_service.cli.show import print_json
-from dedup_service.config.settings import CONFIG_VARIABLE, ENV_PREFIX, BadSettings, Settings, load_settings
-from dedup_service.server.startup_checks import store_place
-from dedup_service.stores.registry import examine_store, make_store
+from dedup_service.claims import Finding, Severity, StoreRefused, StoreUnavailable, worst
+from dedup_service.cli.options import AsJson, ConfigFile
+from dedup_service.cli.output import ExitCode, print_json
+from dedup_service.config.settings import ENV_PREFIX, BadSettings, Settings, load_settings
+from dedup_service.stores.registry import examine_store, make_store, store_config
 
-_EXITS = {Severity.WARNING: exit_codes.FOUND_WARNING, Severity.CRITICAL: exit_codes.FOUND_CRITICAL}
+_EXITS = {Severity.WARNING: ExitCode.FOUND_WARNING, Severity.CRITICAL: ExitCode.FOUND_CRITICAL}
 
 
-def _as_serve(name: str, metavar: str = "TEXT") -> typer.models.OptionInfo:
-    """Return the option of `serve` for a setting."""
+def _setting(name: str, metavar: str = "TEXT") -> typer.models.OptionInfo:
+    """Return the option of a setting, with the help of `serve`."""
     text = f"{Settings.model_fields[name].description}  [env: {ENV_PREFIX}{name.upper()}]"
     option: typer.models.OptionInfo = typer.Option(help=text, show_default=False, metavar=metavar)
     return option
@@ -27,23 +23,20 @@ def _as_serve(name: str, metavar: str = "TEXT") -> typer.models.OptionInfo:
 
 def doctor(
     *,
-    config: Annotated[
-        Path | None, typer.Option(help=f"A TOML file of settings.  [env: {CONFIG_VARIABLE}]", show_default=False)
-    ] = None,
-    store_url: Annotated[str | None, _as_serve("store_url")] = None,
-    store_url_file: Annotated[str | None, _as_serve("store_url_file", "FILE")] = None,
-    key_prefix: Annotated[str | None, _as_serve("key_prefix")] = None,
-    key_layout: Annotated[str | None, _as_serve("key_layout", "prefixed|raw")] = None,
-    store_timeout: Annotated[str | None, _as_serve("store_timeout", "DURATION")] = None,
-    min_replicas: Annotated[int | None, _as_serve("min_replicas", "INTEGER")] = None,
+    config: ConfigFile = None,
+    store_url: Annotated[str | None, _setting("store_url")] = None,
+    store_url_file: Annotated[str | None, _setting("store_url_file", "FILE")] = None,
+    key_prefix: Annotated[str | None, _setting("key_prefix")] = None,
+    key_layout: Annotated[str | None, _setting("key_layout", "prefixed|raw")] = None,
+    store_timeout: Annotated[str | None, _setting("store_timeout", "DURATION")] = None,
+    min_replicas: Annotated[int | None, _setting("min_replicas", "INTEGER")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Examine the store of the settings, which may lose claims or refuse them.
+    """Report what makes the configured store lose or refuse claims.
 
-    It asks the store itself and changes nothing in it, but for one scratch key that it removes again.
+    It calls the store itself and changes nothing, apart from one scratch key that it deletes again.
 
-    Exit code 0: nothing worse than a remark. 7: a warning. 8: something critical. 1: the store cannot be examined. 2:
-    bad usage.
+    Exit code 0: no warning. 7: a warning. 8: a critical finding. 1: the store cannot be examined. 2: invalid usage.
     """
     flags = {
         "store_url": store_url,
@@ -53,36 +46,33 @@ def doctor(
         "store_timeout": store_timeout,
         "min_replicas": min_replicas,
     }
-    settings = load_settings({name: value for name, value in flags.items() if value is not None}, config)
-    place = store_place(settings)
+    store = store_config(load_settings({name: value for name, value in flags.items() if value is not None}, config))
     try:
-        store = make_store(place).description
-        findings = asyncio.run(examine_store(place))
+        description = make_store(store).description
+        findings = asyncio.run(examine_store(store))
     except ValueError as error:
         raise BadSettings(f"{ENV_PREFIX}STORE_URL (--store-url): {error}") from None
-    except StoreUnavailable as error:
-        _fail(store, error.reason, str(error), as_json=as_json)
-    except StoreRefused as error:
-        _fail(store, "STORE_REFUSED", str(error), as_json=as_json)
+    except (StoreUnavailable, StoreRefused) as error:
+        _fail(description, error.reason, str(error), as_json=as_json)
     if as_json:
-        print_json({"store": store, "findings": [finding.as_dict() for finding in findings]})
+        print_json({"store": description, "findings": [finding.as_dict() for finding in findings]})
     else:
-        _print_findings(store, findings)
+        _print_findings(description, findings)
     raise typer.Exit(_EXITS.get(worst(findings), 0))
 
 
-def _fail(store: str, reason: str, message: str, *, as_json: bool) -> NoReturn:
+def _fail(description: str, reason: str, message: str, *, as_json: bool) -> NoReturn:
     if as_json:
-        print_json({"store": store, "error": {"reason": reason, "message": message}})
+        print_json({"store": description, "error": {"reason": reason, "message": message}})
     else:
         typer.echo(f"{reason}: {message}", err=True)
-    raise typer.Exit(exit_codes.ERROR)
+    raise typer.Exit(ExitCode.ERROR)
 
 
-def _print_findings(store: str, findings: list[Finding]) -> None:
-    typer.echo(store)
+def _print_findings(description: str, findings: list[Finding]) -> None:
+    typer.echo(description)
     width = max(len(finding.check) for finding in findings)
-    # The worst last, which is where the eye is when a terminal scrolls.
+    # The worst comes last: it stays visible when the terminal scrolls.
     for finding in sorted(findings, key=lambda finding: finding.severity):
         typer.echo(f"  {finding.severity.name:<8}  {finding.check:<{width}}  {finding.message}")
         if finding.remedy:

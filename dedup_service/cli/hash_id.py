@@ -1,4 +1,4 @@
-"""`dedup-service hash-id`: what stands in the log for an id, to find its lines with. It asks no server."""
+"""`dedup-service hash-id`: prints transaction ids as the log shows them, without a server."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -7,29 +7,26 @@ from typing import Annotated
 
 import typer
 
-from dedup_service.cli.options import text_option
-from dedup_service.cli.show import print_json
-from dedup_service.config.settings import CONFIG_VARIABLE, ENV_PREFIX, load_settings
-from dedup_service.server.log_ids import logged_ids
+from dedup_service.cli.options import ConfigFile, text_option
+from dedup_service.cli.output import print_json
+from dedup_service.config.files import read_log_id_key
+from dedup_service.config.settings import ENV_PREFIX, load_settings
+from dedup_service.observability.logs import LoggedIds
 
 
 def hash_id(
     transaction_ids: Annotated[
         list[str],
         typer.Argument(
-            help="The ids of the transactions; - reads them from standard input, one a line.",
-            metavar="ID...",
-            show_default=False,
+            help="Transaction ids; - reads them from standard input, one a line.", metavar="ID...", show_default=False
         ),
     ],
     *,
-    config: Annotated[
-        Path | None, typer.Option(help=f"A TOML file of settings.  [env: {CONFIG_VARIABLE}]", show_default=False)
-    ] = None,
+    config: ConfigFile = None,
     log_id_key_file: Annotated[
         Path | None,
         typer.Option(
-            help="The file with the key that the server hashes ids with.  "
+            help="File with the server's key for hashing ids.  "
             f"[env: {ENV_PREFIX}LOG_ID_KEY_FILE] [default: none, plain SHA-256]",
             metavar="FILE",
             show_default=False,
@@ -39,30 +36,31 @@ def hash_id(
         bool, typer.Option("--json", help="Print one JSON object a line, with the id and its hash.")
     ] = False,
 ) -> None:
-    """Print what stands in the log of the server for each id, one a line in their order.
+    """Print each id as the server's log shows it, one a line, in order.
 
-    The settings have to be those of the server, DEDUP_LOG_ID_KEY_FILE above all.
+    The settings must be those of the server, in particular DEDUP_LOG_ID_KEY_FILE and DEDUP_LOG_TRANSACTION_IDS.
 
-    Exit code 0: printed. 2: bad usage, or a key file that cannot be used.
+    Exit code 0: printed. 2: invalid usage, or an unusable key file.
     """
     flags = {} if log_id_key_file is None else {"log_id_key_file": log_id_key_file}
-    ids = logged_ids(load_settings(flags, config))
-    for transaction_id in _each(transaction_ids):
-        shown = ids.shown(transaction_id)
+    settings = load_settings(flags, config)
+    logged = LoggedIds(plain=settings.log_transaction_ids == "plain", key=read_log_id_key(settings.log_id_key_file))
+    for transaction_id in _read_ids(transaction_ids):
+        shown = logged.shown(transaction_id)
         if as_json:
             print_json({"transaction_id": transaction_id, "transaction": shown})
         else:
             typer.echo(shown)
 
 
-def _each(transaction_ids: Sequence[str]) -> Iterator[str]:
-    for argument in transaction_ids:
+def _read_ids(arguments: Sequence[str]) -> Iterator[str]:
+    for argument in arguments:
         if argument != "-":
             yield text_option("ID", argument)
             continue
         for number, raw in enumerate(sys.stdin.buffer, 1):
             try:
-                # An id may end in blanks; the end of its line is no part of it.
+                # Only the line ending is removed: an id may end in spaces.
                 line = raw.removesuffix(b"\n").removesuffix(b"\r").decode()
             except UnicodeDecodeError:
                 raise typer.BadParameter(f"line {number} is not valid UTF-8", param_hint="ID") from None

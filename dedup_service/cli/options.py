@@ -1,53 +1,72 @@
-"""The arguments and options that several client commands take, and what they may contain."""
+"""Arguments and options that several client commands share, and the checks of their values."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from google.protobuf.duration_pb2 import Duration
 
-from dedup_service.config.durations import UNITS_MS, parse_duration
-from dedup_service.config.settings import TARGET_VARIABLE
+from dedup_service.config.durations import parse_duration
+from dedup_service.config.settings import (
+    CONFIG_VARIABLE,
+    TARGET_TLS_CA_VARIABLE,
+    TARGET_TLS_CERT_VARIABLE,
+    TARGET_TLS_KEY_VARIABLE,
+    TARGET_TOKEN_FILE_VARIABLE,
+    TARGET_VARIABLE,
+)
 
-TransactionId = Annotated[str, typer.Argument(help="The id of the transaction.", metavar="ID", show_default=False)]
-Namespace = Annotated[str, typer.Option(help="The namespace of the id.")]
-HolderToken = Annotated[str, typer.Option("--token", help="The token that the claim returned.", show_default=False)]
+
+def _file_option(text: str, variable: str) -> Any:  # noqa: ANN401 - The type of typer's options is private.
+    return typer.Option(help=f"{text}  [env: {variable}]", metavar="FILE", show_default=False)
+
+
+TransactionId = Annotated[str, typer.Argument(help="Transaction id.", metavar="ID", show_default=False)]
+Namespace = Annotated[str, typer.Option(help="Namespace of the transaction id.")]
+HolderToken = Annotated[str, typer.Option("--token", help="Token returned by the claim.", show_default=False)]
+Timeout = Annotated[str, typer.Option(help="Timeout of the call, such as 500ms or 5s.", metavar="DURATION")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text, also for errors.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option(help=f"TOML file of settings.  [env: {CONFIG_VARIABLE}]", show_default=False)
+]
+
 Target = Annotated[
     str | None,
     typer.Option(
-        help="The server to call: host:port or unix:///path.  "
-        f"[env: {TARGET_VARIABLE}] [default: where the settings make `serve` listen]",
+        help="Server to call: host:port or unix:///path.  "
+        f"[env: {TARGET_VARIABLE}] [default: the address `serve` listens on with these settings]",
         show_default=False,
     ),
 ]
-Timeout = Annotated[str, typer.Option(help="How long to wait for the answer, such as 500ms or 5s.", metavar="DURATION")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text, for errors as well.")]
-
-# Longer than anything here lives, and short enough for every clock and message that it is put into.
-_MAX_DURATION = "36500d"
-_MAX_DURATION_MS = 36_500 * UNITS_MS["d"]
+TlsCa = Annotated[
+    Path | None,
+    _file_option("PEM file of authorities: use TLS, and verify the server against them.", TARGET_TLS_CA_VARIABLE),
+]
+TlsCert = Annotated[Path | None, _file_option("PEM file with the client certificate.", TARGET_TLS_CERT_VARIABLE)]
+TlsKey = Annotated[
+    Path | None, _file_option("PEM file with the key of the client certificate.", TARGET_TLS_KEY_VARIABLE)
+]
+TokenFile = Annotated[Path | None, _file_option("File with the bearer token to send.", TARGET_TOKEN_FILE_VARIABLE)]
 
 
 def milliseconds_option(name: str, text: str) -> int:
-    """Return the milliseconds of a duration flag, or end with a usage error that names it."""
+    """Return the milliseconds of a duration flag. Raises a usage error that names the flag."""
     try:
-        milliseconds = parse_duration(text)
+        return parse_duration(text)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint=f"--{name}") from None
-    if milliseconds > _MAX_DURATION_MS:
-        raise typer.BadParameter(f"{text!r} is longer than {_MAX_DURATION}", param_hint=f"--{name}")
-    return milliseconds
 
 
 def positive_milliseconds_option(name: str, text: str) -> int:
-    """Return the milliseconds of a duration flag, or end with a usage error that names it, for 0 as well."""
+    """Return the milliseconds of a duration flag that must not be 0. Raises a usage error that names the flag."""
     milliseconds = milliseconds_option(name, text)
     if not milliseconds:
-        raise typer.BadParameter(f"{text!r} is no time at all: write at least 1ms", param_hint=f"--{name}")
+        raise typer.BadParameter(f"{text!r} is too short: write at least 1ms", param_hint=f"--{name}")
     return milliseconds
 
 
 def duration_option(name: str, text: str | None) -> Duration | None:
-    """Return a duration flag as the field of a message, None when it was not given, or end with a usage error."""
+    """Return a duration flag as a message field, None if it was not given. Raises a usage error that names the flag."""
     if text is None:
         return None
     duration = Duration()
@@ -56,8 +75,8 @@ def duration_option(name: str, text: str | None) -> Duration | None:
 
 
 def text_option(where: str, text: str) -> str:
-    """Return `text`, or end with a usage error that names `where` when no message can carry it."""
-    # A terminal hands bytes that are no UTF-8 over as surrogates.
+    """Return `text`. Raises a usage error that names `where` if no message can carry it."""
+    # Python decodes arguments that are not valid UTF-8 to surrogates.
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -140,7 +140,7 @@ def _traces(service: str) -> "Traces":
         from dedup_service.observability.traces import Traces  # noqa: PLC0415 - optional
     except ImportError as error:
         raise FatalError(
-            f"DEDUP_TRACES (--traces): OpenTelemetry cannot be loaded ({error}): install dedup-service[otel], or set "
+            f"DEDUP_TRACES (--traces): OpenTelemetry cannot be loaded ({error}): install the extra `otel`, or set "
             "DEDUP_TRACES=off"
         ) from None
     try:

@@ -1,12 +1,14 @@
-"""The client of the dedup service: exactly one caller is told to do the work of a transaction.
+"""The client of the dedup service: of all callers that claim a transaction, exactly one receives the claim.
 
-`Client` blocks, `dedup.aio.Client` awaits; `dedup.v1` holds the generated messages and stubs of the contract.
+Use `Client` in blocking code and `dedup.aio.Client` with asyncio. `dedup.v1` holds the generated messages and stubs.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dedup.batches import claim_batch
+    from dedup.channels import call_metadata
     from dedup.client import Claim, Client
     from dedup.decorator import once
     from dedup.errors import (
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
         Unavailable,
     )
     from dedup.ids import new_claim_token, transaction_id
-    from dedup.metadata import call_metadata
+    from dedup.retries import RetryPolicy
     from dedup.transactions import Transaction, TransactionState
 
 __all__ = [
@@ -31,16 +33,20 @@ __all__ = [
     "InvalidRequest",
     "NotHeld",
     "PayloadMismatch",
+    "RetryPolicy",
     "Transaction",
     "TransactionState",
     "Unavailable",
     "call_metadata",
+    "claim_batch",
     "new_claim_token",
     "once",
     "transaction_id",
 ]
 
-_HOMES = {
+_NAMES = {
+    "batches": ("claim_batch",),
+    "channels": ("call_metadata",),
     "client": ("Claim", "Client"),
     "decorator": ("once",),
     "errors": (
@@ -53,15 +59,15 @@ _HOMES = {
         "Unavailable",
     ),
     "ids": ("new_claim_token", "transaction_id"),
-    "metadata": ("call_metadata",),
+    "retries": ("RetryPolicy",),
     "transactions": ("Transaction", "TransactionState"),
 }
-_HOME_OF = {name: f"dedup.{home}" for home, names in _HOMES.items() for name in names}
+_MODULE_OF = {name: f"dedup.{module}" for module, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when first asked for: who needs the stubs alone, as the server does, does not pay for the client.
-    if name not in _HOME_OF:
+    # Imported on first use: the server imports `dedup.v1` and does not pay for the client.
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_HOME_OF[name]), name)
+    value = globals()[name] = getattr(import_module(_MODULE_OF[name]), name)
     return value

@@ -1,4 +1,4 @@
-"""The client for code that awaits: the same shape as `dedup.Client`, with coroutines."""
+"""The client for asyncio: `dedup.Client` with coroutines."""
 
 import asyncio
 from collections.abc import Coroutine, Generator, Sequence
@@ -9,35 +9,31 @@ import grpc
 import grpc.aio
 from google.protobuf.message import Message
 
-from dedup.aio_coalescing import Coalescer
-from dedup.batches import may_travel_with_others
-from dedup.calls import Calls, Grant, OnUnavailable
-from dedup.channels import ChannelOption, channel_options
+from dedup.calls import Calls, Grant, OnUnavailable, Span, claim_request
+from dedup.channels import ChannelOption, channel_options, current_metadata
+from dedup.coalescing import AsyncCoalescer, may_coalesce
 from dedup.error_details import failure_of_call
 from dedup.handles import Handle, OnError
-from dedup.metadata import current_metadata
-from dedup.requests import Span, claim_request
-from dedup.retries import Retrier, RetryPolicy
-from dedup.steps import Send, Steps, T, run_async
+from dedup.retries import Retrier, RetryPolicy, Send, Steps, T, run_async
 from dedup.transactions import Transaction
 from dedup.v1 import dedup_pb2_grpc
 
 
 class Transport(Protocol):
-    """What takes the steps of a call: a channel to the service, or a stand-in."""
+    """Takes the steps of a call: a channel to the service, or a fake."""
 
     async def send(self, step: Send) -> Message:
-        """Make one attempt; raises CallFailed for whatever goes wrong with it."""
+        """Make one attempt. Raises CallFailed if it fails."""
 
     async def pause(self, seconds: float) -> None:
-        """Do nothing for so long."""
+        """Sleep between attempts."""
 
     async def close(self) -> None:
-        """End every call under way."""
+        """Close the channel. In-flight calls fail."""
 
 
 class GrpcTransport:
-    """A channel to the service, opened by the first call; claims may travel together."""
+    """A channel to the service, opened by the first call, with or without coalescing."""
 
     def __init__(
         self,
@@ -51,13 +47,13 @@ class GrpcTransport:
         self._options = channel_options(options)
         self._coalesce_delay_s = coalesce_delay_s
         self._channel: grpc.aio.Channel | None = None
-        self._coalescer: Coalescer | None = None
+        self._coalescer: AsyncCoalescer | None = None
 
     async def send(self, step: Send) -> Message:
-        """Make one attempt, in a batch with others where that is possible."""
+        """Make one attempt, in a batch with other claims if possible."""
         if self._channel is None:
             self._open()
-        if self._coalescer is not None and may_travel_with_others(step.request):
+        if self._coalescer is not None and may_coalesce(step.request):
             return await self._coalescer.claim(step.request, step.timeout_s)
         try:
             return cast(
@@ -70,7 +66,7 @@ class GrpcTransport:
             raise failure_of_call(error) from error
 
     def _open(self) -> None:
-        # A channel belongs to the loop that runs now, which is not there yet when a module makes its client.
+        # A channel belongs to the running event loop. A client made at import time has none yet.
         self._channel = (
             grpc.aio.insecure_channel(self._target, self._options)
             if self._credentials is None
@@ -78,24 +74,24 @@ class GrpcTransport:
         )
         self._stub = dedup_pb2_grpc.DedupServiceStub(self._channel)
         if self._coalesce_delay_s is not None:
-            self._coalescer = Coalescer(self._stub, self._coalesce_delay_s)
+            self._coalescer = AsyncCoalescer(self._stub, self._coalesce_delay_s)
 
     async def pause(self, seconds: float) -> None:
-        """Sleep."""
+        """Sleep between attempts."""
         await asyncio.sleep(seconds)
 
     async def close(self) -> None:
-        """Close the channel."""
+        """Close the channel. In-flight calls fail."""
         if self._channel is not None:
             await self._channel.close()
             self._channel = None
 
 
 class Claim(Handle):
-    """A claim in the hand of code that awaits: an asynchronous context manager that completes or releases it.
+    """A granted claim: an asynchronous context manager that completes or releases it.
 
-    Leaving the block normally completes the claim with `result`; leaving it by an exception releases it, or not, as
-    `on_error` says. What was completed or released inside the block is left alone.
+    Leaving the block normally completes the claim with `result`. Leaving it by an exception releases or keeps the
+    claim, depending on `on_error`. A claim that was completed or released inside the block stays as it is.
     """
 
     def __init__(self, client: "Client", grant: Grant, on_error: OnError) -> None:
@@ -110,15 +106,17 @@ class Claim(Handle):
         expire_time: datetime | None = None,
         timeout: float | None = None,
     ) -> Transaction | None:
-        """Mark the work as done, and return the completed transaction; None without a claim.
+        """Complete the claim and return the completed transaction, or None if there is no claim.
 
-        `result` (the attribute of that name unless given) is kept for later duplicates, `ttl` or `expire_time` say for
-        how long. Raises NotHeld, InvalidRequest (a result that is too large is left out), Unavailable or CallFailed.
+        Later duplicates receive `result` (default: the attribute `result`) for `ttl` or until `expire_time`.
+
+        Raises NotHeld, Unavailable or another CallFailed. Raises InvalidRequest if the result is too large; the
+        transaction is then completed without it.
         """
         return await self._client._run(self._complete(result, ttl, expire_time, timeout))
 
     async def release(self, *, timeout: float | None = None) -> None:
-        """Give the claim back, so that the next caller may have it at once; raises NotHeld or CallFailed."""
+        """Release the claim: the next caller receives it at once. Raises NotHeld or CallFailed."""
         await self._client._run(self._release(timeout))
 
     async def extend(
@@ -129,7 +127,9 @@ class Claim(Handle):
         allow_shortening: bool = False,
         timeout: float | None = None,
     ) -> Transaction | None:
-        """Move the end of the claim further away, and return the transaction; None without a claim.
+        """Extend the claim and return the transaction, or None if there is no claim.
+
+        An earlier end has no effect unless `allow_shortening` is True.
 
         Raises NotHeld, InvalidRequest, Unavailable or another CallFailed.
         """
@@ -143,9 +143,9 @@ class Claim(Handle):
 
 
 class PendingClaim:
-    """A claim that is made when it is awaited (`claim = await …`) or entered (`async with …`), once.
+    """A claim that is made once this is awaited (`claim = await …`) or entered (`async with …`).
 
-    Python warns of one that is neither, as of any coroutine: nothing was claimed then.
+    It works once. If it is never awaited or entered, nothing is claimed and Python emits a RuntimeWarning.
     """
 
     def __init__(self, claiming: Coroutine[object, object, Claim]) -> None:
@@ -163,12 +163,12 @@ class PendingClaim:
 
 
 class Client:
-    """Claims transactions at a dedup service; to be made once and used in one event loop.
+    """A client of a dedup service. Make one for each process and use it in one event loop.
 
-    `target` is `host:port` or `unix:///path`; `credentials` make it TLS. `namespace`, `claimant` and `on_error` apply
-    to every claim that does not say otherwise. Times are in seconds: `timeout` is the budget of a whole call with its
-    retries, `attempt_timeout` that of one attempt. `on_unavailable="allow"` lets work go ahead without a claim while
-    the service is away. With `coalesce` concurrent claims travel together, each at most `coalesce_delay` late.
+    `target` is `host:port` or `unix:///path`. `credentials` enable TLS. `namespace`, `claimant` and `on_error` are the
+    defaults of every claim. Times are in seconds: `timeout` is the budget of a call with all its attempts,
+    `attempt_timeout` limits one attempt. With `on_unavailable="allow"` work runs without a claim while the service is
+    unavailable. With `coalesce` concurrent claims travel in one call, which delays each by at most `coalesce_delay`.
     """
 
     def __init__(
@@ -210,12 +210,12 @@ class Client:
         token: str | None = None,
         timeout: float | None = None,
         on_error: OnError | None = None,
-    ) -> "PendingClaim":
-        """Claim a transaction once this is awaited or entered: the caller may do the work.
+    ) -> PendingClaim:
+        """Claim a transaction once the result is awaited or entered: the caller may then do the work.
 
-        `ttl` or `expire_time` say how long the claim lives (the default of the namespace otherwise). `wait` lets a
-        duplicate of work in progress wait for its end, on top of `timeout`, the budget in seconds. `token` is for a
-        caller that repeats a call of its own; never share one between two workers.
+        The claim lives for `ttl` or until `expire_time` (default: the ttl of the namespace). A duplicate of work in
+        progress waits up to `wait` for its end, in addition to `timeout`, the budget in seconds. Pass `token` only to
+        repeat a claim of your own; two workers must never share one.
 
         Raises DuplicateTransaction, PayloadMismatch, InvalidRequest, Unavailable or another CallFailed.
         """
@@ -234,7 +234,7 @@ class Client:
     async def get(
         self, transaction_id: str, *, namespace: str | None = None, timeout: float | None = None
     ) -> Transaction | None:
-        """Look a transaction up and change nothing; None when nobody holds it.
+        """Return a transaction without changing it, or None if nobody holds it.
 
         Raises InvalidRequest, Unavailable or another CallFailed.
         """
@@ -242,7 +242,7 @@ class Client:
         return await self._run(self._calls.get(transaction_id, namespace=space, budget_s=timeout))
 
     async def close(self) -> None:
-        """Close the channel; calls under way fail."""
+        """Close the channel. In-flight calls fail."""
         await self._transport.close()
 
     async def __aenter__(self) -> Self:

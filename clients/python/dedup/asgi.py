@@ -1,13 +1,13 @@
-"""ASGI middleware: a request with an Idempotency-Key is handled once (FastAPI, Starlette and others)."""
+"""ASGI middleware that handles a request with an Idempotency-Key once (FastAPI, Starlette and others)."""
 
-import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
 from typing import Any
 
 from dedup import aio
+from dedup.calls import Span
 from dedup.errors import DedupError
+from dedup.handles import log_failed_ending
 from dedup.idempotency import TOO_LARGE, Response, Rules, answer_to, fingerprint, pack, problem, worth_completing
-from dedup.requests import Span
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -15,15 +15,13 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-_LOG = logging.getLogger("dedup")
-
 
 class IdempotencyMiddleware:
-    """Lets the first request with an Idempotency-Key through, and replays its response to the others.
+    """Passes on the first request with an Idempotency-Key, and replays its response to the others.
 
-    The options are those of `dedup.idempotency.Rules`. A response is complete at the service before its last byte
-    leaves, so no caller can have it and be let through again. A server error or an exception releases the claim, any
-    other response completes it.
+    `dedup.idempotency.Rules` describes the options. The claim is completed before the last byte of the response is
+    sent, so a caller that has the response cannot repeat the work. A server error or an exception releases the claim;
+    any other response completes it.
     """
 
     def __init__(
@@ -52,7 +50,7 @@ class IdempotencyMiddleware:
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one connection; what is not HTTP, and what has no key, goes through untouched."""
+        """Handle one connection. Other protocols and requests without a key are passed on unchanged."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -81,7 +79,7 @@ class IdempotencyMiddleware:
             return
         claim.retention = self._rules.retention
         responder = _Responder(claim, send)
-        # Extensions have other ways to send a response, past the one that is watched here.
+        # Extensions could send a response that bypasses the responder.
         guarded = {**scope, "extensions": {}}
         try:
             await self._app(guarded, _replay(body, receive), responder.send)
@@ -92,7 +90,7 @@ class IdempotencyMiddleware:
 
 
 class _Responder:
-    """Holds the response back until its claim is ended, or until it is too large to be kept."""
+    """Holds the response back until the claim has ended, or until the response is too large to store."""
 
     def __init__(self, claim: aio.Claim, send: Send) -> None:
         self._claim = claim
@@ -104,7 +102,7 @@ class _Responder:
         self._ended = False
 
     async def send(self, message: Message) -> None:
-        """Take one message of the application."""
+        """Take one message from the application."""
         if message["type"] == "http.response.start":
             self._start = message
         if message["type"] == "http.response.body" and not self._ended:
@@ -113,7 +111,7 @@ class _Responder:
                 await self._end()
         if not self._ended and not self._streaming:
             self._held.append(message)
-            # A large response need not be gathered whole: it is not replayed anyway.
+            # Stream a response that is too large to store.
             if self._response_bytes() == TOO_LARGE:
                 self._streaming = True
                 await self.flush()
@@ -122,7 +120,7 @@ class _Responder:
         await self._send(message)
 
     async def fail(self) -> None:
-        """Give the claim back, unless the response was complete before the exception."""
+        """Release the claim, unless the response was complete before the exception."""
         if not self._ended:
             self._ended = True
             await self._quietly(self._claim.release())
@@ -141,21 +139,21 @@ class _Responder:
         return pack(Response(self._start["status"], headers, bytes(self._body)))
 
     async def flush(self) -> None:
-        """Send what is held back."""
+        """Send the messages that are held back."""
         held, self._held = self._held, []
         for message in held:
             await self._send(message)
 
     async def _quietly(self, ending: Awaitable[object]) -> None:
-        """End the claim; the caller gets the response even where that fails, since the work is done."""
+        """Complete or release the claim. A failure is only logged: the work is done, so its response is sent."""
         try:
             await ending
         except DedupError as error:
-            _LOG.warning("could not end the claim of %r: %s", self._claim.transaction_id, error)
+            log_failed_ending(self._claim, error)
 
 
 async def _whole_body(receive: Receive, limit: int) -> bytes | None:
-    """Return the body of the request, or None when its caller is gone; raises ValueError when it is too large."""
+    """Return the request body, or None if the caller disconnected. Raises ValueError if the body is too large."""
     body = bytearray()
     while True:
         message = await receive()
@@ -163,13 +161,13 @@ async def _whole_body(receive: Receive, limit: int) -> bytes | None:
             return None
         body += message.get("body", b"")
         if len(body) > limit:
-            raise ValueError(f"At most {limit} bytes are taken.")
+            raise ValueError(f"The request body may have up to {limit} bytes.")
         if not message.get("more_body", False):
             return bytes(body)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that gives the body that was read already, and then goes on."""
+    """Return a `receive` that returns the body once and then delegates."""
     pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:

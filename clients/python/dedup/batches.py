@@ -1,68 +1,82 @@
-"""Claims that travel together: what a batch sends, and what each of its claims is told."""
+"""Batches of claims: the answers in a batch reply, and `claim_batch`, which repeats the entries that failed."""
 
-from typing import TypeGuard
+import itertools
+import time
+from collections.abc import Iterator, Sequence
 
 import grpc
-from google.protobuf.message import Message
 
-from dedup.error_details import failure_of_status
-from dedup.errors import CallFailed, Unavailable
-from dedup.v1 import dedup_pb2
+from dedup.calls import unknown_outcome
+from dedup.error_details import failure_of_call, failure_of_status
+from dedup.errors import Applied, CallFailed
+from dedup.retries import Retrier, RetryPolicy, worth_repeating
+from dedup.v1 import dedup_pb2, dedup_pb2_grpc
 
 MAX_BATCH = 1_000
-"""How many claims the service takes in one call."""
+"""The largest number of claims in one call."""
 
 ClaimAnswer = dedup_pb2.ClaimTransactionResponse | CallFailed
 
+_DEFAULT_POLICY = RetryPolicy()
+_OUTCOMES = frozenset(dedup_pb2.ClaimOutcome.values()) - {dedup_pb2.CLAIM_OUTCOME_UNSPECIFIED}
 
-class Crowd:
-    """Says when a batch may leave before its time is up.
 
-    Who was answered together mostly claims again together. So once nothing is under way, and as many claims wait as
-    were about when the last answer came, nobody else is likely to come soon.
+def claim_batch(
+    stub: dedup_pb2_grpc.DedupServiceStub,
+    requests: Sequence[dedup_pb2.ClaimTransactionRequest],
+    *,
+    policy: RetryPolicy = _DEFAULT_POLICY,
+) -> Iterator[tuple[int, ClaimAnswer]]:
+    """Claim up to 1,000 transactions in one call, and repeat the entries that failed by the rules of single claims.
+
+    Yields the index of each request with its final answer, as soon as that is known: a response whose outcome is
+    CLAIMED, DUPLICATE or PAYLOAD_MISMATCH, or a CallFailed. The `applied` of a CallFailed covers all attempts of its
+    entry. If the iteration is interrupted, for example by KeyboardInterrupt, a request without an answer may have been
+    applied.
+
+    Every request needs a claim token, so that a repeated claim receives CLAIMED again. Raises ValueError otherwise.
+    The first attempt fails at once without a connection. Repeated attempts wait for one until their timeout.
     """
-
-    def __init__(self) -> None:
-        self._batches = 0
-        self._claims = 0
-        # At first nobody knows.
-        self._expected = MAX_BATCH
-
-    def is_gathered(self, waiting: int) -> bool:
-        """Whether so many waiting claims should leave now."""
-        return waiting >= MAX_BATCH or (not self._batches and waiting >= self._expected)
-
-    def left(self, claims: int) -> None:
-        """Note that a batch of so many claims has left."""
-        self._batches += 1
-        self._claims += claims
-
-    def answered(self, claims: int, waiting: int) -> None:
-        """Note the end of a batch of so many claims, while others wait."""
-        self._expected = self._claims + waiting
-        self._batches -= 1
-        self._claims -= claims
-
-
-def may_travel_with_others(request: Message) -> TypeGuard[dedup_pb2.ClaimTransactionRequest]:
-    """Whether a request is a claim that a batch takes: one that waits would hold up the others."""
-    return isinstance(request, dedup_pb2.ClaimTransactionRequest) and not request.HasField("wait")
+    if not all(request.claim_token for request in requests):
+        raise ValueError("every claim of a batch needs a claim_token: without one, a repeated claim is a duplicate")
+    retrier = Retrier(policy)
+    end = time.monotonic() + policy.budget_s
+    failures: dict[int, CallFailed] = {}
+    pending = list(range(len(requests)))
+    for attempt in itertools.count():
+        if not pending:
+            return
+        timeout_s = min(policy.attempt_timeout_s, end - time.monotonic())
+        answers = _attempt(stub, [requests[index] for index in pending], timeout_s, wait_for_ready=attempt > 0)
+        repeated: list[int] = []
+        retry_after_s = 0.0
+        for index, answer in zip(pending, answers, strict=True):
+            if not isinstance(answer, CallFailed):
+                yield index, answer
+                continue
+            failures[index] = _combined(failures.get(index), answer)
+            if worth_repeating(answer):
+                repeated.append(index)
+                retry_after_s = max(retry_after_s, answer.retry_after_s or 0.0)
+            else:
+                yield index, failures[index]
+        pause_s = retrier.pause_s(attempt, retry_after_s)
+        if retrier.gives_up(attempt, pause_s, end):
+            yield from ((index, failures[index]) for index in repeated)
+            return
+        pending = repeated
+        if pending:
+            time.sleep(pause_s)
 
 
 def answers_of(reply: dedup_pb2.BatchClaimTransactionsResponse, expected: int) -> list[ClaimAnswer]:
     """Return the answer to each claim of a batch, in order.
 
-    A reply with another number of entries cannot be matched to the claims, so it answers none of them.
+    If the reply has another number of entries, none can be matched to its claim, and every claim fails.
     """
     if len(reply.entries) != expected:
         return [_broken(f"{len(reply.entries)} answers to {expected} claims") for _ in range(expected)]
     return [_answer_of(entry) for entry in reply.entries]
-
-
-def too_late(timeout_s: float) -> Unavailable:
-    """Return what a claim is told whose own time is up before its batch is answered."""
-    code = grpc.StatusCode.DEADLINE_EXCEEDED
-    return Unavailable(f"{code.name}: no answer to the batch within {timeout_s:.3f} s", code=code)
 
 
 def _answer_of(entry: dedup_pb2.BatchClaimEntry) -> ClaimAnswer:
@@ -74,3 +88,35 @@ def _answer_of(entry: dedup_pb2.BatchClaimEntry) -> ClaimAnswer:
 
 def _broken(what: str) -> CallFailed:
     return CallFailed(f"the service gave {what}", code=grpc.StatusCode.UNKNOWN, reason="BATCH_BROKEN")
+
+
+def _attempt(
+    stub: dedup_pb2_grpc.DedupServiceStub,
+    requests: list[dedup_pb2.ClaimTransactionRequest],
+    timeout_s: float,
+    *,
+    wait_for_ready: bool,
+) -> list[ClaimAnswer]:
+    batch = dedup_pb2.BatchClaimTransactionsRequest(requests=requests)
+    try:
+        reply = stub.BatchClaimTransactions(batch, timeout=timeout_s, wait_for_ready=wait_for_ready)
+    except grpc.RpcError as error:
+        return [failure_of_call(error) for _ in requests]
+    return [_checked(answer) for answer in answers_of(reply, len(requests))]
+
+
+def _checked(answer: ClaimAnswer) -> ClaimAnswer:
+    if isinstance(answer, CallFailed) or answer.outcome in _OUTCOMES:
+        return answer
+    return unknown_outcome(answer.outcome)
+
+
+def _combined(earlier: CallFailed | None, failure: CallFailed) -> CallFailed:
+    """Return what an entry reports after another failed attempt; doubt stays."""
+    if earlier is None:
+        return failure
+    applied: Applied = "unknown" if "unknown" in (earlier.applied, failure.applied) else "no"
+    # A repeated attempt that found no connection ends as DEADLINE_EXCEEDED; the earlier error says more.
+    kept = earlier if failure.code is grpc.StatusCode.DEADLINE_EXCEEDED else failure
+    kept.applied = applied
+    return kept

@@ -1,35 +1,41 @@
-"""What each call of the service means: which reply is "go", and what is raised instead. No threads, no event loop."""
+"""The calls of the service: builds each request, and decides what its reply means. Knows no threads or event loops."""
 
 import logging
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Literal, cast
 
 import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from dedup.errors import CallFailed, DuplicateTransaction, InvalidRequest, NotHeld, PayloadMismatch, Unavailable
-from dedup.requests import Span, duration, refuse_both, seconds, timestamp
-from dedup.retries import Retrier
-from dedup.steps import Steps
+from dedup.ids import logged_id, new_claim_token
+from dedup.retries import Retrier, Steps
 from dedup.transactions import Transaction
 from dedup.v1 import dedup_pb2
 
+Span = timedelta | float
+"""A length of time: a timedelta, or seconds."""
+
 OnUnavailable = Literal["deny", "allow"]
-"""What a claim that cannot be asked for comes to: Unavailable is raised, or the work goes ahead unguarded."""
+"""What happens to a claim while the service is unavailable: Unavailable is raised, or the work runs unguarded."""
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 _LOG = logging.getLogger("dedup")
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """The permission to work, and what is needed to end it.
+    """The permission to do the work, and what is needed to complete or release its claim.
 
-    `transaction` is the caller's own, that of the holder for a `shadow_duplicate`, and None when `fail_open`.
+    `transaction` is the caller's own. For a `shadow_duplicate` it is the holder's, and for `fail_open` it is None.
     """
 
     transaction_id: str
     namespace: str
-    claim_token: str
+    claim_token: str = field(repr=False)
     replayed: bool = False
     shadow_duplicate: bool = False
     fail_open: bool = False
@@ -37,26 +43,26 @@ class Grant:
 
     @property
     def holds(self) -> bool:
-        """Whether there is a claim of this caller's to complete, release or extend."""
+        """Whether this caller has a claim to complete, release or extend."""
         return not (self.fail_open or self.shadow_duplicate)
 
 
 class Calls:
-    """The calls of one client, as steps for a driver to take."""
+    """The calls of one client, as steps for `run` or `run_async`."""
 
     def __init__(self, retrier: Retrier, on_unavailable: OnUnavailable) -> None:
         if on_unavailable not in ("deny", "allow"):
-            raise ValueError(f'on_unavailable is "deny" or "allow", not {on_unavailable!r}')
+            raise ValueError(f'on_unavailable is {on_unavailable!r}; it must be "deny" or "allow"')
         self._retrier = retrier
         self._on_unavailable = on_unavailable
 
     def claim(
         self, request: dedup_pb2.ClaimTransactionRequest, *, wait: Span | None, budget_s: float | None
     ) -> Steps[Grant]:
-        """Yield the steps of a claim; its outcome is a grant, or else it raises.
+        """Claim a transaction.
 
-        Raises DuplicateTransaction, PayloadMismatch, InvalidRequest, Unavailable (unless the client allows work while
-        the service is away) or another CallFailed. An outcome that this version does not know is never "go".
+        Raises DuplicateTransaction, PayloadMismatch, InvalidRequest, Unavailable (unless the client allows work then)
+        or another CallFailed. An outcome that this version does not know raises CallFailed.
         """
         wait_s = seconds(wait) if wait is not None else 0.0
         try:
@@ -64,7 +70,7 @@ class Calls:
         except Unavailable as failure:
             if self._on_unavailable == "deny":
                 raise
-            _LOG.warning("allowed %r without a claim: %s", request.transaction_id, failure)
+            _LOG.warning("transaction %s allowed without a claim: %s", logged_id(request.transaction_id), failure)
             return Grant(request.transaction_id, request.namespace, request.claim_token, fail_open=True)
         reply = cast("dedup_pb2.ClaimTransactionResponse", answer.reply)
         transaction = Transaction.of(reply.transaction)
@@ -81,7 +87,7 @@ class Calls:
             raise DuplicateTransaction(transaction)
         if reply.outcome == dedup_pb2.CLAIM_OUTCOME_PAYLOAD_MISMATCH:
             raise PayloadMismatch(transaction)
-        raise _unknown_outcome(reply.outcome)
+        raise unknown_outcome(reply.outcome)
 
     def complete(
         self,
@@ -92,10 +98,10 @@ class Calls:
         expire_time: datetime | None,
         budget_s: float | None,
     ) -> Steps[Transaction]:
-        """Yield the steps of a completion; raises NotHeld, InvalidRequest, Unavailable or another CallFailed.
+        """Complete a claim. Raises NotHeld, InvalidRequest, Unavailable or another CallFailed.
 
-        A result that is refused (too large) must not leave work that is done looking undone: it is completed without
-        the result, and InvalidRequest is raised all the same.
+        If the service rejects the result, for example as too large, the transaction is completed without it and
+        InvalidRequest is still raised: finished work must not look unfinished.
         """
         refuse_both(ttl, expire_time)
         request = dedup_pb2.CompleteTransactionRequest(
@@ -118,12 +124,12 @@ class Calls:
             return Transaction.of(reply.transaction)
         if reply.outcome == dedup_pb2.COMPLETE_OUTCOME_NOT_HELD:
             raise NotHeld(grant.transaction_id)
-        raise _unknown_outcome(reply.outcome)
+        raise unknown_outcome(reply.outcome)
 
     def release(self, grant: Grant, *, budget_s: float | None) -> Steps[None]:
-        """Yield the steps of giving a claim back; raises NotHeld, Unavailable or another CallFailed.
+        """Release a claim. Raises NotHeld, Unavailable or another CallFailed.
 
-        When an earlier attempt may have released it, NOT_HELD is what success looks like, and is none to complain of.
+        NOT_HELD counts as success if an earlier attempt may have released the claim.
         """
         request = dedup_pb2.ReleaseTransactionRequest(
             transaction_id=grant.transaction_id, namespace=grant.namespace, claim_token=grant.claim_token
@@ -136,7 +142,7 @@ class Calls:
             if answer.doubtful:
                 return
             raise NotHeld(grant.transaction_id)
-        raise _unknown_outcome(reply.outcome)
+        raise unknown_outcome(reply.outcome)
 
     def extend(
         self,
@@ -147,7 +153,7 @@ class Calls:
         allow_shortening: bool,
         budget_s: float | None,
     ) -> Steps[Transaction]:
-        """Yield the steps of an extension; raises NotHeld, InvalidRequest, Unavailable or another CallFailed."""
+        """Extend a claim. Raises NotHeld, InvalidRequest, Unavailable or another CallFailed."""
         refuse_both(ttl, expire_time)
         request = dedup_pb2.ExtendTransactionRequest(
             transaction_id=grant.transaction_id,
@@ -163,10 +169,10 @@ class Calls:
             return Transaction.of(reply.transaction)
         if reply.outcome == dedup_pb2.EXTEND_OUTCOME_NOT_HELD:
             raise NotHeld(grant.transaction_id)
-        raise _unknown_outcome(reply.outcome)
+        raise unknown_outcome(reply.outcome)
 
     def get(self, transaction_id: str, *, namespace: str, budget_s: float | None) -> Steps[Transaction | None]:
-        """Yield the steps of a look-up; its outcome is None when nobody holds the transaction."""
+        """Look a transaction up. The outcome is None if nobody holds it."""
         request = dedup_pb2.GetTransactionRequest(transaction_id=transaction_id, namespace=namespace)
         try:
             answer = yield from self._retrier.call("GetTransaction", request, budget_s=budget_s)
@@ -177,9 +183,68 @@ class Calls:
         return Transaction.of(cast("dedup_pb2.GetTransactionResponse", answer.reply).transaction)
 
 
-def _unknown_outcome(outcome: int) -> CallFailed:
+def claim_request(
+    transaction_id: str,
+    *,
+    ttl: Span | None,
+    expire_time: datetime | None,
+    namespace: str,
+    claimant: str,
+    fingerprint: bytes,
+    token: str | None,
+) -> dedup_pb2.ClaimTransactionRequest:
+    """Return the request of one logical claim. Its attempts all send this request.
+
+    The request always has a token. Otherwise the service would generate one for each attempt, and a retry would be a
+    duplicate of the attempt whose answer was lost.
+    """
+    refuse_both(ttl, expire_time)
+    return dedup_pb2.ClaimTransactionRequest(
+        transaction_id=transaction_id,
+        namespace=namespace,
+        ttl=duration(ttl),
+        expire_time=timestamp(expire_time),
+        claim_token=token or new_claim_token(),
+        claimant=claimant,
+        payload_fingerprint=fingerprint,
+    )
+
+
+def unknown_outcome(outcome: int) -> CallFailed:
+    """Return the exception for a reply whose outcome this client does not know."""
     return CallFailed(
-        f"the service answered with the outcome {outcome}, which means nothing to this client: do not do the work",
+        f"the service answered with outcome {outcome}, which this client does not know: do not do the work",
         code=grpc.StatusCode.UNKNOWN,
         reason="OUTCOME_UNKNOWN",
     )
+
+
+def seconds(span: Span) -> float:
+    """Return a span in seconds."""
+    return span.total_seconds() if isinstance(span, timedelta) else float(span)
+
+
+def duration(span: Span | None) -> Duration | None:
+    """Return a span rounded to milliseconds, the resolution of the service."""
+    if span is None:
+        return None
+    message = Duration()
+    message.FromMilliseconds(round(seconds(span) * 1000))
+    return message
+
+
+def timestamp(moment: datetime | None) -> Timestamp | None:
+    """Return a time truncated to milliseconds. Raises ValueError if it has no time zone."""
+    if moment is None:
+        return None
+    if moment.tzinfo is None:
+        raise ValueError("expire_time has no time zone: use an aware datetime, such as datetime.now(UTC)")
+    message = Timestamp()
+    message.FromMilliseconds((moment - _EPOCH) // timedelta(milliseconds=1))
+    return message
+
+
+def refuse_both(ttl: Span | None, expire_time: datetime | None) -> None:
+    """Raise ValueError if both kinds of expiry are given."""
+    if ttl is not None and expire_time is not None:
+        raise ValueError("give a ttl or an expire_time, not both")

@@ -1,4 +1,4 @@
-"""The client for code that blocks."""
+"""The client for blocking code."""
 
 import time
 from collections.abc import Sequence
@@ -8,36 +8,32 @@ from typing import Protocol, Self, cast
 import grpc
 from google.protobuf.message import Message
 
-from dedup.batches import may_travel_with_others
-from dedup.calls import Calls, Grant, OnUnavailable
-from dedup.channels import ChannelOption, channel_options
-from dedup.coalescing import Coalescer
+from dedup.calls import Calls, Grant, OnUnavailable, Span, claim_request
+from dedup.channels import ChannelOption, channel_options, current_metadata
+from dedup.coalescing import Coalescer, may_coalesce
 from dedup.error_details import failure_of_call, failure_of_closed_client
 from dedup.errors import CallFailed
 from dedup.handles import Handle, OnError
-from dedup.metadata import current_metadata
-from dedup.requests import Span, claim_request
-from dedup.retries import Retrier, RetryPolicy
-from dedup.steps import Send, Steps, T, run
+from dedup.retries import Retrier, RetryPolicy, Send, Steps, T, run
 from dedup.transactions import Transaction
 from dedup.v1 import dedup_pb2_grpc
 
 
 class Transport(Protocol):
-    """What takes the steps of a call: a channel to the service, or a stand-in."""
+    """Takes the steps of a call: a channel to the service, or a fake."""
 
     def send(self, step: Send) -> Message:
-        """Make one attempt; raises CallFailed for whatever goes wrong with it."""
+        """Make one attempt. Raises CallFailed if it fails."""
 
     def pause(self, seconds: float) -> None:
-        """Do nothing for so long."""
+        """Sleep between attempts."""
 
     def close(self) -> None:
-        """End every call under way."""
+        """Close the channel. In-flight calls fail."""
 
 
 class GrpcTransport:
-    """A channel to the service; claims may travel together."""
+    """A channel to the service, with or without coalescing."""
 
     def __init__(
         self,
@@ -57,7 +53,7 @@ class GrpcTransport:
         self._coalescer = None if coalesce_delay_s is None else Coalescer(self._stub, coalesce_delay_s)
 
     def send(self, step: Send) -> Message:
-        """Make one attempt, in a batch with others where that is possible."""
+        """Make one attempt, in a batch with other claims if possible."""
         try:
             return self._send(step)
         except CallFailed as failure:
@@ -66,7 +62,7 @@ class GrpcTransport:
             raise
 
     def _send(self, step: Send) -> Message:
-        if self._coalescer is not None and may_travel_with_others(step.request):
+        if self._coalescer is not None and may_coalesce(step.request):
             return self._coalescer.claim(step.request, step.timeout_s)
         try:
             return cast(
@@ -77,20 +73,20 @@ class GrpcTransport:
             raise failure_of_call(error) from error
 
     def pause(self, seconds: float) -> None:
-        """Sleep."""
+        """Sleep between attempts."""
         time.sleep(seconds)
 
     def close(self) -> None:
-        """Close the channel."""
+        """Close the channel. In-flight calls fail."""
         self._closed = True
         self._channel.close()
 
 
 class Claim(Handle):
-    """A claim in the hand of code that blocks: a context manager that completes or releases it.
+    """A granted claim: a context manager that completes or releases it.
 
-    Leaving the block normally completes the claim with `result`; leaving it by an exception releases it, or not, as
-    `on_error` says. What was completed or released inside the block is left alone.
+    Leaving the block normally completes the claim with `result`. Leaving it by an exception releases or keeps the
+    claim, depending on `on_error`. A claim that was completed or released inside the block stays as it is.
     """
 
     def __init__(self, client: "Client", grant: Grant, on_error: OnError) -> None:
@@ -105,15 +101,17 @@ class Claim(Handle):
         expire_time: datetime | None = None,
         timeout: float | None = None,
     ) -> Transaction | None:
-        """Mark the work as done, and return the completed transaction; None without a claim.
+        """Complete the claim and return the completed transaction, or None if there is no claim.
 
-        `result` (the attribute of that name unless given) is kept for later duplicates, `ttl` or `expire_time` say for
-        how long. Raises NotHeld, InvalidRequest (a result that is too large is left out), Unavailable or CallFailed.
+        Later duplicates receive `result` (default: the attribute `result`) for `ttl` or until `expire_time`.
+
+        Raises NotHeld, Unavailable or another CallFailed. Raises InvalidRequest if the result is too large; the
+        transaction is then completed without it.
         """
         return self._client._run(self._complete(result, ttl, expire_time, timeout))
 
     def release(self, *, timeout: float | None = None) -> None:
-        """Give the claim back, so that the next caller may have it at once; raises NotHeld or CallFailed."""
+        """Release the claim: the next caller receives it at once. Raises NotHeld or CallFailed."""
         self._client._run(self._release(timeout))
 
     def extend(
@@ -124,7 +122,9 @@ class Claim(Handle):
         allow_shortening: bool = False,
         timeout: float | None = None,
     ) -> Transaction | None:
-        """Move the end of the claim further away, and return the transaction; None without a claim.
+        """Extend the claim and return the transaction, or None if there is no claim.
+
+        An earlier end has no effect unless `allow_shortening` is True.
 
         Raises NotHeld, InvalidRequest, Unavailable or another CallFailed.
         """
@@ -138,12 +138,12 @@ class Claim(Handle):
 
 
 class Client:
-    """Claims transactions at a dedup service; safe to share between threads, and to be made once for a process.
+    """A client of a dedup service. It is thread-safe; make one for each process.
 
-    `target` is `host:port` or `unix:///path`; `credentials` make it TLS. `namespace`, `claimant` and `on_error` apply
-    to every claim that does not say otherwise. Times are in seconds: `timeout` is the budget of a whole call with its
-    retries, `attempt_timeout` that of one attempt. `on_unavailable="allow"` lets work go ahead without a claim while
-    the service is away. With `coalesce` concurrent claims travel together, each at most `coalesce_delay` late.
+    `target` is `host:port` or `unix:///path`. `credentials` enable TLS. `namespace`, `claimant` and `on_error` are the
+    defaults of every claim. Times are in seconds: `timeout` is the budget of a call with all its attempts,
+    `attempt_timeout` limits one attempt. With `on_unavailable="allow"` work runs without a claim while the service is
+    unavailable. With `coalesce` concurrent claims travel in one call, which delays each by at most `coalesce_delay`.
     """
 
     def __init__(
@@ -186,11 +186,11 @@ class Client:
         timeout: float | None = None,
         on_error: OnError | None = None,
     ) -> Claim:
-        """Claim a transaction, and return the claim: the caller may do the work.
+        """Claim a transaction and return the claim: the caller may do the work.
 
-        `ttl` or `expire_time` say how long the claim lives (the default of the namespace otherwise). `wait` lets a
-        duplicate of work in progress wait for its end, on top of `timeout`, the budget in seconds. `token` is for a
-        caller that repeats a call of its own; never share one between two workers.
+        The claim lives for `ttl` or until `expire_time` (default: the ttl of the namespace). A duplicate of work in
+        progress waits up to `wait` for its end, in addition to `timeout`, the budget in seconds. Pass `token` only to
+        repeat a claim of your own; two workers must never share one.
 
         Raises DuplicateTransaction, PayloadMismatch, InvalidRequest, Unavailable or another CallFailed.
         """
@@ -209,7 +209,7 @@ class Client:
     def get(
         self, transaction_id: str, *, namespace: str | None = None, timeout: float | None = None
     ) -> Transaction | None:
-        """Look a transaction up and change nothing; None when nobody holds it.
+        """Return a transaction without changing it, or None if nobody holds it.
 
         Raises InvalidRequest, Unavailable or another CallFailed.
         """
@@ -217,7 +217,7 @@ class Client:
         return self._run(self._calls.get(transaction_id, namespace=space, budget_s=timeout))
 
     def close(self) -> None:
-        """Close the channel; calls under way fail."""
+        """Close the channel. In-flight calls fail."""
         self._transport.close()
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""A decorator: of all calls with the same key, one runs."""
+"""A decorator that runs a function once for each key."""
 
 import functools
 import inspect
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar, cast
 
 from dedup import aio
+from dedup.calls import Span
 from dedup.client import Client
 from dedup.errors import DuplicateTransaction
 from dedup.handles import Handle, OnError
-from dedup.requests import Span
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -30,16 +30,18 @@ def once(
     encode: Callable[[Any], bytes] | None = None,
     decode: Callable[[bytes], object] | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Let one of all calls with the same key run, and tell the others that they are duplicates.
+    """Run a function once for each key. Further calls with the same key are duplicates.
 
-    `key` gets the arguments of the call and returns its transaction id, `fingerprint` likewise a digest of what else
-    must be the same. A coroutine function wants an `aio.Client`, any other function a `Client`. `ttl` is how long the
-    work may take, `retention` how long it is remembered once done.
+    `key` takes the arguments of the call and returns its transaction id. `fingerprint` takes them too, and returns a
+    digest of whatever else must be equal. Coroutine functions need an `aio.Client`, other functions a `Client`. `ttl`
+    limits how long the work may take. `retention` is how long the completed work is remembered.
 
-    With `encode` and `decode` the first result is kept, and returned to every duplicate of completed work. Any other
-    duplicate is answered by what `on_duplicate` returns (for a coroutine function it may be awaitable), or raises
-    DuplicateTransaction. Also raises what `Client.claim` and `Claim.complete` raise; work that is done is never
-    released, even if its result cannot be encoded.
+    With `encode` and `decode` the first result is stored, and every duplicate of completed work returns it. Other
+    duplicates return the result of `on_duplicate` (awaited if the function is a coroutine function), or raise
+    DuplicateTransaction.
+
+    Raises what `Client.claim` and `Claim.complete` raise. Finished work is never released, even if encoding its result
+    fails.
     """
     if (encode is None) is not (decode is None):
         raise ValueError("give both encode and decode, or neither")
@@ -53,14 +55,14 @@ def once(
         if not awaits and isinstance(client, Client):
             return cast("Callable[P, R]", _blocking(client, guard, function))
         wanted = "dedup.aio.Client" if awaits else "dedup.Client"
-        raise TypeError(f"`once` wants a {wanted} for {function!r}")
+        raise TypeError(f"`once` needs a {wanted} for {function!r}")
 
     return decorate
 
 
 @dataclass(frozen=True, slots=True)
 class _Guard:
-    """What is the same for functions that block and for those that await."""
+    """The options of `once`, for blocking and for coroutine functions."""
 
     key: Callable[..., str]
     fingerprint: Callable[..., bytes] | None
@@ -71,18 +73,18 @@ class _Guard:
     decode: Callable[[bytes], object] | None
 
     def claim_options(self, *args: object, **kwargs: object) -> dict[str, Any]:
-        """Return the arguments of `claim` for one call of the function."""
+        """Return the arguments of `Client.claim` for one call of the function."""
         digest = self.fingerprint(*args, **kwargs) if self.fingerprint is not None else b""
         return {"transaction_id": self.key(*args, **kwargs), "fingerprint": digest, **self.options}
 
     def finish(self, claim: Handle, value: object) -> None:
-        """Prepare the completion of work that is done; when that fails, the caller completes it without a result."""
+        """Prepare the completion of finished work. If this raises, the caller completes the claim without a result."""
         claim.retention = self.retention
         if self.encode is not None:
             claim.result = self.encode(value)
 
     def answer(self, duplicate: DuplicateTransaction) -> object:
-        """Return what a duplicate is told, or raise."""
+        """Return the answer to a duplicate, or raise it."""
         if self.decode is not None and duplicate.holder.completed:
             return self.decode(duplicate.holder.result)
         if self.on_duplicate is not None:

@@ -1,4 +1,4 @@
-"""From an error of gRPC to what this client raises: one reading for single calls and for the entries of a batch."""
+"""Converts gRPC errors to the exceptions of this client, for single calls and for the entries of a batch."""
 
 from collections.abc import Iterable
 from typing import cast
@@ -12,7 +12,7 @@ _DOMAIN = "dedup.v1"
 _STATUS_KEY = "grpc-status-details-bin"
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _UNAVAILABLE = {
-    # A server that ends cancels the calls that it has not begun. No caller's own cancel is read here.
+    # A server that shuts down cancels its remaining calls. The caller's own cancellation never arrives here.
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -21,8 +21,8 @@ _UNAVAILABLE = {
 
 
 def failure_of_call(error: grpc.RpcError) -> CallFailed:
-    """Return what a failed call means, by its details where the service gave some."""
-    # A sequence of pairs, which the type stubs take for a single one.
+    """Return the exception for a failed call, with the service's error details if it sent any."""
+    # A sequence of pairs; the type stubs declare a single pair.
     for key, value in cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ()):
         if key == _STATUS_KEY and isinstance(value, bytes):
             return failure_of_status(status_pb2.Status.FromString(value))
@@ -30,12 +30,12 @@ def failure_of_call(error: grpc.RpcError) -> CallFailed:
 
 
 def failure_of_closed_client() -> CallFailed:
-    """Return what a call of a client means that was closed meanwhile: nobody is away, and no retry can help."""
-    return CallFailed("CANCELLED: the client was closed", code=grpc.StatusCode.CANCELLED)
+    """Return the exception for a call whose client was closed. It is not an outage, and no retry can help."""
+    return CallFailed("the client was closed", code=grpc.StatusCode.CANCELLED)
 
 
 def failure_of_status(status: status_pb2.Status) -> CallFailed:
-    """Return what a google.rpc.Status means: the details of a call, or the error of one entry of a batch."""
+    """Return the exception for a google.rpc.Status: the details of a call, or the error of a batch entry."""
     reason: str = ""
     applied: Applied = "unknown"
     retry_after_s: float | None = None
@@ -67,5 +67,4 @@ def _failure(
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         return InvalidRequest(message, violations=violations or {}, reason=reason)
     kind = Unavailable if code in _UNAVAILABLE else CallFailed
-    text = f"{code.name} {reason}: {message}" if reason else f"{code.name}: {message}"
-    return kind(text, code=code, reason=reason, applied=applied, retry_after_s=retry_after_s)
+    return kind(message, code=code, reason=reason, applied=applied, retry_after_s=retry_after_s)

@@ -1,4 +1,4 @@
-"""What a caller is told instead of a claim."""
+"""The exceptions that this client raises."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -8,50 +8,51 @@ import grpc
 from dedup.transactions import Transaction
 
 Applied = Literal["no", "unknown"]
-"""Whether a failed call certainly changed nothing ("no") or may have ("unknown")."""
+"""Whether a failed call certainly changed nothing ("no") or may have changed something ("unknown")."""
 
 
 class DedupError(Exception):
-    """The root of everything that this client raises of its own."""
+    """The base class of all exceptions of this client."""
 
 
 class DuplicateTransaction(DedupError):
-    """Somebody else holds the transaction, or it is completed: do not do the work, and answer 409.
+    """Another caller holds the transaction, or it is completed. Do not do the work. Answer 409.
 
-    `holder` says who, since when and until when, and has the first result once the work is completed.
+    `holder` tells who claimed it, when, and until when. Once the work is completed it has the first result.
     """
 
     def __init__(self, holder: Transaction) -> None:
         state = "is completed" if holder.completed else "is in progress"
-        super().__init__(f"transaction {holder.transaction_id!r} {state}, claimed by {holder.claimant or 'somebody'}")
+        claimant = holder.claimant or "an unnamed claimant"
+        super().__init__(f"transaction {holder.transaction_id!r} {state}, claimed by {claimant}")
         self.holder = holder
 
 
 class PayloadMismatch(DedupError):
-    """The transaction is known with another fingerprint: the id was reused for different work. Answer 422."""
+    """The transaction was claimed with another fingerprint: the id was reused for different work. Answer 422."""
 
     def __init__(self, holder: Transaction) -> None:
-        super().__init__(f"transaction {holder.transaction_id!r} is known with another payload")
+        super().__init__(f"transaction {holder.transaction_id!r} was claimed with another payload")
         self.holder = holder
 
 
 class NotHeld(DedupError):
-    """The claim is not held (any more): it expired, was released, was taken by another caller, or is completed.
+    """The claim is no longer held: it expired, was released, was claimed by another caller, or is completed.
 
-    Nothing was changed. When it is told of a completion, the work was done and another caller may do it again.
+    Nothing was changed. After a completion it means that the work was done and another caller may repeat it.
     """
 
     def __init__(self, transaction_id: str) -> None:
-        super().__init__(f"transaction {transaction_id!r} is not held by this claim any more")
+        super().__init__(f"transaction {transaction_id!r} is no longer held by this claim")
         self.transaction_id = transaction_id
 
 
 class CallFailed(DedupError):
-    """The question was not answered: do not do the work, and never answer 409.
+    """The call was not answered. Do not do the work, and never answer 409.
 
-    `code` is the gRPC code, `reason` the stable reason of the service (empty when gRPC itself made the error), and
-    `applied` whether the call, all its attempts together, certainly changed nothing. `retry_after_s` is how long the
-    service asks to stay away, in seconds; None when it does not ask.
+    `code` is the gRPC code. `reason` is the stable reason of the service, empty if gRPC itself made the error.
+    `message` is the text without code and reason. `applied` covers all attempts of the call. `retry_after_s` is the
+    delay in seconds that the service asks for, or None.
     """
 
     def __init__(
@@ -63,7 +64,8 @@ class CallFailed(DedupError):
         applied: Applied = "unknown",
         retry_after_s: float | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(f"{code.name} {reason}: {message}" if reason else f"{code.name}: {message}")
+        self.message = message
         self.code = code
         self.reason = reason
         self.applied = applied
@@ -71,11 +73,11 @@ class CallFailed(DedupError):
 
 
 class Unavailable(CallFailed):
-    """The service or its store could not be asked in time, retries included. Answer 503."""
+    """The service or its store did not answer within the budget, retries included. Answer 503."""
 
 
 class InvalidRequest(CallFailed):
-    """The service refuses the request as it is; `violations` has what is wrong with each field. Nothing was changed."""
+    """The request is invalid. Nothing was changed. `violations` maps each invalid field to what is wrong with it."""
 
     def __init__(self, message: str, *, violations: Mapping[str, str], reason: str = "INVALID_REQUEST") -> None:
         super().__init__(message, code=grpc.StatusCode.INVALID_ARGUMENT, reason=reason, applied="no")

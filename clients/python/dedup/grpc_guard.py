@@ -1,16 +1,20 @@
-"""Server interceptors: a call with an idempotency key is handled once, and its reply is replayed to the others.
+"""Server interceptors that handle a call with an idempotency key once and replay its reply to the others.
 
-The key is the metadata entry `idempotency-key`, and a key of one method never meets that of another. Only calls with
-one request and one reply are guarded; those without a key go through untouched. A duplicate of work in progress ends
-with ABORTED, another request under the same key with FAILED_PRECONDITION, and a dedup service that is away with
-UNAVAILABLE. A call that ends with an error releases its claim.
+The key is the metadata entry `idempotency-key`. Each method has its own keys. Only unary calls with a key are guarded;
+the interceptors pass on all others unchanged. A call that fails releases its claim.
+
+| a duplicate | ends with |
+|---|---|
+| of a completed call | the first reply, or ALREADY_EXISTS if that was too large to store |
+| of a call in progress | ABORTED |
+| with another request under the same key | FAILED_PRECONDITION |
+| while the dedup service is unavailable | UNAVAILABLE |
 """
 
-# gRPC's classes have type parameters in their stubs alone.
+# gRPC's classes are generic only in their type stubs.
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,19 +23,17 @@ import grpc
 import grpc.aio
 
 from dedup import aio
+from dedup.calls import Span
 from dedup.client import Client
 from dedup.errors import DedupError, DuplicateTransaction, InvalidRequest, PayloadMismatch
-from dedup.handles import Handle
+from dedup.handles import Handle, log_failed_ending
 from dedup.idempotency import MAX_KEPT_BYTES
 from dedup.ids import transaction_id
-from dedup.requests import Span
 
 KEY = "idempotency-key"
 
-_LOG = logging.getLogger("dedup")
-
-# Before a kept reply, so that an empty reply is not taken for none.
-_KEPT = b"\x01"
+# Precedes a stored reply, so that an empty reply differs from no reply.
+_STORED = b"\x01"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ class _Rules:
 
 
 class DedupInterceptor(grpc.ServerInterceptor):
-    """The interceptor of a `grpc.server`. `ttl` is how long a call may take, `retention` how long it is replayed."""
+    """Interceptor for `grpc.server`. `ttl` limits how long a call may take; `retention` is how long it is replayed."""
 
     def __init__(
         self,
@@ -60,7 +62,7 @@ class DedupInterceptor(grpc.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler[Any, Any] | None],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Put the guard around the handler of a call that has a key."""
+        """Guard the handler of a call that has a key."""
         handler = continuation(handler_call_details)
         key = _key_of(handler_call_details)
         if handler is None or key is None or handler.unary_unary is None:
@@ -73,27 +75,28 @@ class DedupInterceptor(grpc.ServerInterceptor):
             try:
                 claim = self._client.claim(**_claim_options(self._rules, parts, raw))
             except (DedupError, ValueError) as error:
-                kept = _kept_reply(error)
-                if kept is None:
+                stored = _stored_reply(error)
+                if stored is None:
                     context.abort(*_status_of(error))
-                return kept
+                return stored
             with claim:
-                _prepare(claim, self._rules)
+                claim.retention = self._rules.retention
                 reply = _bytes(handler, work(_message(handler, raw), context))
                 failed = _failed(context)
                 if not failed:
                     _keep(claim, reply)
+                # A failure is only logged: the work is done, so its reply is sent.
                 try:
                     claim.release() if failed else claim.complete()
                 except DedupError as error:
-                    _log_ending(claim, error)
+                    log_failed_ending(claim, error)
             return reply
 
         return grpc.unary_unary_rpc_method_handler(guarded)
 
 
 class AsyncDedupInterceptor(grpc.aio.ServerInterceptor):
-    """The interceptor of a `grpc.aio.server`, whose handlers are coroutine functions; otherwise the same."""
+    """Interceptor for `grpc.aio.server` with coroutine handlers."""
 
     def __init__(
         self,
@@ -111,7 +114,7 @@ class AsyncDedupInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Put the guard around the handler of a call that has a key."""
+        """Guard the handler of a call that has a key."""
         handler = await continuation(handler_call_details)
         key = _key_of(handler_call_details)
         if handler is None or key is None or handler.unary_unary is None:
@@ -123,27 +126,28 @@ class AsyncDedupInterceptor(grpc.aio.ServerInterceptor):
             try:
                 claim = await self._client.claim(**_claim_options(self._rules, parts, raw))
             except (DedupError, ValueError) as error:
-                kept = _kept_reply(error)
-                if kept is None:
+                stored = _stored_reply(error)
+                if stored is None:
                     await context.abort(*_status_of(error))
-                return kept
+                return stored
             async with claim:
-                _prepare(claim, self._rules)
+                claim.retention = self._rules.retention
                 reply = _bytes(handler, await work(_message(handler, raw), context))
                 failed = _failed(context)
                 if not failed:
                     _keep(claim, reply)
+                # A failure is only logged: the work is done, so its reply is sent.
                 try:
                     await (claim.release() if failed else claim.complete())
                 except DedupError as error:
-                    _log_ending(claim, error)
+                    log_failed_ending(claim, error)
             return reply
 
         return grpc.unary_unary_rpc_method_handler(cast("Any", guarded))
 
 
 def _key_of(details: grpc.HandlerCallDetails) -> str | None:
-    # A sequence of pairs, which the type stubs take for a single one.
+    # A sequence of pairs; the type stubs declare a single pair.
     for name, value in cast("Any", details.invocation_metadata or ()):
         if name == KEY:
             return str(value)
@@ -161,18 +165,9 @@ def _claim_options(rules: _Rules, parts: tuple[str, str], raw: bytes) -> dict[st
     }
 
 
-def _prepare(claim: Handle, rules: _Rules) -> None:
-    claim.retention = rules.retention
-
-
 def _keep(claim: Handle, reply: bytes) -> None:
     if len(reply) < MAX_KEPT_BYTES:
-        claim.result = _KEPT + reply
-
-
-def _log_ending(claim: Handle, error: DedupError) -> None:
-    # The caller gets the reply all the same, since the work is done.
-    _LOG.warning("could not end the claim of %r: %s", claim.transaction_id, error)
+        claim.result = _STORED + reply
 
 
 def _message(handler: grpc.RpcMethodHandler[Any, Any], raw: bytes) -> object:
@@ -185,22 +180,22 @@ def _bytes(handler: grpc.RpcMethodHandler[Any, Any], reply: Any) -> bytes:
 
 
 def _failed(context: Any) -> bool:
-    """Whether the handler set a status that is not OK, which it may do without raising."""
+    """Return whether the handler set a status other than OK without raising."""
     return context.code() not in (None, grpc.StatusCode.OK, grpc.StatusCode.OK.value[0])
 
 
-def _kept_reply(error: Exception) -> bytes | None:
-    """Return the reply of completed work, or None when there is none to replay."""
-    if isinstance(error, DuplicateTransaction) and error.holder.result.startswith(_KEPT):
-        return error.holder.result.removeprefix(_KEPT)
+def _stored_reply(error: Exception) -> bytes | None:
+    """Return the stored reply of completed work, or None."""
+    if isinstance(error, DuplicateTransaction) and error.holder.result.startswith(_STORED):
+        return error.holder.result.removeprefix(_STORED)
     return None
 
 
 def _status_of(error: Exception) -> tuple[grpc.StatusCode, str]:
-    """Return the status of a call whose claim raised `error`; one that shows a wrong set-up is raised."""
+    """Return the status for a call whose claim raised `error`. Re-raises InvalidRequest: the guard is misconfigured."""
     match error:
         case DuplicateTransaction(holder=holder) if holder.completed:
-            return grpc.StatusCode.ALREADY_EXISTS, "a call with this idempotency key is completed, its reply not kept"
+            return grpc.StatusCode.ALREADY_EXISTS, "a call with this idempotency key is completed, its reply not stored"
         case DuplicateTransaction():
             return grpc.StatusCode.ABORTED, "a call with this idempotency key is in progress"
         case PayloadMismatch():
@@ -208,5 +203,5 @@ def _status_of(error: Exception) -> tuple[grpc.StatusCode, str]:
         case InvalidRequest():
             raise error
         case DedupError():
-            return grpc.StatusCode.UNAVAILABLE, "nobody can tell now whether this call is a duplicate"
+            return grpc.StatusCode.UNAVAILABLE, "the check for duplicate calls is unavailable"
     return grpc.StatusCode.INVALID_ARGUMENT, str(error)

@@ -1,29 +1,30 @@
-"""What a claim leaves in the caller's hand, before it is known whether the caller blocks or awaits."""
+"""The granted claim in the caller's hands: what the blocking and the asynchronous `Claim` have in common."""
 
 import logging
 from datetime import datetime
 from typing import Literal
 
-from dedup.calls import Calls, Grant
-from dedup.errors import DedupError
-from dedup.requests import Span
-from dedup.steps import Steps
+from dedup.calls import Calls, Grant, Span
+from dedup.errors import DedupError, NotHeld
+from dedup.ids import logged_id
+from dedup.retries import Steps
 from dedup.transactions import Transaction
 
 OnError = Literal["release", "keep"]
-"""What becomes of a claim whose work raised: it is given back, or kept until it expires."""
+"""What happens to a claim whose work raised: it is released, or kept until it expires."""
 
 _LOG = logging.getLogger("dedup")
 
 
 class Handle:
-    """A claim that was granted, as the caller sees it.
+    """A granted claim.
 
-    `result` is what leaving the block completes with, and `retention` how long it is then remembered (the default of
-    the namespace when None). `on_error` may be changed at any time: set it to "keep" once the work may have had its
-    effect. `fail_open` is True when there is no claim, because the service was away and the client allows work then;
-    `shadow_duplicate` when there is none because the namespace only watches. Without a claim, completing, releasing
-    and extending do nothing.
+    Leaving the block completes the claim with `result`, and the service remembers it for `retention` (None: the
+    default of the namespace). Set `on_error` to "keep" once the work may have taken effect.
+
+    If the service was unavailable and the client allows work then, `fail_open` is True. If the namespace is in shadow
+    mode and another caller holds the transaction, `shadow_duplicate` is True. In both cases there is no claim, and
+    completing, releasing and extending do nothing.
     """
 
     def __init__(self, calls: Calls, grant: Grant, on_error: OnError) -> None:
@@ -36,12 +37,12 @@ class Handle:
 
     @property
     def transaction_id(self) -> str:
-        """The id that was claimed."""
+        """The claimed id."""
         return self._grant.transaction_id
 
     @property
     def namespace(self) -> str:
-        """The namespace that it was claimed in; empty for the default one."""
+        """The namespace of the claim; empty for the default namespace."""
         return self._grant.namespace
 
     @property
@@ -51,22 +52,22 @@ class Handle:
 
     @property
     def replayed(self) -> bool:
-        """Whether an earlier attempt or call with the same token had made the claim."""
+        """Whether an earlier attempt or call with the same token made the claim."""
         return self._grant.replayed
 
     @property
     def shadow_duplicate(self) -> bool:
-        """Whether this would have been a duplicate, were the namespace not in shadow mode."""
+        """Whether this is a duplicate that only shadow mode let through."""
         return self._grant.shadow_duplicate
 
     @property
     def fail_open(self) -> bool:
-        """Whether the work goes ahead unguarded, since the service could not be asked."""
+        """Whether the work runs unguarded because the service was unavailable."""
         return self._grant.fail_open
 
     @property
     def transaction(self) -> Transaction | None:
-        """The transaction as it was claimed; None when `fail_open`."""
+        """The transaction at the time of the claim; None if `fail_open`."""
         return self._grant.transaction
 
     def _complete(
@@ -74,7 +75,7 @@ class Handle:
     ) -> Steps[Transaction | None]:
         if not self._grant.holds:
             return None
-        # Whatever comes of it, leaving the block must not release work that its caller calls done.
+        # Set first: even if the call fails, leaving the block must not release finished work.
         self._ended = True
         return (
             yield from self._calls.complete(
@@ -103,10 +104,10 @@ class Handle:
         )
 
     def _leave(self, error: BaseException | None) -> Steps[None]:
-        """End the claim as its block ended: completed, released, or left alone.
+        """Complete, release or keep the claim, depending on how its block ended.
 
-        Cancellation, KeyboardInterrupt and the like stop work at any point, so they keep the claim until it expires.
-        A release that fails is logged: the caller should see what went wrong with the work, and the claim expires.
+        Cancellation, KeyboardInterrupt and the like can stop the work at any point, so they keep the claim until it
+        expires. A failed release is only logged: the caller must see the error of the work, and the claim expires.
         """
         if self._ended:
             return
@@ -116,4 +117,10 @@ class Handle:
             try:
                 yield from self._release(None)
             except DedupError as failure:
-                _LOG.warning("could not release %r after its work failed: %s", self.transaction_id, failure)
+                log_failed_ending(self, failure)
+
+
+def log_failed_ending(claim: Handle, error: DedupError) -> None:
+    """Log that completing or releasing a claim failed. The line does not contain the transaction id."""
+    cause = "the claim is no longer held" if isinstance(error, NotHeld) else error
+    _LOG.warning("could not end the claim of transaction %s: %s", logged_id(claim.transaction_id), cause)

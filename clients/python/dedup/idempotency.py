@@ -1,6 +1,6 @@
-"""`Idempotency-Key` over HTTP: what is claimed, what a duplicate is told, and how a response is kept to be replayed.
+"""`Idempotency-Key` over HTTP: the id of a request, the answers to duplicates, and the format of stored responses.
 
-Shared by the ASGI and the WSGI middleware; it knows neither.
+The ASGI and the WSGI middleware share this module.
 """
 
 import hashlib
@@ -9,24 +9,24 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 
+from dedup.calls import Span
 from dedup.errors import DedupError, DuplicateTransaction, InvalidRequest, PayloadMismatch
 from dedup.ids import transaction_id
-from dedup.requests import Span
 
 HEADER = "idempotency-key"
 
 MAX_KEPT_BYTES = 4_096
-"""The most that a kept response may take: the service's default limit of a result."""
+"""The largest stored response: the service's default limit for a result."""
 
 TOO_LARGE = b"\x01"
-"""The result of work whose response was too large to keep."""
+"""The result stored in place of a response that is too large."""
 
 _FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """A whole response; header names in lower case."""
+    """A complete response. Header names are in lower case."""
 
     status: int
     headers: tuple[tuple[str, str], ...]
@@ -37,9 +37,9 @@ class Response:
 class Rules:
     """Which requests are guarded, and how.
 
-    `caller` gets the headers (names in lower case) and returns who calls, such as a user id: keys of different callers
-    never meet, so give it wherever callers are told apart. `ttl` is how long a request may take, and `retention` how
-    long its response is replayed. A guarded body has at most `max_body_bytes`.
+    `caller` takes the headers (names in lower case) and returns who calls, such as a user id. It keeps the keys of
+    different callers apart, so set it whenever there are several. `ttl` limits how long a request may take.
+    `retention` is how long its response is replayed. A guarded request body may have up to `max_body_bytes`.
     """
 
     ttl: Span | None = None
@@ -51,20 +51,19 @@ class Rules:
     max_body_bytes: int = 1024 * 1024
 
     def claim_id(self, method: str, path: str, headers: Mapping[str, str]) -> str | None:
-        """Return the transaction id of a request, or None when it goes through unguarded.
+        """Return the transaction id of a request, or None if the request is not guarded.
 
-        Raises ValueError for a request that must not go through: without a key where one is required, or with one that
-        is empty or too long.
+        Raises ValueError if a required key is missing, or if the key is empty or too long.
         """
         if method not in self.methods:
             return None
         key = headers.get(HEADER)
         if key is None:
             if self.required:
-                raise ValueError("This request needs the header Idempotency-Key.")
+                raise ValueError("The header Idempotency-Key is required.")
             return None
         key = key.strip()
-        # The standard to be writes keys as quoted strings, and most callers do not.
+        # The draft standard quotes keys; most callers do not.
         if len(key) >= 2 and key[0] == key[-1] == '"':
             key = key[1:-1]
         if not key:
@@ -74,12 +73,12 @@ class Rules:
 
 
 def fingerprint(body: bytes) -> bytes:
-    """Return the digest by which the same key with another body is recognised."""
+    """Return the digest that detects another body under the same key."""
     return hashlib.sha256(body).digest()
 
 
 def pack(response: Response) -> bytes:
-    """Return a response as a result to keep: status, content type and body; TOO_LARGE when that does not fit."""
+    """Encode status, content type and body as a result to store. Returns TOO_LARGE if they do not fit."""
     content_type = dict(response.headers).get("content-type", "").encode("latin-1")
     packed = bytes([_FORMAT]) + response.status.to_bytes(2, "big") + len(content_type).to_bytes(2, "big")
     packed += content_type + response.body
@@ -87,7 +86,7 @@ def pack(response: Response) -> bytes:
 
 
 def unpack(result: bytes) -> Response | None:
-    """Return the kept response, marked as replayed; None when the result keeps none."""
+    """Decode a stored response and mark it as replayed. Returns None if the result is not a stored response."""
     if len(result) < 5 or result[0] != _FORMAT:
         return None
     end = 5 + int.from_bytes(result[3:5], "big")
@@ -105,24 +104,24 @@ def problem(status: int, detail: str, *headers: tuple[str, str]) -> Response:
 
 
 def answer_to(error: DedupError) -> Response:
-    """Return what a request is answered whose claim raised `error`.
+    """Return the response to a request whose claim raised `error`.
 
-    Raises the error itself when it shows the middleware to be configured wrongly.
+    Re-raises InvalidRequest, because it means that the middleware is misconfigured.
     """
     if isinstance(error, DuplicateTransaction):
         if not error.holder.completed:
             return problem(409, "A request with this Idempotency-Key is in progress.", ("retry-after", "1"))
-        kept = unpack(error.holder.result)
-        detail = "A request with this Idempotency-Key is completed. Its response was not kept"
-        too_large = error.holder.result == TOO_LARGE
-        return kept or problem(409, detail + (", since it was too large." if too_large else "."))
+        stored = unpack(error.holder.result)
+        detail = "A request with this Idempotency-Key is completed. Its response was not stored"
+        is_too_large = error.holder.result == TOO_LARGE
+        return stored or problem(409, detail + (", because it is too large." if is_too_large else "."))
     if isinstance(error, PayloadMismatch):
         return problem(422, "This Idempotency-Key was used with another request body.")
     if isinstance(error, InvalidRequest):
         raise error
-    return problem(503, "Nobody can tell now whether this request is a duplicate. Try again.", ("retry-after", "1"))
+    return problem(503, "The check for duplicate requests is unavailable. Try again.", ("retry-after", "1"))
 
 
 def worth_completing(status: int) -> bool:
-    """Whether a response means that the work is done; a server error means that it may be tried again."""
+    """Return whether a response completes the work. After a server error it may be tried again."""
     return status < 500

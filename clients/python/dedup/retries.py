@@ -1,46 +1,78 @@
-"""One logical call of several attempts: whether to try again, when, and for how long."""
+"""Retries of one logical call: which failures are repeated, when, and for how long.
+
+The logic is written once, as generators that yield the steps of a call (`Send` or `Pause`). `run` takes the steps in
+blocking code, `run_async` in a coroutine, and tests answer them from a list.
+"""
 
 import itertools
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Generator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
 from dedup.errors import CallFailed, Unavailable
-from dedup.steps import Pause, Send, Steps
 from dedup.v1 import dedup_pb2
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Call `method` of the service with `request`, for at most `timeout_s` seconds. The driver sends back the reply."""
+
+    method: str
+    request: Message
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Sleep for `seconds`."""
+
+    seconds: float
+
+
+Steps = Generator[Send | Pause, Message | None, T]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryPolicy:
-    """How long a logical call may take and how its attempts are spaced, in seconds."""
+    """Limits of one logical call, and the backoff between its attempts.
+
+    Without `max_attempts` only the budget limits the attempts. The defaults are those of every client
+    (`clients/defaults.json`).
+    """
 
     budget_s: float = 2.0
     attempt_timeout_s: float = 1.0
     first_backoff_s: float = 0.05
     max_backoff_s: float = 1.0
+    max_attempts: int | None = None
 
     def __post_init__(self) -> None:
         if self.budget_s <= 0 or self.attempt_timeout_s <= 0:
             raise ValueError("the budget and the timeout of an attempt must be more than 0 seconds")
+        if self.max_attempts is not None and self.max_attempts < 1:
+            raise ValueError(f"max_attempts is {self.max_attempts}; it must be at least 1")
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The reply to a logical call; `doubtful` when an earlier attempt of it may have been applied."""
+    """The reply to a logical call. It is `doubtful` if an earlier attempt may have been applied."""
 
     reply: Message
     doubtful: bool
 
 
 def worth_repeating(failure: CallFailed) -> bool:
-    """Whether the same request may succeed a moment later.
+    """Return whether the same request may succeed later.
 
-    The service marks what a retry may mend with RetryInfo, so an UNAVAILABLE with a reason and without RetryInfo (a
-    store that can never work as it is configured) is final. One without a reason was made by gRPC itself.
+    The service adds RetryInfo to errors that a retry can fix. UNAVAILABLE with a reason but without RetryInfo is final,
+    for example a misconfigured store. UNAVAILABLE without a reason comes from gRPC itself and is repeated.
     """
     if failure.code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return True
@@ -50,7 +82,7 @@ def worth_repeating(failure: CallFailed) -> bool:
 
 
 class Retrier:
-    """Repeats an unanswered request until it is answered, is refused for good, or its budget is spent."""
+    """Repeats a request until it is answered, fails for good, or its policy allows no further attempt."""
 
     def __init__(
         self,
@@ -65,13 +97,12 @@ class Retrier:
     def call(
         self, method: str, request: Message, *, budget_s: float | None = None, wait_s: float = 0.0
     ) -> Steps[Answer]:
-        """Yield the steps of one logical call, all with the same `request`, and so with the same token.
+        """Yield the steps of one logical call. Every attempt sends the same `request`, and so the same token.
 
-        Neither an attempt nor a pause ever ends after the budget. `wait_s` is how long the service was asked to hold a
-        claim back: it is added to the budget, and an attempt after a lost one asks only for the rest of it.
+        No attempt and no pause ends after the budget. `wait_s` is how long the service may hold the claim back. It is
+        added to the budget and to the attempt timeout, and a repeated attempt asks only for the rest of it.
 
-        Raises CallFailed as the last attempt told it, and with `applied` "unknown" when any attempt may have been
-        applied.
+        Raises the CallFailed of the last attempt. Its `applied` is "unknown" if any attempt may have been applied.
         """
         start = self._clock()
         end = start + (self._policy.budget_s if budget_s is None else budget_s) + wait_s
@@ -85,17 +116,67 @@ class Retrier:
                 reply = yield Send(method, request, timeout_s)
             except CallFailed as failure:
                 doubtful = doubtful or failure.applied == "unknown"
-                pause_s = self._pause_s(attempt, failure)
-                if not worth_repeating(failure) or self._clock() + pause_s >= end:
+                pause_s = self.pause_s(attempt, failure.retry_after_s)
+                if not worth_repeating(failure) or self.gives_up(attempt, pause_s, end):
                     failure.applied = "unknown" if doubtful else "no"
                     raise
             else:
-                assert reply is not None  # noqa: S101 - A Send is answered by a reply.
+                assert reply is not None  # noqa: S101 - The driver answers every Send with a reply.
                 return Answer(reply, doubtful)
             yield Pause(pause_s)
-        raise AssertionError  # pragma: no cover - Counting does not end.
+        raise AssertionError  # pragma: no cover - `count` never ends.
 
-    def _pause_s(self, attempt: int, failure: CallFailed) -> float:
-        """Return the pause after an attempt: what the service asks for, and full jitter on an exponential backoff."""
+    def pause_s(self, attempt: int, retry_after_s: float | None) -> float:
+        """Return the pause after an attempt: the delay that the service asks for, plus backoff with full jitter.
+
+        The first attempt is 0.
+        """
         backoff_s = min(self._policy.max_backoff_s, self._policy.first_backoff_s * 2.0 ** min(attempt, 30))
-        return (failure.retry_after_s or 0.0) + self._jitter(0.0, backoff_s)
+        return (retry_after_s or 0.0) + self._jitter(0.0, backoff_s)
+
+    def gives_up(self, attempt: int, pause_s: float, end: float) -> bool:
+        """Return whether the policy allows no further attempt after this one and its pause."""
+        limit = self._policy.max_attempts
+        return (limit is not None and attempt + 1 >= limit) or self._clock() + pause_s >= end
+
+
+def run(steps: Steps[T], send: Callable[[Send], Message], pause: Callable[[float], None]) -> T:
+    """Take the steps in blocking code and return their outcome. `send` must raise CallFailed for a failed attempt."""
+    answer: Message | None = None
+    failure: CallFailed | None = None
+    try:
+        while True:
+            step = steps.send(answer) if failure is None else steps.throw(failure)
+            answer = failure = None
+            if isinstance(step, Pause):
+                pause(step.seconds)
+                continue
+            try:
+                answer = send(step)
+            except CallFailed as error:
+                failure = error
+    except StopIteration as end:
+        outcome: T = end.value
+        return outcome
+
+
+async def run_async(
+    steps: Steps[T], send: Callable[[Send], Awaitable[Message]], pause: Callable[[float], Awaitable[None]]
+) -> T:
+    """Take the steps in a coroutine and return their outcome, as `run` does."""
+    answer: Message | None = None
+    failure: CallFailed | None = None
+    try:
+        while True:
+            step = steps.send(answer) if failure is None else steps.throw(failure)
+            answer = failure = None
+            if isinstance(step, Pause):
+                await pause(step.seconds)
+                continue
+            try:
+                answer = await send(step)
+            except CallFailed as error:
+                failure = error
+    except StopIteration as end:
+        outcome: T = end.value
+        return outcome

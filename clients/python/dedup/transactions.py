@@ -1,4 +1,4 @@
-"""A claimed transaction, as anybody may see it."""
+"""A claimed transaction as every caller sees it."""
 
 import enum
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from dedup.v1 import dedup_pb2
 
 
 class TransactionState(enum.Enum):
-    """What has become of a claimed transaction."""
+    """The state of a claimed transaction. A state that this client does not know is UNSPECIFIED."""
 
     UNSPECIFIED = 0
     IN_PROGRESS = 1
@@ -23,9 +23,9 @@ _STATES = {state.value: state for state in TransactionState}
 
 @dataclass(frozen=True, slots=True)
 class Transaction:
-    """A claimed transaction: who holds it, since when and until when, and its result once it is completed.
+    """A claimed transaction: its holder, its times, and its result once completed.
 
-    Times are aware, in UTC. Those of a claim that this service did not write are None, and its claimant is empty.
+    Times are aware and in UTC. For a claim that this service did not write, times are None and the claimant is empty.
     """
 
     transaction_id: str
@@ -39,12 +39,12 @@ class Transaction:
 
     @property
     def completed(self) -> bool:
-        """Whether the work is done; `result` is what its holder gave."""
+        """Whether the work is done and `result` is final."""
         return self.state is TransactionState.COMPLETED
 
     @classmethod
     def of(cls, message: dedup_pb2.Transaction) -> Self:
-        """Return the transaction of a reply."""
+        """Convert the transaction of a reply."""
         return cls(
             transaction_id=message.transaction_id,
             namespace=message.namespace,

@@ -1,28 +1,26 @@
-"""WSGI middleware: a request with an Idempotency-Key is handled once (Flask, Django and others)."""
+"""WSGI middleware that handles a request with an Idempotency-Key once (Flask, Django and others)."""
 
 import io
-import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
+from dedup.calls import Span
 from dedup.client import Claim, Client
 from dedup.errors import DedupError
+from dedup.handles import log_failed_ending
 from dedup.idempotency import Response, Rules, answer_to, fingerprint, pack, problem, worth_completing
-from dedup.requests import Span
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
-_LOG = logging.getLogger("dedup")
-
 
 class IdempotencyMiddleware:
-    """Lets the first request with an Idempotency-Key through, and replays its response to the others.
+    """Passes on the first request with an Idempotency-Key, and replays its response to the others.
 
-    The options are those of `dedup.idempotency.Rules`. A guarded response is gathered whole, and complete at the
-    service before it leaves, so no caller can have it and be let through again. A server error or an exception
-    releases the claim, any other response completes it.
+    `dedup.idempotency.Rules` describes the options. A guarded response is buffered, and its claim is completed before
+    it is sent, so a caller that has the response cannot repeat the work. A server error or an exception releases the
+    claim; any other response completes it.
     """
 
     def __init__(
@@ -51,7 +49,7 @@ class IdempotencyMiddleware:
         )
 
     def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
-        """Handle one request; what has no key goes through untouched."""
+        """Handle one request. A request without a key is passed on unchanged."""
         headers = {name[5:].replace("_", "-").lower(): v for name, v in environ.items() if name.startswith("HTTP_")}
         path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
         try:
@@ -62,7 +60,9 @@ class IdempotencyMiddleware:
             return self._app(environ, start_response)
         body = _whole_body(environ, self._rules.max_body_bytes)
         if body is None:
-            return _respond(start_response, problem(413, f"At most {self._rules.max_body_bytes} bytes are taken."))
+            return _respond(
+                start_response, problem(413, f"The request body may have up to {self._rules.max_body_bytes} bytes.")
+            )
         environ["wsgi.input"] = io.BytesIO(body)
         environ["CONTENT_LENGTH"] = str(len(body))
         try:
@@ -75,11 +75,11 @@ class IdempotencyMiddleware:
         return self._handle(claim, environ, start_response)
 
     def _handle(self, claim: Claim, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
-        gathered = _Gathered()
+        buffered = _Buffered()
         try:
-            chunks = self._app(environ, gathered.start_response)
+            chunks = self._app(environ, buffered.start_response)
             try:
-                gathered.body += b"".join(chunks)
+                buffered.body += b"".join(chunks)
             finally:
                 close = getattr(chunks, "close", None)
                 if close is not None:
@@ -87,17 +87,17 @@ class IdempotencyMiddleware:
         except Exception:
             _quietly(claim, claim.release)
             raise
-        response = gathered.response()
+        response = buffered.response()
         if worth_completing(response.status):
             _quietly(claim, lambda: claim.complete(pack(response)))
         else:
             _quietly(claim, claim.release)
-        start_response(gathered.status, gathered.headers)
+        start_response(buffered.status, buffered.headers)
         return [response.body]
 
 
-class _Gathered:
-    """What the application answers, through either way of WSGI to give a body."""
+class _Buffered:
+    """Buffers a response, returned or written by the application."""
 
     def __init__(self) -> None:
         self.status = ""
@@ -107,19 +107,19 @@ class _Gathered:
     def start_response(
         self, status: str, headers: list[tuple[str, str]], _exc_info: Any = None, /
     ) -> Callable[[bytes], object]:
-        """Keep the status and the headers; called again after an error, the later ones count."""
+        """Keep the status and the headers. A second call, after an error, replaces them."""
         self.status = status
         self.headers = headers
         return self.body.extend
 
     def response(self) -> Response:
-        """Return it whole."""
+        """Return the complete response."""
         headers = tuple((name.lower(), value) for name, value in self.headers)
         return Response(int(self.status.split(" ", 1)[0]), headers, bytes(self.body))
 
 
 def _whole_body(environ: "WSGIEnvironment", limit: int) -> bytes | None:
-    """Return the body of the request, or None when it is larger than `limit`."""
+    """Return the request body, or None if it is larger than `limit`."""
     length = environ.get("CONTENT_LENGTH") or ""
     if not length and not environ.get("wsgi.input_terminated"):
         return b""
@@ -135,8 +135,8 @@ def _respond(start_response: "StartResponse", response: Response) -> list[bytes]
 
 
 def _quietly(claim: Claim, ending: Callable[[], object]) -> None:
-    """End the claim; the caller gets the response even where that fails, since the work is done."""
+    """Complete or release the claim. A failure is only logged: the work is done, so its response is sent."""
     try:
         ending()
     except DedupError as error:
-        _LOG.warning("could not end the claim of %r: %s", claim.transaction_id, error)
+        log_failed_ending(claim, error)

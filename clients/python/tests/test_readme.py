@@ -1,5 +1,6 @@
-"""The README's examples do what the README says."""
+"""The README's examples print what the README says, and pass mypy."""
 
+import os
 import re
 import subprocess
 import sys
@@ -10,7 +11,8 @@ import pytest
 
 from tests.support.processes import ServiceProcess
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+CLIENT = Path(__file__).parents[1]
+README = (CLIENT / "README.md").read_text()
 
 # A program, and the text that follows it where the README says what it prints, once or in two runs.
 PROGRAMS = re.findall(
@@ -30,6 +32,20 @@ def test_an_example_prints_what_the_readme_says(
         subprocess.run(program, capture_output=True, text=True, check=True, timeout=60).stdout for _ in range(runs)
     ]
     assert "".join(printed) == expected
+
+
+def test_every_example_passes_mypy(tmp_path: Path) -> None:
+    """A user who copies an example into a project with `mypy --strict` gets no error."""
+    for number, (code, _, _) in enumerate(PROGRAMS):
+        (tmp_path / f"example_{number}.py").write_text(code)
+    files = sorted(path.name for path in tmp_path.glob("*.py"))
+    # No configuration of this repository applies, except where the client's types are.
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", f"--cache-dir={CLIENT / '.mypy_cache'}"]
+    environment = os.environ | {"MYPYPATH": str(CLIENT)}
+    checked = subprocess.run(
+        [*command, *files], check=False, cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
 def test_every_example_is_found() -> None:

@@ -96,6 +96,6 @@ def make_engine(name: EngineName, register: Register, options: EngineOptions) ->
         from dedup_service.server.engines.native import NativeEngine  # noqa: PLC0415 - as above
     except ImportError as error:
         raise FatalError(
-            f"the engine 'native' cannot be loaded ({error}): install dedup-service[native], or set DEDUP_ENGINE=grpcio"
+            f"the engine 'native' cannot be loaded ({error}): install the extra `native`, or set DEDUP_ENGINE=grpcio"
         ) from None
     return NativeEngine(register, options)

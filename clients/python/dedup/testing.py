@@ -1,0 +1,361 @@
+"""Fakes for tests of code that uses this client: no server, no network, and a clock that the test controls.
+
+`FakeClient` and `AsyncFakeClient` are the real clients over a `FakeService` in memory.
+"""
+
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+
+from dedup import aio
+from dedup.calls import Calls, OnUnavailable
+from dedup.client import Client
+from dedup.errors import CallFailed, InvalidRequest, Unavailable
+from dedup.handles import OnError
+from dedup.ids import MAX_TRANSACTION_ID_BYTES, new_claim_token
+from dedup.retries import Retrier, RetryPolicy, Send
+from dedup.v1 import dedup_pb2
+
+__all__ = ["AsyncFakeClient", "FakeClient", "FakeService"]
+
+DEFAULT_TTL_MS = 60_000
+DEFAULT_RETENTION_MS = 24 * 3_600_000
+MAX_TTL_MS = 7 * 24 * 3_600_000
+MAX_RESULT_BYTES = 4_096
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_NAMESPACE = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
+_TOKEN = re.compile(r"[\x20-\x7e]{16,64}")
+
+_Holding = (
+    dedup_pb2.CompleteTransactionRequest | dedup_pb2.ReleaseTransactionRequest | dedup_pb2.ExtendTransactionRequest
+)
+
+
+@dataclass(slots=True)
+class _Held:
+    transaction: dedup_pb2.Transaction
+    token: str
+    fingerprint: bytes
+    expire_time_ms: int
+
+
+class FakeService:
+    """The service in memory, for one process. It is thread-safe.
+
+    It makes the same decisions, token checks, expiries and rejections as the service. `clock` returns Unix time in
+    seconds. `unavailable = True` rejects every call, as the service does without its store. A claim with `wait` is
+    answered at once, and every namespace has the default policy.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._advanced_s = 0.0
+        self._now_ms = 0
+        self._lost_replies = 0
+        self._held: dict[tuple[str, str], _Held] = {}
+        self._lock = threading.Lock()
+        self.unavailable = False
+        self.calls: list[tuple[str, Message]] = []
+        """Method and request of every attempt so far."""
+
+    def advance(self, seconds: float) -> None:
+        """Move the clock forward."""
+        self._advanced_s += seconds
+
+    def lose_replies(self, count: int = 1) -> None:
+        """Execute the next `count` attempts and lose their replies."""
+        self._lost_replies = count
+
+    def answer(self, method: str, request: Message) -> Message:
+        """Execute one attempt of a call. Raises the CallFailed that the service's error would become."""
+        with self._lock:
+            copy = type(request)()
+            copy.CopyFrom(request)
+            self.calls.append((method, copy))
+            if self.unavailable:
+                raise Unavailable(
+                    "the fake service is set to unavailable",
+                    code=grpc.StatusCode.UNAVAILABLE,
+                    reason="STORE_UNREACHABLE",
+                    applied="no",
+                    retry_after_s=0.2,
+                )
+            # Read once: all times of a call count from one moment.
+            self._read_clock()
+            reply = self._execute(copy)
+            if self._lost_replies:
+                self._lost_replies -= 1
+                raise Unavailable("the reply was lost", code=grpc.StatusCode.UNAVAILABLE)
+            return reply
+
+    def _execute(self, request: Message) -> Message:
+        match request:
+            case dedup_pb2.ClaimTransactionRequest():
+                return self._claim(request)
+            case dedup_pb2.CompleteTransactionRequest():
+                return self._complete(request)
+            case dedup_pb2.ReleaseTransactionRequest():
+                return self._release(request)
+            case dedup_pb2.ExtendTransactionRequest():
+                return self._extend(request)
+            case dedup_pb2.GetTransactionRequest():
+                return self._get(request)
+        raise AssertionError(f"the fake service does not support {type(request).__name__}")
+
+    def _claim(self, request: dedup_pb2.ClaimTransactionRequest) -> dedup_pb2.ClaimTransactionResponse:
+        expire_time_ms = self._expire_time_ms(request, DEFAULT_TTL_MS)
+        _refuse([*_identity_faults(request), *self._expiry_faults(request), *_claim_faults(request)])
+        token = request.claim_token or new_claim_token()
+        held = self._find(request)
+        if held is None:
+            held = _Held(
+                dedup_pb2.Transaction(
+                    transaction_id=request.transaction_id,
+                    namespace=request.namespace or "default",
+                    state=dedup_pb2.TRANSACTION_STATE_IN_PROGRESS,
+                    claimant=request.claimant,
+                ),
+                token,
+                request.payload_fingerprint,
+                expire_time_ms,
+            )
+            held.transaction.claim_time.FromMilliseconds(self._now_ms)
+            self._keep(held, expire_time_ms)
+            return dedup_pb2.ClaimTransactionResponse(
+                outcome=dedup_pb2.CLAIM_OUTCOME_CLAIMED, claim_token=token, transaction=held.transaction
+            )
+        if request.payload_fingerprint and held.fingerprint and request.payload_fingerprint != held.fingerprint:
+            return dedup_pb2.ClaimTransactionResponse(
+                outcome=dedup_pb2.CLAIM_OUTCOME_PAYLOAD_MISMATCH, transaction=held.transaction
+            )
+        if held.token == token and held.transaction.state == dedup_pb2.TRANSACTION_STATE_IN_PROGRESS:
+            return dedup_pb2.ClaimTransactionResponse(
+                outcome=dedup_pb2.CLAIM_OUTCOME_CLAIMED,
+                claim_token=token,
+                replayed=True,
+                transaction=held.transaction,
+            )
+        return dedup_pb2.ClaimTransactionResponse(
+            outcome=dedup_pb2.CLAIM_OUTCOME_DUPLICATE, transaction=held.transaction
+        )
+
+    def _complete(self, request: dedup_pb2.CompleteTransactionRequest) -> dedup_pb2.CompleteTransactionResponse:
+        expire_time_ms = self._expire_time_ms(request, DEFAULT_RETENTION_MS)
+        faults = [*_identity_faults(request), *self._expiry_faults(request), *_token_faults(request)]
+        if len(request.result) > MAX_RESULT_BYTES:
+            faults.append(("result", f"has {len(request.result)} bytes; it must have at most {MAX_RESULT_BYTES}"))
+        _refuse(faults)
+        held = self._find(request)
+        if held is None or held.token != request.claim_token:
+            return dedup_pb2.CompleteTransactionResponse(outcome=dedup_pb2.COMPLETE_OUTCOME_NOT_HELD)
+        if held.transaction.state == dedup_pb2.TRANSACTION_STATE_COMPLETED:
+            if held.transaction.result != request.result:
+                return dedup_pb2.CompleteTransactionResponse(outcome=dedup_pb2.COMPLETE_OUTCOME_NOT_HELD)
+        else:
+            held.transaction.state = dedup_pb2.TRANSACTION_STATE_COMPLETED
+            held.transaction.result = request.result
+            held.transaction.completion_time.FromMilliseconds(self._now_ms)
+            self._keep(held, expire_time_ms)
+        return dedup_pb2.CompleteTransactionResponse(
+            outcome=dedup_pb2.COMPLETE_OUTCOME_COMPLETED, transaction=held.transaction
+        )
+
+    def _release(self, request: dedup_pb2.ReleaseTransactionRequest) -> dedup_pb2.ReleaseTransactionResponse:
+        _refuse([*_identity_faults(request), *_token_faults(request)])
+        if self._find_in_progress(request) is None:
+            return dedup_pb2.ReleaseTransactionResponse(outcome=dedup_pb2.RELEASE_OUTCOME_NOT_HELD)
+        del self._held[request.namespace or "default", request.transaction_id]
+        return dedup_pb2.ReleaseTransactionResponse(outcome=dedup_pb2.RELEASE_OUTCOME_RELEASED)
+
+    def _extend(self, request: dedup_pb2.ExtendTransactionRequest) -> dedup_pb2.ExtendTransactionResponse:
+        expire_time_ms = self._expire_time_ms(request, DEFAULT_TTL_MS)
+        _refuse([*_identity_faults(request), *self._expiry_faults(request), *_token_faults(request)])
+        held = self._find_in_progress(request)
+        if held is None:
+            return dedup_pb2.ExtendTransactionResponse(outcome=dedup_pb2.EXTEND_OUTCOME_NOT_HELD)
+        if request.allow_shortening or expire_time_ms > held.expire_time_ms:
+            self._keep(held, expire_time_ms)
+        return dedup_pb2.ExtendTransactionResponse(
+            outcome=dedup_pb2.EXTEND_OUTCOME_EXTENDED, transaction=held.transaction
+        )
+
+    def _get(self, request: dedup_pb2.GetTransactionRequest) -> dedup_pb2.GetTransactionResponse:
+        _refuse(list(_identity_faults(request)))
+        held = self._find(request)
+        if held is None:
+            raise CallFailed(
+                "nobody holds the transaction",
+                code=grpc.StatusCode.NOT_FOUND,
+                reason="TRANSACTION_NOT_FOUND",
+                applied="no",
+            )
+        return dedup_pb2.GetTransactionResponse(transaction=held.transaction)
+
+    def _read_clock(self) -> None:
+        self._now_ms = int((self._clock() + self._advanced_s) * 1000)
+
+    def _find(
+        self, request: dedup_pb2.ClaimTransactionRequest | dedup_pb2.GetTransactionRequest | _Holding
+    ) -> _Held | None:
+        key = (request.namespace or "default", request.transaction_id)
+        held = self._held.get(key)
+        if held is not None and held.expire_time_ms <= self._now_ms:
+            del self._held[key]
+            return None
+        return held
+
+    def _find_in_progress(self, request: _Holding) -> _Held | None:
+        held = self._find(request)
+        if held is None or held.token != request.claim_token:
+            return None
+        return held if held.transaction.state == dedup_pb2.TRANSACTION_STATE_IN_PROGRESS else None
+
+    def _keep(self, held: _Held, expire_time_ms: int) -> None:
+        held.expire_time_ms = expire_time_ms
+        held.transaction.expire_time.FromMilliseconds(expire_time_ms)
+        self._held[held.transaction.namespace, held.transaction.transaction_id] = held
+
+    def _expire_time_ms(
+        self,
+        request: dedup_pb2.ClaimTransactionRequest
+        | dedup_pb2.CompleteTransactionRequest
+        | dedup_pb2.ExtendTransactionRequest,
+        default_ms: int,
+    ) -> int:
+        if request.HasField("expire_time"):
+            return request.expire_time.ToMilliseconds()
+        return self._now_ms + (request.ttl.ToMilliseconds() if request.HasField("ttl") else default_ms)
+
+    def _expiry_faults(
+        self,
+        request: dedup_pb2.ClaimTransactionRequest
+        | dedup_pb2.CompleteTransactionRequest
+        | dedup_pb2.ExtendTransactionRequest,
+    ) -> Iterator[tuple[str, str]]:
+        if request.HasField("ttl"):
+            yield from _ttl_faults(request.ttl)
+        if request.HasField("expire_time"):
+            left_ms = request.expire_time.ToMilliseconds() - self._now_ms
+            if left_ms <= 0:
+                yield "expire_time", "is in the past"
+            elif left_ms > MAX_TTL_MS:
+                yield "expire_time", "is later than the maximum ttl of 7d allows"
+
+
+class FakeClient(Client):
+    """A `dedup.Client` over a FakeService, in its attribute `service`. Several clients may share one service."""
+
+    def __init__(
+        self,
+        service: FakeService | None = None,
+        *,
+        namespace: str = "",
+        claimant: str = "",
+        timeout: float = 2.0,
+        on_unavailable: OnUnavailable = "deny",
+        on_error: OnError = "release",
+    ) -> None:
+        self.service = service or FakeService()
+        transport = _Transport(self.service)
+        retrier = Retrier(RetryPolicy(budget_s=timeout), clock=transport.now)
+        self._set_up(transport, Calls(retrier, on_unavailable), namespace, claimant, on_error)
+
+
+class AsyncFakeClient(aio.Client):
+    """A `dedup.aio.Client` over a FakeService, in its attribute `service`. It may share one with a FakeClient."""
+
+    def __init__(
+        self,
+        service: FakeService | None = None,
+        *,
+        namespace: str = "",
+        claimant: str = "",
+        timeout: float = 2.0,
+        on_unavailable: OnUnavailable = "deny",
+        on_error: OnError = "release",
+    ) -> None:
+        self.service = service or FakeService()
+        transport = _Transport(self.service)
+        retrier = Retrier(RetryPolicy(budget_s=timeout), clock=transport.now)
+        self._set_up(_AsyncTransport(transport), Calls(retrier, on_unavailable), namespace, claimant, on_error)
+
+
+class _Transport:
+    """Answers attempts from memory. Pauses take no time but count against the budget."""
+
+    def __init__(self, service: FakeService) -> None:
+        self._service = service
+        self._paused_s = 0.0
+
+    def now(self) -> float:
+        return self._paused_s
+
+    def send(self, step: Send) -> Message:
+        return self._service.answer(step.method, step.request)
+
+    def pause(self, seconds: float) -> None:
+        self._paused_s += seconds
+
+    def close(self) -> None:
+        """Do nothing: there is no channel."""
+
+
+class _AsyncTransport:
+    def __init__(self, inner: _Transport) -> None:
+        self._inner = inner
+
+    async def send(self, step: Send) -> Message:
+        return self._inner.send(step)
+
+    async def pause(self, seconds: float) -> None:
+        self._inner.pause(seconds)
+
+    async def close(self) -> None:
+        """Do nothing: there is no channel."""
+
+
+def _ttl_faults(ttl: Duration) -> Iterator[tuple[str, str]]:
+    if ttl.ToMilliseconds() <= 0:
+        yield "ttl", "must be at least 1 ms"
+    elif ttl.ToMilliseconds() > MAX_TTL_MS:
+        yield "ttl", "is longer than the maximum of 7d"
+
+
+def _identity_faults(
+    request: dedup_pb2.ClaimTransactionRequest | dedup_pb2.GetTransactionRequest | _Holding,
+) -> Iterator[tuple[str, str]]:
+    size = len(request.transaction_id.encode())
+    if not 1 <= size <= MAX_TRANSACTION_ID_BYTES:
+        yield "transaction_id", f"has {size} bytes of UTF-8; it must have 1 to {MAX_TRANSACTION_ID_BYTES}"
+    elif _CONTROL.search(request.transaction_id):
+        yield "transaction_id", "has a control character"
+    if request.namespace and not _NAMESPACE.fullmatch(request.namespace):
+        yield "namespace", "must match [a-z0-9][a-z0-9_.-]{0,62}"
+
+
+def _claim_faults(request: dedup_pb2.ClaimTransactionRequest) -> Iterator[tuple[str, str]]:
+    if request.claim_token:
+        yield from _token_faults(request)
+    if len(request.claimant.encode()) > 256 or _CONTROL.search(request.claimant):
+        yield "claimant", "must be at most 256 bytes of UTF-8 without control characters"
+    if len(request.payload_fingerprint) > 64:
+        yield "payload_fingerprint", f"has {len(request.payload_fingerprint)} bytes; it must have at most 64"
+    if not 0 <= request.wait.ToMilliseconds() <= 300_000:
+        yield "wait", "must be 0 to 5 minutes"
+
+
+def _token_faults(request: dedup_pb2.ClaimTransactionRequest | _Holding) -> Iterator[tuple[str, str]]:
+    if not _TOKEN.fullmatch(request.claim_token):
+        yield "claim_token", "must be 16 to 64 printable ASCII characters"
+
+
+def _refuse(faults: list[tuple[str, str]]) -> None:
+    if faults:
+        raise InvalidRequest("; ".join(f"{field}: {what}" for field, what in faults), violations=dict(faults))

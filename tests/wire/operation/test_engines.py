@@ -1,0 +1,128 @@
+"""The engines: which one serves, and how one that cannot says so. That both serve alike is shown by all tests here."""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import structlog
+
+from dedup.v1 import dedup_pb2, dedup_pb2_grpc
+from dedup_service.api.admission import Admission
+from dedup_service.api.endpoint import Endpoint
+from dedup_service.api.servicer import SERVICE_NAME
+from dedup_service.config.errors import FatalError
+from dedup_service.config.settings import EngineName
+from dedup_service.observability.call_log import CallLog
+from dedup_service.observability.calls import Call
+from dedup_service.observability.logs import LoggedIds
+from dedup_service.server.engines import EngineOptions, make_engine
+from tests.support.polling import wait_until
+from tests.support.processes import ServiceProcess, run_command
+
+
+def test_the_log_names_the_engine(service: ServiceProcess, engine: EngineName) -> None:
+    """Operators read in the log of the start which engine serves."""
+    assert service.events("server_started")[0]["engine"] == engine
+
+
+def test_grpcio_is_the_default_and_needs_no_other() -> None:
+    """Without the setting grpcio serves, and the other engine is not even loaded."""
+    code = "import sys, dedup_service.cli, dedup_service.server.life_cycle; print('pygrpc_native' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "False\n"
+
+
+def test_an_engine_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The refusal names the package to install and the setting to change."""
+    monkeypatch.setitem(sys.modules, "pygrpc_native", None)
+    monkeypatch.delitem(sys.modules, "dedup_service.server.engines.native", raising=False)
+    with pytest.raises(FatalError, match="install the extra `native`, or set DEDUP_ENGINE=grpcio"):
+        make_engine("native", lambda _: None, EngineOptions(max_streams=1))
+
+
+def test_an_engine_that_does_not_exist_is_refused() -> None:
+    """A misspelt engine is one sentence that names the setting and its values."""
+    ended = run_command("serve", environment={"DEDUP_ENGINE": "rust"})
+    assert ended.returncode == 2
+    assert "DEDUP_ENGINE (--engine): Input should be 'grpcio' or 'native'" in ended.stderr
+
+
+def test_without_a_temporary_folder_the_native_engine_is_refused(tmp_path: Path) -> None:
+    """The socket for what it hands to grpcio has to have a place; the sentence says what to set."""
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    arguments = ("--engine", "native", "--listen", "127.0.0.1:0", "--store-url", f"sqlite://{tmp_path / 'claims.db'}")
+    ended = run_command("serve", *arguments, environment={"TMPDIR": str(folder)})
+    assert ended.returncode == 1
+    assert "set TMPDIR to a writable one with a short path, or set DEDUP_ENGINE=grpcio" in ended.stderr
+
+
+def test_the_native_engine_leaves_nothing_behind(tmp_path: Path) -> None:
+    """The temporary socket has gone when the server has ended."""
+    arguments = ("--engine", "native", "--store-url", f"sqlite://{tmp_path / 'claims.db'}")
+    # The path of a socket has to be shorter than that of tmp_path may be.
+    with tempfile.TemporaryDirectory() as folder:
+        service = ServiceProcess(*arguments, environment={"TMPDIR": folder}).start()
+        wait_until(lambda: list(Path(folder).iterdir()), what="the folder of the socket")
+        assert service.stop() == 0
+        assert list(Path(folder).iterdir()) == []
+
+
+async def test_several_processes_share_a_port_only_when_they_say_so(engine: EngineName) -> None:
+    """With reuse_port two servers listen on one port; a third that does not say so is refused.
+
+    Protections: grpc.so_reuseport, and the probe that asks in the same way.
+    """
+    sharing = [make_engine(engine, lambda _: None, EngineOptions(max_streams=1, reuse_port=True)) for _ in range(2)]
+    address = sharing[0].listen("127.0.0.1:0")
+    assert sharing[1].listen(address) == address
+    alone = make_engine(engine, lambda _: None, EngineOptions(max_streams=1))
+    with pytest.raises(FatalError, match="does another server listen there"):
+        alone.listen(address)
+    for server in sharing:
+        await server.start()
+        await server.stop(None)
+
+
+@pytest.mark.parametrize("timeout_s", [None, 60])
+async def test_only_a_call_with_a_deadline_has_one(engine: EngineName, timeout_s: float | None) -> None:
+    """A handler learns how long its caller waits, or that it waits for ever, in the same words from each engine.
+
+    Protection: what the native engine says of a call without a deadline is read as none.
+    """
+    budgets: list[float | None] = []
+
+    async def look(
+        _: dedup_pb2.GetTransactionRequest, __: Call, budget_s: float | None
+    ) -> dedup_pb2.GetTransactionResponse:
+        budgets.append(budget_s)
+        return dedup_pb2.GetTransactionResponse()
+
+    endpoint = Endpoint(
+        method="GetTransaction",
+        request_type=dedup_pb2.GetTransactionRequest,
+        handler=look,
+        observer=CallLog(structlog.wrap_logger(structlog.ReturnLogger()), LoggedIds(plain=False)),
+        admission=Admission(1),
+    )
+
+    def register(server: grpc.aio.Server) -> None:
+        methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            "GetTransaction": grpc.unary_unary_rpc_method_handler(endpoint.serve)
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, methods),))
+        server.add_registered_method_handlers(SERVICE_NAME, methods)
+
+    server = make_engine(engine, register, EngineOptions(max_streams=1))
+    address = server.listen("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(address) as channel:
+        await dedup_pb2_grpc.DedupServiceStub(channel).GetTransaction(
+            dedup_pb2.GetTransactionRequest(), timeout=timeout_s
+        )
+    await server.stop(None)
+    assert [budget is None for budget in budgets] == [timeout_s is None]
