@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dedup import batches
-from dedup.errors import CallFailed
+from dedup.errors import CallFailed, Unavailable
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
 from dedup_service.cli.commands import app
 from tests.support.polling import wait_until
@@ -251,7 +251,7 @@ def test_doubt_outlasts_a_later_error(
     unique: str, folder: Path, monkeypatch: pytest.MonkeyPatch, lost_answers: int, applied: str
 ) -> None:
     """A claim whose first attempt may have been applied stays in doubt, although the last attempt changed nothing."""
-    lost = CallFailed("away", code=grpc.StatusCode.UNAVAILABLE, applied="unknown")
+    lost = Unavailable("away", code=grpc.StatusCode.UNAVAILABLE, applied="unknown")
     refused = CallFailed("not allowed", code=grpc.StatusCode.PERMISSION_DENIED, applied="no")
     answers = [lost] * lost_answers + [refused]
     monkeypatch.setattr(batches, "_attempt", lambda *_, **__: [answers.pop(0)])
