@@ -169,7 +169,8 @@ async def test_ten_thousand_random_cancels(
                     ends["cancelled"] += 1
                     return
                 except grpc.aio.AioRpcError as error:
-                    assert (engine, error.code()) == ("native", grpc.StatusCode.UNAVAILABLE), error
+                    if engine != "native" or error.code() is not grpc.StatusCode.UNAVAILABLE:
+                        raise
                     ends["connection closed"] += 1
                     return
                 ends["answered"] += 1
