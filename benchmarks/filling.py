@@ -8,9 +8,8 @@ from pathlib import Path
 import redis
 
 from dedup_service.claims import Transaction, system_clock_ms
-from dedup_service.stores.keys import prefixed_layout
 from dedup_service.stores.sqlite.file import ClaimFile
-from dedup_service.stores.stored_value import encode
+from dedup_service.stores.stored_value import encode, prefixed_layout
 
 SEED = 20251128
 LIFE_MS = 86_400_000

@@ -28,10 +28,10 @@ from benchmarks.results import paired_ratios, percentile, spread
 from benchmarks.servers import CannotMeasure, Server, Subject, running_redis
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
 from dedup_service.claims import RequestedExpiry, Transaction, system_clock_ms
-from dedup_service.stores.keys import prefixed_layout
 from dedup_service.stores.sqlite.file import ClaimFile
 from dedup_service.stores.sqlite.store import SqliteStore
 from dedup_service.stores.sqlite.thread import BatchThread
+from dedup_service.stores.stored_value import prefixed_layout
 
 KINDS = ("fresh", "held")
 _FRESH_TTL_MS = 500

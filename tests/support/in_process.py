@@ -8,11 +8,11 @@ import grpc
 import structlog
 
 from dedup.v1 import dedup_pb2_grpc
-from dedup_service.api.admission import Admission
+from dedup_service.api.endpoint import Admission
 from dedup_service.api.servicer import DedupServicer, add_to_server
 from dedup_service.claims import ClaimService, ClaimStore, Policies, Policy
 from dedup_service.config.settings import EngineName
-from dedup_service.observability.call_log import CallLog
+from dedup_service.observability.calls import CallLog
 from dedup_service.observability.logs import LoggedIds
 from dedup_service.observability.observers import Observers
 from dedup_service.server.engines import EngineOptions, make_engine

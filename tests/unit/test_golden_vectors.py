@@ -7,8 +7,14 @@ from typing import Any
 
 import pytest
 
-from dedup_service.api.admission import ServerStopping, TooManyCalls
-from dedup_service.api.errors import ERROR_DOMAIN, DeadlinePassed, DeadlineTooNear, error_reply
+from dedup_service.api.errors import (
+    ERROR_DOMAIN,
+    DeadlinePassed,
+    DeadlineTooNear,
+    ServerStopping,
+    TooManyCalls,
+    error_reply,
+)
 from dedup_service.claims import (
     Applied,
     CallerNotAllowed,
@@ -26,8 +32,7 @@ from dedup_service.claims import (
     UnreadableValue,
 )
 from dedup_service.claims.limits import claim_violations, identity_violations
-from dedup_service.stores.keys import prefixed_layout, raw_layout
-from dedup_service.stores.stored_value import UNREADABLE, decode, encode
+from dedup_service.stores.stored_value import UNREADABLE, decode, encode, prefixed_layout, raw_layout
 
 ROOT = Path(__file__).parents[2]
 VECTORS: dict[str, Any] = json.loads((ROOT / "clients" / "golden_vectors.json").read_text())

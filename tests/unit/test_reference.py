@@ -11,8 +11,8 @@ import pytest
 
 import reference
 from dedup_service.config import settings as settings_module
+from dedup_service.config.files import read_tokens
 from dedup_service.config.settings import Settings, load_settings
-from dedup_service.config.token_file import read_tokens
 from dedup_service.server.policies import load_policies
 
 ROOT = Path(__file__).parents[2]

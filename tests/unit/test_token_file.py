@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from dedup_service.config.files import load_tokens
 from dedup_service.config.settings import BadSettings
-from dedup_service.config.token_file import load_tokens
 
 TOKEN = "a-token-of-twenty-21"
 

@@ -12,13 +12,11 @@ import pytest
 import structlog
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
-from dedup_service.api.admission import Admission
-from dedup_service.api.endpoint import Endpoint
+from dedup_service.api.endpoint import Admission, Endpoint
 from dedup_service.api.servicer import SERVICE_NAME
 from dedup_service.config.errors import FatalError
 from dedup_service.config.settings import EngineName
-from dedup_service.observability.call_log import CallLog
-from dedup_service.observability.calls import Call
+from dedup_service.observability.calls import Call, CallLog
 from dedup_service.observability.logs import LoggedIds
 from dedup_service.server.engines import EngineOptions, make_engine
 from tests.support.polling import wait_until
