@@ -1,9 +1,8 @@
-"""Measures what calls that their client cancels cost the server in memory, beside as many that nobody cancels.
+"""Measures how much memory the server leaks for each call that its client cancels, compared with answered calls.
 
-grpcio leaks the operations of a cancelled batch (grpc/grpc#43360); this says how much of it reaches this service. Each
-kind of call gets a server of its own with the embedded store. Its resident memory is read between rounds, when nothing
-is under way (Linux only). The cancelled calls wait for the end of a claim that is held, so that each is cancelled while
-the server works on it.
+grpcio leaks the operations of a cancelled batch (grpc/grpc#43360). Each kind of call has its own server with the
+embedded store. Resident memory is read between rounds, without in-flight calls. Linux only. A cancelled call waits as a
+duplicate of a claim in progress, so it is cancelled while the server works on it.
 """
 
 import argparse
@@ -19,6 +18,7 @@ from typing import Any
 
 import grpc
 
+from benchmarks import machine
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
 
 CALLERS = 100
@@ -31,7 +31,7 @@ Stub = Any
 
 
 def request(wait_s: int = 0) -> dedup_pb2.ClaimTransactionRequest:
-    """Return a claim of the one transaction that is held."""
+    """Return a claim of the held transaction."""
     claim = dedup_pb2.ClaimTransactionRequest(transaction_id="held")
     claim.ttl.FromSeconds(86_400)
     claim.wait.FromSeconds(wait_s)
@@ -39,26 +39,26 @@ def request(wait_s: int = 0) -> dedup_pb2.ClaimTransactionRequest:
 
 
 async def answered(stub: Stub, _: random.Random) -> None:
-    """Make one call that is answered."""
+    """Make a call and receive its answer."""
     await stub.ClaimTransaction(request())
 
 
 async def cancelled(stub: Stub, chance: random.Random) -> None:
-    """Make one call that would wait for long, and cancel it."""
+    """Make a call that waits, and cancel it."""
     call = stub.ClaimTransaction(request(wait_s=60))
     asyncio.get_running_loop().call_later(chance.uniform(0.02, 0.1), call.cancel)
     try:
         await call
     except asyncio.CancelledError:
         return
-    raise AssertionError("a call that waits was answered")
+    raise AssertionError("a waiting call was answered instead of cancelled")
 
 
 KINDS = {"answered": answered, "cancelled": cancelled}
 
 
 async def measure(kind: str, calls: int) -> dict[str, Any]:
-    """Make as many calls of one kind against a new server, and return the figures."""
+    """Make calls of one kind against a new server, and return the figures."""
     chance = random.Random(SEED)  # noqa: S311 - seeds a benchmark
     a_round = max(1, calls // ROUNDS // CALLERS)
     with tempfile.TemporaryDirectory(prefix="dedup-benchmark-") as folder:
@@ -98,16 +98,18 @@ async def _rounds(kind: str, stub: Stub, chance: random.Random, a_round: int, pi
     for number in range(ROUNDS):
         await asyncio.gather(*(caller() for _ in range(CALLERS)))
         await asyncio.sleep(IDLE_S)
-        status = await asyncio.to_thread(Path(f"/proc/{pid}/status").read_text)
-        sizes.append(int(status.split("VmRSS:")[1].split()[0]) * 1024)
-        sys.stderr.write(f"{kind}: {(number + 1) * a_round * CALLERS} calls, {sizes[-1] >> 10} KiB\n")
+        size_kib = machine.rss_kib(pid)
+        sizes.append(size_kib * 1024)
+        sys.stderr.write(f"{kind}: {(number + 1) * a_round * CALLERS} calls, {size_kib} KiB\n")
     return sizes
 
 
 def main() -> None:
     """Measure both kinds of calls, and print the figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--calls", type=int, default=100_000, help="of each kind (default: %(default)s)")
+    parser.add_argument(
+        "--calls", type=int, default=100_000, help="number of calls of each kind (default: %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     figures: dict[str, Any] = {"grpcio": grpc.__version__, "python": sys.version.split()[0]}
@@ -120,8 +122,8 @@ def main() -> None:
     for kind in KINDS:
         found = figures[kind]
         sys.stdout.write(
-            f"{kind:>9}: {found['calls']} calls, of which the server saw {found['cancelled_as_the_server_saw_it']} "
-            f"cancelled; {found['bytes_a_call_in_the_second_half']:+.1f} bytes a call in the second half; "
+            f"{kind:>9}: {found['calls']} calls, {found['cancelled_as_the_server_saw_it']} cancelled according "
+            f"to the server; {found['bytes_a_call_in_the_second_half']:+.1f} bytes a call in the second half; "
             f"{found['rss_kib'][0]} → {found['rss_kib'][ROUNDS // 2]} → {found['rss_kib'][-1]} KiB\n"
         )
 

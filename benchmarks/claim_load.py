@@ -1,7 +1,7 @@
-"""Claims fresh transactions through the Python client from many callers for a while, alone or coalesced.
+"""Claims fresh transactions through the Python client with many callers, one claim per call or coalesced.
 
-Prints one line of JSON: how many were claimed, how long it took, and the latencies. The Go client's load has the same
-flags and the same line: clients/go/internal/claimload.
+Prints one JSON object: the number of claims, the duration and the latencies. clients/go/internal/claimload has the same
+flags and output.
 """
 
 import argparse
@@ -12,12 +12,12 @@ import threading
 import time
 from collections.abc import Sequence
 
-from benchmarks.figures import percentile
+from benchmarks.results import percentile
 from dedup import Client, DuplicateTransaction, aio
 
 
 class Window:
-    """The time that counts: what is answered before it is warm-up, and after it callers stop."""
+    """The measured time. Earlier answers are warm-up; callers stop after it."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -25,27 +25,27 @@ class Window:
         self._end = self._begin + seconds
 
     def over(self, answered: float) -> bool:
-        """Whether a caller stops after an answer at this time."""
+        """Whether an answer at this time ends its caller."""
         return answered > self._end
 
     def counts(self, answered: float) -> bool:
-        """Whether an answer at this time counts."""
+        """Whether an answer at this time is measured."""
         return self._begin < answered <= self._end
 
 
 class WrongAnswer(Exception):
-    """A fresh id was not simply claimed, or one that is held was claimed again."""
+    """A fresh id was not claimed, or a held id was claimed again."""
 
 
 def check(claim: aio.Claim | object, transaction_id: str) -> None:
-    """Raise WrongAnswer unless this is a new claim of that id."""
+    """Raise WrongAnswer unless `claim` is a new claim of this id."""
     transaction = getattr(claim, "transaction", None)
     if getattr(claim, "replayed", True) or transaction is None or transaction.transaction_id != transaction_id:
         raise WrongAnswer(f"a fresh claim of {transaction_id} was answered with {transaction}")
 
 
 async def awaiting(target: str, callers: int, window: Window, prefix: str, *, coalesce: bool) -> list[float]:
-    """Return the latencies of as many tasks of one event loop, in seconds."""
+    """Claim with this many tasks of one event loop, and return the latencies in seconds."""
     latencies: list[float] = []
 
     async def caller(client: aio.Client, name: str) -> None:
@@ -73,7 +73,7 @@ async def awaiting(target: str, callers: int, window: Window, prefix: str, *, co
 
 
 class Thread(threading.Thread):
-    """One caller that blocks: its latencies in seconds, and what went wrong."""
+    """One blocking caller, with its latencies in seconds and its failure."""
 
     def __init__(self, client: Client, prefix: str, window: Window) -> None:
         super().__init__()
@@ -84,10 +84,10 @@ class Thread(threading.Thread):
         self._window = window
 
     def run(self) -> None:
-        """Claim until the window is over, and the last id once more."""
+        """Claim until the window is over, then claim the last id again."""
         try:
             last = self._claim_for_a_while()
-        except Exception as error:  # noqa: BLE001 - the main thread says it
+        except Exception as error:  # noqa: BLE001 - raised by the main thread
             self.failure = error
             return
         try:
@@ -115,7 +115,7 @@ class Thread(threading.Thread):
 
 
 def blocking(target: str, callers: int, window: Window, prefix: str, *, coalesce: bool) -> list[float]:
-    """Return the latencies of as many threads, in seconds."""
+    """Claim with this many threads, and return the latencies in seconds."""
     with Client(target, coalesce=coalesce) as client:
         threads = [Thread(client, f"{prefix}:{number}", window) for number in range(callers)]
         for thread in threads:
@@ -129,20 +129,20 @@ def blocking(target: str, callers: int, window: Window, prefix: str, *, coalesce
 
 
 def round_of(latencies: Sequence[float], seconds: float) -> dict[str, float]:
-    """Return the figures of one round; raise ValueError for no answers."""
+    """Return the figures of one round. Raises ValueError without latencies."""
     ordered = sorted(round(latency * 1e6) for latency in latencies)
     p50, p99 = (percentile(ordered, percent) / 1_000 for percent in (50, 99))
     return {"claims": len(ordered), "seconds": seconds, "p50_ms": p50, "p99_ms": p99}
 
 
 def main() -> None:
-    """Run one round, and print it."""
+    """Run one round, and print its figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--client", choices=("aio", "sync"), required=True)
     parser.add_argument("--target", required=True)
     parser.add_argument("--callers", type=int, required=True)
     parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("--prefix", required=True, help="begins every transaction id; must be new for each run")
+    parser.add_argument("--prefix", required=True, help="prefix of every transaction id; must differ in each run")
     parser.add_argument("--coalesce", action="store_true")
     options = parser.parse_args()
     window = Window(options.seconds)

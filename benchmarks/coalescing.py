@@ -1,8 +1,8 @@
-"""Measures what coalescing gains: concurrent callers that claim alone, beside as many whose claims travel together.
+"""Measures the effect of coalescing: concurrent callers with one claim per call, compared with coalesced claims.
 
-The Go client and both Python clients call the service on grpcio with a Redis of the run's own, in interleaved rounds of
-both kinds, each with a client process of its own. Every claim is of a fresh id and must be CLAIMED, and each caller's
-last id, claimed again, must be a DUPLICATE. Linux only. Progress goes to standard error.
+The Go client and both Python clients call the service on grpcio over a fresh Redis. Rounds of both kinds are
+interleaved, each with its own client process. Every claim of a fresh id must be CLAIMED, and a second claim of each
+caller's last id must be a DUPLICATE. Linux only. Progress goes to standard error.
 """
 
 import json
@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine, publishing
-from benchmarks.figures import Spread, paired_ratios, spread
-from benchmarks.publishing import ROOT, say
-from benchmarks.report import number, table, with_range
+from benchmarks.publishing import ROOT, number, say, table, with_range
+from benchmarks.results import Spread, paired_ratios, spread
 from benchmarks.servers import CannotMeasure, Server, Subject, running_redis
 
 CALLERS = 64
@@ -25,23 +24,23 @@ _TIMEOUT_S = 60
 
 
 def loads(folder: Path) -> dict[str, list[str]]:
-    """Return the command of each client's load; the Go client's is left out, with a word, where Go is missing."""
+    """Return the load command of each client; without the Go client, and with a message, if Go is missing."""
     found = {
         f"Python {name}": [sys.executable, "-m", "benchmarks.claim_load", "--client", name] for name in ("aio", "sync")
     }
     go = shutil.which("go")
     if go is None:
-        say("no Go on PATH: its client is not measured")
+        say("go is not on PATH: skipping the Go client")
         return found
     binary = folder / "claimload"
     build = [go, "build", "-o", str(binary), "./internal/claimload"]
     if subprocess.run(build, cwd=ROOT / "clients" / "go", check=False).returncode:
-        raise CannotMeasure("the load of the Go client could not be built: see above")
+        raise CannotMeasure("the load generator of the Go client does not compile: see the output above")
     return {"Go": [str(binary)], **found}
 
 
 def measure(rounds: int, seconds: float) -> dict[str, Any]:
-    """Return the figures of every client and kind, round by round; raise CannotMeasure for a wrong answer."""
+    """Return the figures of every client and kind by round. Raises CannotMeasure for a wrong answer."""
     found: dict[str, dict[str, list[dict[str, float]]]] = {}
     with tempfile.TemporaryDirectory(prefix="dedup-benchmark-") as name, running_redis(Path(name)) as redis:
         commands = loads(Path(name))
@@ -54,7 +53,7 @@ def measure(rounds: int, seconds: float) -> dict[str, Any]:
                     for kind in KINDS:
                         cpu_s = server.cpu_s
                         figures = one_round(command, server.target, f"{done}:{client}:{kind}", kind, seconds)
-                        # Of the warm-up and the last duplicates as well, hence a little too much.
+                        # Slightly too high: includes the warm-up and the final duplicates.
                         figures["server_cpu_us"] = (server.cpu_s - cpu_s) * 1e6 / figures["claims"]
                         found.setdefault(client, {}).setdefault(kind, []).append(figures)
                         rate = figures["claims"] / figures["seconds"]
@@ -65,19 +64,19 @@ def measure(rounds: int, seconds: float) -> dict[str, Any]:
 
 
 def one_round(command: list[str], target: str, prefix: str, kind: str, seconds: float) -> dict[str, float]:
-    """Return what one client process saw."""
+    """Run one client process, and return its figures."""
     asked = ["--target", target, "--callers", str(CALLERS), "--seconds", str(seconds), "--prefix", prefix]
     if kind == "coalesced":
         asked.append("--coalesce")
     done = subprocess.run([*command, *asked], cwd=ROOT, stdout=subprocess.PIPE, timeout=_TIMEOUT_S, check=False)
     if done.returncode:
-        raise CannotMeasure(f"a client saw a wrong answer or failed: {' '.join(command)}")
+        raise CannotMeasure(f"a client failed or received a wrong answer: {' '.join(command)}")
     figures: dict[str, float] = json.loads(done.stdout)
     return figures
 
 
 def gain(client: dict[str, list[dict[str, float]]], figure: str) -> Spread:
-    """Return how much more of a figure coalesced calls have than those alone, paired by rounds."""
+    """Return the ratio of a figure with coalescing to the same figure without, paired by rounds."""
     alone, together = ([_figure(each, figure) for each in client[kind]] for kind in KINDS)
     return paired_ratios(together, alone)
 
@@ -87,7 +86,7 @@ def _figure(of_round: dict[str, float], figure: str) -> float:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Return the table of the documentation."""
+    """Return the table for the documentation."""
     rows = []
     for name, client in results["clients"].items():
         rates = [spread([_figure(each, "rate") for each in client[kind]]) for kind in KINDS]

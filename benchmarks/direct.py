@@ -1,6 +1,6 @@
-"""Claims fresh keys in Redis by redis-py itself, without any service, and prints one JSON object like loadgen.
+"""Claims fresh keys in Redis with redis-py, without a service, and prints one JSON object like loadgen.
 
-`sync` is one connection and one call after the other; `asyncio` is a pool with a connection for each caller.
+`sync` makes sequential calls on one connection. `asyncio` uses a pool with a connection for each caller.
 """
 
 import argparse
@@ -18,20 +18,20 @@ TTL_MS = 60_000
 
 
 @dataclass
-class Seen:
-    """What the callers saw, and what it took; the clocks start when the connections are made."""
+class Measurements:
+    """The measurements of all callers. The clocks start once the connections are open."""
 
     latencies_us: list[int] = field(default_factory=list)
     wrong: int = 0
     seconds: float = field(default_factory=lambda: -time.perf_counter())
     cpu_s: float = field(default_factory=lambda: -time.process_time())
 
-    def note(self, begun: float, *, claimed: object) -> None:
-        """Note one answer; a fresh key that is not told to be ours is a wrong one."""
+    def record(self, begun: float, *, claimed: object) -> None:
+        """Record an answer; it is wrong unless the fresh key was claimed."""
         self.latencies_us.append(int((time.perf_counter() - begun) * 1e6))
         self.wrong += not claimed
 
-    def stop(self) -> "Seen":
+    def stop(self) -> "Measurements":
         """Stop the clocks."""
         self.seconds += time.perf_counter()
         self.cpu_s += time.process_time()
@@ -39,23 +39,23 @@ class Seen:
         return self
 
 
-def sync(url: str, prefix: str, seconds: float) -> Seen:
-    """Claim over one connection."""
+def sync(url: str, prefix: str, seconds: float) -> Measurements:
+    """Claim on one connection."""
     with redis.Redis.from_url(url) as client:
         client.ping()
-        seen, count = Seen(), 0
+        seen, count = Measurements(), 0
         end = time.perf_counter() + seconds
         while (begun := time.perf_counter()) < end:
             count += 1
-            seen.note(begun, claimed=client.set(f"{prefix}:{count}", "1", nx=True, px=TTL_MS))
+            seen.record(begun, claimed=client.set(f"{prefix}:{count}", "1", nx=True, px=TTL_MS))
         return seen.stop()
 
 
-async def pooled(url: str, prefix: str, seconds: float, concurrency: int) -> Seen:
-    """Claim with as many concurrent callers."""
+async def pooled(url: str, prefix: str, seconds: float, concurrency: int) -> Measurements:
+    """Claim with concurrent callers."""
     async with redis.asyncio.Redis.from_url(url, max_connections=concurrency) as client:
         await asyncio.gather(*(client.ping() for _ in range(concurrency)))
-        seen = Seen()
+        seen = Measurements()
         end = time.perf_counter() + seconds
 
         async def caller(number: int) -> None:
@@ -63,18 +63,18 @@ async def pooled(url: str, prefix: str, seconds: float, concurrency: int) -> See
             while (begun := time.perf_counter()) < end:
                 count += 1
                 claimed = await client.set(f"{prefix}:{number}:{count}", "1", nx=True, px=TTL_MS)
-                seen.note(begun, claimed=claimed)
+                seen.record(begun, claimed=claimed)
 
         await asyncio.gather(*map(caller, range(concurrency)))
         return seen.stop()
 
 
 def main() -> None:
-    """Claim for a while, and print what was seen."""
+    """Claim for the given time, and print the measurements."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--client", choices=("sync", "asyncio"), required=True)
     parser.add_argument("--redis", required=True, help="URL")
-    parser.add_argument("--prefix", required=True, help="what the keys begin with")
+    parser.add_argument("--prefix", required=True, help="prefix of the keys")
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--concurrency", type=int, default=1)
     options = parser.parse_args()

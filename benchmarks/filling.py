@@ -1,4 +1,4 @@
-"""Fills stores with live or expired claims, as the service stores them."""
+"""Fills stores with live or expired claims, in the format of the service."""
 
 import random
 import sqlite3
@@ -8,15 +8,14 @@ from pathlib import Path
 import redis
 
 from dedup_service.claims import Transaction, system_clock_ms
-from dedup_service.stores.keys import prefixed_layout
 from dedup_service.stores.sqlite.file import ClaimFile
-from dedup_service.stores.stored_value import encode
+from dedup_service.stores.stored_value import encode, prefixed_layout
 
 SEED = 20251128
 LIFE_MS = 86_400_000
-# As long as a token that the service generates.
+# As long as a generated token.
 _TOKEN = "T" * 22
-# Put together inside Redis, since packing ten million commands here would take minutes.
+# Runs inside Redis: sending ten million commands would take minutes.
 _FILL = """
 for number = ARGV[1], ARGV[2] - 1 do
   local value = ARGV[4] .. string.format('%022d', number) .. ARGV[5]
@@ -30,17 +29,17 @@ Progress = Callable[[int], None]
 
 
 def transaction_id(number: int) -> str:
-    """Return the id of one held transaction, in the shape of the lucky box's."""
+    """Return the id of a held transaction, in the format of the lucky box."""
     return f"lucky_box:{100_000_000 + number}:405:daily:2025-11-28"
 
 
 def a_claim(number: int, expire_time_ms: int) -> Transaction:
-    """Return one claim, made when the default time to live says."""
+    """Return a claim made the default ttl before it expires."""
     return Transaction("default", transaction_id(number), f"{number:022}", "", expire_time_ms - 60_000, expire_time_ms)
 
 
 def fill_redis(url: str, count: int, progress: Progress, *, bare: bool = False) -> None:
-    """Store `count` live claims; `bare` stores msgpack `true` instead, as a service with its own SETNX would."""
+    """Store `count` live claims. `bare` stores msgpack `true` instead, as a service with its own SETNX does."""
     now_ms = system_clock_ms()
     value = encode(Transaction("default", "", _TOKEN, "", now_ms, now_ms + LIFE_MS))
     head, _, tail = value.partition(_TOKEN.encode())
@@ -55,7 +54,7 @@ def fill_redis(url: str, count: int, progress: Progress, *, bare: bool = False) 
 
 
 def fill_sqlite(path: Path, count: int, progress: Progress, *, expired: bool = False) -> None:
-    """Make a claim file with `count` rows, live, or expired within the minute before now; keys come in any order."""
+    """Create a claim file with `count` rows in random key order: live, or expired within the last minute."""
     file = ClaimFile(path, system_clock_ms)
     file.begin()
     file.close()

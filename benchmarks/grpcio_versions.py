@@ -1,7 +1,7 @@
-"""Measures the service and its no-op on several versions of grpcio, beside each other, to choose the one to lock.
+"""Measures the service and the no-op server on several versions of grpcio, to choose the version to lock.
 
-Each version is installed into a folder of its own that goes before what is installed, so that everything else is the
-same. The servers run at the same time, and are measured in interleaved rounds.
+Each version is installed into its own folder, which precedes the installed packages; everything else is the same. The
+servers run at the same time, in interleaved rounds.
 """
 
 import argparse
@@ -13,28 +13,27 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks import load, machine
-from benchmarks.report import table, update_docs, with_range
+from benchmarks.publishing import ROOT, table, update_docs, with_range
 from benchmarks.results import Results
 from benchmarks.rounds import Extent, Rounds, say
 from benchmarks.servers import CannotMeasure, Redis, Subject, running_redis
 
-ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = "1.75.1,1.80.0,1.85.1"
 
 
 def install(version: str, folder: Path) -> str:
-    """Install one version of grpcio alone into a folder of its own, and return its path."""
+    """Install one version of grpcio, without dependencies, into its own folder; return the path."""
     say(f"installing grpcio {version}")
     target = folder / f"grpcio-{version}"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
     ended = subprocess.run([*pip, "--target", str(target), f"grpcio=={version}"], check=False)
     if ended.returncode:
-        raise CannotMeasure(f"grpcio {version} cannot be installed")
+        raise CannotMeasure(f"grpcio {version} cannot be installed: see the output of pip above")
     return str(target)
 
 
 def subjects(version: str, path: str, redis: Redis) -> list[Subject]:
-    """Return the no-op and the service on one version."""
+    """Return the no-op server and the service on one version."""
     engine = f"grpcio {version}"
     noop = ("-m", "benchmarks.noop_server")
     serve = ("-m", "dedup_service", "serve", "--log-level", "warning", "--store-url", redis.tcp_url)
@@ -45,7 +44,7 @@ def subjects(version: str, path: str, redis: Redis) -> list[Subject]:
 
 
 def measure(versions: list[str], extent: Extent) -> Results:
-    """Measure every version; raise CannotMeasure."""
+    """Measure every version. Raises CannotMeasure."""
     results = Results(machine.describe(), {"versions": versions})
     with tempfile.TemporaryDirectory(prefix="dedup-benchmark-") as name, ExitStack() as stack:
         folder = Path(name)
@@ -57,7 +56,7 @@ def measure(versions: list[str], extent: Extent) -> Results:
 
 
 def compare(results: Results, versions: list[str]) -> str:
-    """Return the table: calls and CPU of each version, and as a multiple of the first version in the same round."""
+    """Return the table: throughput and CPU of each version, and their ratio to the first version by round."""
     rows = []
     for cell in results.cells:
         kind, _, version = cell.server.partition(", grpcio ")
@@ -67,20 +66,24 @@ def compare(results: Results, versions: list[str]) -> str:
         for figure in ("throughput", "cpu_us"):
             row += [with_range(cell.spread(figure)), with_range(cell.ratio(first, figure))]
         rows.append(row)
-    beside = f"of {versions[0]}"
-    return table(["server", "callers", "calls a second", beside, "CPU µs a call", beside], rows)
+    ratio = f"of {versions[0]}"
+    return table(["server", "callers", "calls a second", ratio, "CPU µs a call", ratio], rows)
 
 
 def main() -> None:
     """Measure, and print the table or the JSON object."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--versions", default=VERSIONS, help="the first is the base (default: %(default)s)")
-    parser.add_argument("--concurrency", default="16,64", help="(default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, help="(default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement (default: %(default)s)")
+    parser.add_argument(
+        "--versions", default=VERSIONS, help="comma-separated; the first is the base (default: %(default)s)"
+    )
+    parser.add_argument("--concurrency", default="16,64", help="numbers of callers (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="number of rounds (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, help="duration of each measurement (default: %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--from-json", type=Path, metavar="PATH", help="measure nothing, report these results anew")
-    parser.add_argument("--update-docs", action="store_true", help="write the table into docs/performance.md as well")
+    parser.add_argument("--from-json", type=Path, metavar="PATH", help="report these results instead of measuring")
+    parser.add_argument("--update-docs", action="store_true", help="also write the table to docs/performance.md")
     options = parser.parse_args()
     versions = options.versions.split(",")
     callers = tuple(map(int, options.concurrency.split(",")))

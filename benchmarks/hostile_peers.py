@@ -1,8 +1,7 @@
-"""Measures what each attack of tests/support/attacks.py costs each engine, while it lasts, and how others fare.
+"""Measures the cost of each attack of tests/support/attacks.py on each engine, and its effect on other callers.
 
-Every attack gets a server of its own with the embedded store, so that what one costs is not what another left behind.
-Of each it says what the server answered, its CPU time, its resident memory before, during and after (Linux only), and
-how long a claim of somebody else took while the attack was on.
+Every attack has its own server with the embedded store. For each, the output has the server's answers, its CPU time,
+its resident memory before, during and after, and the latency of another caller's claim during the attack. Linux only.
 """
 
 import argparse
@@ -11,11 +10,11 @@ import os
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any, get_args
 
 import grpc
 
+from benchmarks import machine
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
 from dedup_service.config.settings import EngineName
 from tests.support.attacks import ATTACKS
@@ -40,17 +39,11 @@ SIZES = {
 
 def memory_mib(service: ServiceProcess) -> int:
     """Return the resident memory of a service."""
-    return int(Path(f"/proc/{service.pid}/status").read_text().split("VmRSS:")[1].split()[0]) // 1024
-
-
-def cpu_s(service: ServiceProcess) -> float:
-    """Return the CPU time of a service so far."""
-    fields = Path(f"/proc/{service.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return machine.rss_kib(service.pid) // 1024
 
 
 def claim_ms(service: ServiceProcess) -> float | str:
-    """Return how long a claim over a new connection takes, or the code with which it failed."""
+    """Return the latency of a claim on a new connection, or the error code."""
     begun = time.perf_counter()
     with service.channel() as channel:
         stub = dedup_pb2_grpc.DedupServiceStub(channel)
@@ -62,21 +55,21 @@ def claim_ms(service: ServiceProcess) -> float | str:
 
 
 def measure(engine: EngineName, name: str, size: int) -> dict[str, Any]:
-    """Return what one attack costs a fresh server."""
+    """Run one attack on a fresh server, and return the figures."""
     with tempfile.TemporaryDirectory() as folder:
         service = ServiceProcess("--engine", engine, "--store-url", f"sqlite://{folder}/claims.db").start()
         try:
             claim_ms(service)
-            before, cpu = memory_mib(service), cpu_s(service)
-            with ATTACKS[name](service.target, size) as said:
+            before, cpu = memory_mib(service), machine.cpu_s(service.pid)
+            with ATTACKS[name](service.target, size) as answers:
                 during = memory_mib(service)
                 waited = claim_ms(service)
-                cpu = cpu_s(service) - cpu
+                cpu = machine.cpu_s(service.pid) - cpu
             return {
                 "engine": engine,
                 "attack": name,
                 "size": size,
-                "answers": dict(said),
+                "answers": dict(answers),
                 "cpu_s": round(cpu, 2),
                 "memory_mib": [before, during, memory_mib(service)],
                 "claim_during_ms": waited,
@@ -88,20 +81,24 @@ def measure(engine: EngineName, name: str, size: int) -> dict[str, Any]:
 
 
 def say(line: str) -> None:
-    """Print a line at once, as the progress of what takes minutes."""
+    """Print and flush a line: the whole run takes minutes."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 
 
 def main() -> None:
-    """Attack each engine in every way, or in those that were named."""
+    """Run every attack, or those chosen, on each engine."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--attack", action="append", choices=list(ATTACKS), help="only this one; may be repeated")
-    parser.add_argument("--scale", type=float, default=1, help="how much of the usual sizes (default 1)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    parser.add_argument(
+        "--attack", action="append", choices=list(ATTACKS), help="run only this attack; may be repeated"
+    )
+    parser.add_argument(
+        "--scale", type=float, default=1, help="factor for the size of the attacks (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     arguments = parser.parse_args()
     if sys.platform != "linux":
-        parser.error("memory and CPU time of another process are read from /proc, which only Linux has")
+        parser.error("reads memory and CPU time from /proc: run it on Linux")
     for name in arguments.attack or ATTACKS:
         for engine in get_args(EngineName):
             found = measure(engine, name, max(1, int(SIZES[name] * arguments.scale)))
@@ -111,7 +108,7 @@ def main() -> None:
             before, during, after = found["memory_mib"]
             say(
                 f"{name} x {found['size']}, {engine}: {before} -> {during} -> {after} MiB, {found['cpu_s']} s of CPU, "
-                f"a claim meanwhile {found['claim_during_ms']} ms, answers {found['answers']}"
+                f"another claim {found['claim_during_ms']} ms, answers {found['answers']}"
             )
 
 

@@ -1,4 +1,4 @@
-"""The load generators: h2load for constant bodies, loadgen in Go for fresh ids, and Redis asked directly."""
+"""The load: h2load for constant bodies, loadgen in Go for fresh ids, Redis directly, and the checks of the answers."""
 
 import csv
 import io
@@ -7,44 +7,56 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
+
 from benchmarks.results import Load
 from benchmarks.servers import CannotMeasure
+from dedup.v1 import dedup_pb2, dedup_pb2_grpc
 
-# As many as a few callers with a channel each have; all calls in flight are shared among them.
+CLAIM_PATH = "/dedup.v1.DedupService/ClaimTransaction"
+NOOP_PATH = "/dedup.benchmark.Noop/Call"
+
+# As many as a few callers with one channel each; in-flight calls are distributed over them.
 MAX_CONNECTIONS = 8
 BATCH = 100
 _TIMEOUT_S = 60
+_CALL_TIMEOUT_S = 5.0
+# Outlasts every measurement.
+_HOT_TTL_S = 3_600
+_TOKEN = "benchmark-token-of-one-caller"  # noqa: S105 - names an attempt
+_RIVALS = 16
+_CHECK_CONNECTIONS = 4
 _LOADGEN = Path(__file__).parent / "loadgen"
 _HEADERS = ("content-type: application/grpc", "te: trailers", "grpc-timeout: 5S")
-# What precedes a message on the wire of gRPC: whether it is compressed, and its length.
+# The gRPC frame header: a compression flag and the length.
 _PREFIX_BYTES = 5
 
 
 def frame(message: bytes) -> bytes:
-    """Return the message as gRPC puts it on the wire, uncompressed."""
+    """Return the message in gRPC framing, uncompressed."""
     return b"\0" + len(message).to_bytes(4, "big") + message
 
 
 def parse_h2load(output: str, log: str, *, answer_bytes: int, concurrency: int) -> Load:
-    """Return what h2load saw, from its output and its log of requests; raise CannotMeasure when it is not understood.
+    """Return the measurements in h2load's output and request log. Raises CannotMeasure if they cannot be parsed.
 
-    h2load sees HTTP, where a gRPC call that failed is a 200 as well. But such a reply has no body, and an answer of
-    another outcome has one of another length. So every answer was as long as the one that is expected, and a call
-    failed or was answered otherwise, when the bytes of all bodies say so. Replies under way when the time was up add at
-    most as many answers as there are callers.
+    To h2load, a failed gRPC call is a 200, too. But an error has no body, and another outcome has a body of another
+    length. So all answers count as wrong if the total body size does not match. Calls in flight at the end may add up
+    to one answer per caller.
     """
     counts = re.search(r"requests: .* (\d+) done, (\d+) succeeded, (\d+) failed, (\d+) errored", output)
     data = re.search(r"traffic: .*\((\d+)\) data", output)
     if counts is None or data is None:
-        raise CannotMeasure(f"h2load printed something else than expected:\n{output}")
+        raise CannotMeasure(f"unexpected output of h2load:\n{output}")
     done, succeeded = int(counts[1]), int(counts[2])
     rows = [(int(start), int(took)) for start, status, took in _log_rows(log) if status == "200"]
     if not rows or len(rows) != succeeded:
-        raise CannotMeasure(f"h2load logged {len(rows)} answers, and printed this:\n{output}")
+        raise CannotMeasure(f"h2load logged {len(rows)} answers, but printed:\n{output}")
     elapsed_us = max(start + took for start, took in rows) - min(start for start, _ in rows)
     answer = _PREFIX_BYTES + answer_bytes
     expected = done * answer
@@ -59,14 +71,14 @@ def _log_rows(log: str) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class ConstantAnswer:
-    """What every call of one h2load run sends, and how many bytes each answer to it should have."""
+    """The message of every call of an h2load run, and the expected size of each answer."""
 
     message: bytes
     answer_bytes: int
 
 
 class H2load:
-    """Sends one body over and over."""
+    """Sends the same body in every call."""
 
     name = "h2load"
 
@@ -78,7 +90,7 @@ class H2load:
         self._folder = folder
 
     def run(self, target: str, method: str, constant: ConstantAnswer, *, concurrency: int, seconds: float) -> Load:
-        """Call for a while, and return what was seen."""
+        """Call for `seconds`, and return the measurements."""
         body, log = self._folder / "body", self._folder / "h2load.log"
         body.write_bytes(frame(constant.message))
         # h2load appends.
@@ -101,20 +113,20 @@ class Loadgen:
         self._binary = binary
 
     def run(self, target: str, mode: str, run: str, *, concurrency: int, seconds: float) -> Load:
-        """Call for a while, and return what was seen; no other run may have had the same name."""
+        """Call for `seconds`, and return the measurements. `run` must be unique."""
         connections = min(concurrency, MAX_CONNECTIONS)
         options = {"target": target, "mode": mode, "run": run, "concurrency": concurrency}
         options |= {"connections": connections, "seconds": seconds, "batch": BATCH}
         found = json.loads(_run([str(self._binary), *(f"-{name}={value}" for name, value in options.items())]))
         if not found["latencies_us"]:
-            raise CannotMeasure(f"loadgen was answered nothing by {target}: {found['failed']}")
+            raise CannotMeasure(f"loadgen received no answer from {target}: {found['failed']}")
         failed = "; ".join(f"{count} x {status}" for status, count in found["failed"].items())
         bad = found.get("first_bad") or failed
         return Load(found["seconds"], found["latencies_us"], found["wrong"], sum(found["failed"].values()), bad)
 
 
 def build_loadgen(folder: Path) -> Loadgen | None:
-    """Compile loadgen, or return None without Go; raise CannotMeasure when it does not compile."""
+    """Compile loadgen; return None without Go. Raises CannotMeasure if it does not compile."""
     go = shutil.which("go")
     if go is None:
         return None
@@ -128,7 +140,7 @@ def build_loadgen(folder: Path) -> Loadgen | None:
 
 
 def direct(client: str, url: str, prefix: str, *, concurrency: int, seconds: float) -> tuple[Load, float]:
-    """Claim by redis-py itself, in a process of its own; return what it saw, and the CPU seconds it took."""
+    """Claim with redis-py in a child process; return its measurements and CPU seconds."""
     command = [sys.executable, "-m", "benchmarks.direct", "--client", client, "--redis", url, "--prefix", prefix]
     output = _run([*command, "--seconds", str(seconds), "--concurrency", str(concurrency)])
     found = json.loads(output)
@@ -136,13 +148,73 @@ def direct(client: str, url: str, prefix: str, *, concurrency: int, seconds: flo
 
 
 def redis_benchmark(port: int, *, concurrency: int, calls: int) -> float | None:
-    """Return the `SET NX GET PX` a second of redis-benchmark, Redis' own client in C; None where it is missing."""
+    """Return the `SET NX GET PX` per second of redis-benchmark, or None if it is not installed."""
     binary = shutil.which("redis-benchmark")
     if binary is None:
         return None
     command = [binary, "-p", str(port), "-c", str(concurrency), "-n", str(calls), "-r", "1000000000", "--csv"]
     output = _run([*command, "SET", "redis-benchmark:__rand_int__", "1", "NX", "GET", "PX", "60000"])
     return float(next(csv.DictReader(io.StringIO(output)))["rps"])
+
+
+def noop_answer(transaction_id: str) -> ConstantAnswer:
+    """Return a claim for the no-op rpc, whose answer is empty."""
+    return ConstantAnswer(_hot_claim(transaction_id, retry=False).SerializeToString(), 0)
+
+
+@contextmanager
+def claimed(target: str, transaction_id: str, *, retry: bool) -> Iterator[ConstantAnswer]:
+    """Claim the id, yield the expected answer to later claims, and check at the end that the answer is the same.
+
+    Later claims receive DUPLICATE, or, as retries with the same token, CLAIMED and replayed. Raises CannotMeasure if
+    they do not.
+    """
+    with grpc.insecure_channel(target) as channel:
+        stub = dedup_pb2_grpc.DedupServiceStub(channel)
+        request = _hot_claim(transaction_id, retry=retry)
+        first = stub.ClaimTransaction(request, timeout=_CALL_TIMEOUT_S)
+        if first.outcome != dedup_pb2.CLAIM_OUTCOME_CLAIMED or first.replayed:
+            raise CannotMeasure(f"{target}: the first claim of {transaction_id} received {first}")
+        later = stub.ClaimTransaction(request, timeout=_CALL_TIMEOUT_S)
+        expected = dedup_pb2.CLAIM_OUTCOME_CLAIMED if retry else dedup_pb2.CLAIM_OUTCOME_DUPLICATE
+        if later.outcome != expected or later.replayed != retry:
+            raise CannotMeasure(f"{target}: a later claim of {transaction_id} received {later}")
+        yield ConstantAnswer(request.SerializeToString(), later.ByteSize())
+        last = stub.ClaimTransaction(request, timeout=_CALL_TIMEOUT_S)
+        if last != later:
+            raise CannotMeasure(
+                f"{target}: a claim of {transaction_id} received {later} before and {last} after the measurement"
+            )
+
+
+async def double_claims(target: str, run: str, ids: int) -> int:
+    """Make 16 concurrent claims of each id, and return the number of ids not CLAIMED exactly once."""
+    async with AsyncExitStack() as stack:
+        stubs = []
+        for number in range(_CHECK_CONNECTIONS):
+            # Channels with equal options share a connection.
+            channel = grpc.aio.insecure_channel(target, options=(("dedup.benchmark", number),))
+            stubs.append(dedup_pb2_grpc.DedupServiceStub(await stack.enter_async_context(channel)))
+
+        async def race(number: int) -> bool:
+            request = dedup_pb2.ClaimTransactionRequest(transaction_id=f"{run}:{number}")
+            calls = [
+                stub.ClaimTransaction(request, timeout=_CALL_TIMEOUT_S)
+                for stub in stubs * (_RIVALS // _CHECK_CONNECTIONS)
+            ]
+            replies = [await call for call in calls]
+            return [reply.outcome for reply in replies].count(dedup_pb2.CLAIM_OUTCOME_CLAIMED) == 1
+
+        return [await race(number) for number in range(ids)].count(False)
+
+
+def _hot_claim(transaction_id: str, *, retry: bool) -> dedup_pb2.ClaimTransactionRequest:
+    """Return a claim of the hot id; a retry has the token of the holder."""
+    request = dedup_pb2.ClaimTransactionRequest(transaction_id=transaction_id, claimant="benchmark")
+    request.ttl.FromSeconds(_HOT_TTL_S)
+    if retry:
+        request.claim_token = _TOKEN
+    return request
 
 
 def _run(command: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""The machine and the software that were measured, as the report names them."""
+"""The machine and software of a run, and the CPU time and memory of processes. Linux only."""
 
 import datetime as dt
 import os
@@ -8,6 +8,7 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
+_TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 _PACKAGES = ("grpcio", "pygrpc-native", "protobuf", "redis", "hiredis", "uvloop")
 _PROGRAMS = {
     "redis-server": ("redis-server", "--version"),
@@ -17,7 +18,7 @@ _PROGRAMS = {
 
 
 def describe() -> dict[str, str | int]:
-    """Return what the figures depend on; what is not installed is left out."""
+    """Return what the figures depend on: hardware, and versions of installed software."""
     memory = re.search(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text())
     cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     found: dict[str, str | int] = {
@@ -39,6 +40,26 @@ def describe() -> dict[str, str | int]:
     return found
 
 
+def cpu_s(pid: int) -> float:
+    """Return the CPU seconds, user and system, of a process and its descendants. Resolution: a clock tick (10 ms)."""
+    total = 0
+    for each in _tree(pid):
+        # The process name in parentheses may itself contain spaces and parentheses.
+        fields = Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()
+        total += int(fields[11]) + int(fields[12])
+    return total / _TICKS_PER_SECOND
+
+
+def peak_kib(pid: int) -> int:
+    """Return the summed peak resident memory of a process and its descendants. Shared pages count for each process."""
+    return sum(_status_kib(each, "VmHWM") for each in _tree(pid))
+
+
+def rss_kib(pid: int) -> int:
+    """Return the resident memory of one process."""
+    return _status_kib(pid, "VmRSS")
+
+
 def _version(command: tuple[str, ...]) -> str | None:
     try:
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -46,3 +67,16 @@ def _version(command: tuple[str, ...]) -> str | None:
         return None
     version = re.search(r"\d+(\.\d+)+", output)
     return version[0] if version else None
+
+
+def _status_kib(pid: int, name: str) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition(f"{name}:")[2].split()[0])
+
+
+def _tree(pid: int) -> list[int]:
+    found = [pid]
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in task.read_text().split():
+            found += _tree(int(child))
+    return found

@@ -1,7 +1,8 @@
-"""The service that anyone would write in an afternoon: grpc.server, ten threads, redis-py.
+"""A naive implementation for comparison: grpc.server with ten threads and redis-py.
 
-It speaks the same contract and keeps only the first promise, if that: `setnx` is one atomic command, `get-then-set` is
-the original mistake of two. Neither knows tokens, so a retry is told DUPLICATE, and a duplicate is told nothing.
+It serves ClaimTransaction of the same contract. `setnx` claims with one atomic command, `get-then-set` with two, which
+is the original defect. Neither supports tokens: a retry receives DUPLICATE, and a duplicate learns nothing about the
+holder.
 """
 
 import argparse
@@ -19,7 +20,7 @@ Admit = Callable[[str], bool]
 
 
 class NaivePeer(dedup_pb2_grpc.DedupServiceServicer):
-    """Claims, and nothing else."""
+    """Serves ClaimTransaction only."""
 
     def __init__(self, admit: Admit) -> None:
         self._admit = admit
@@ -36,12 +37,12 @@ class NaivePeer(dedup_pb2_grpc.DedupServiceServicer):
 
 
 def setnx(client: redis.Redis) -> Admit:
-    """Decide by one atomic command."""
+    """Claim with one atomic command."""
     return lambda key: bool(client.set(key, "1", nx=True, px=TTL_MS))
 
 
 def get_then_set(client: redis.Redis) -> Admit:
-    """Decide by two commands, between which others fit."""
+    """Claim with two commands, which is a race."""
 
     def admit(key: str) -> bool:
         if client.get(key) is not None:
@@ -56,7 +57,7 @@ VARIANTS = {"setnx": setnx, "get-then-set": get_then_set}
 
 
 def main() -> None:
-    """Serve until the process is ended."""
+    """Serve until the process ends."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--variant", choices=sorted(VARIANTS), required=True)
     parser.add_argument("--listen", required=True, help="host:port")
@@ -64,7 +65,7 @@ def main() -> None:
     options = parser.parse_args()
     server = grpc.server(ThreadPoolExecutor(max_workers=10))
     admit = VARIANTS[options.variant](redis.Redis.from_url(options.redis))
-    peer = NaivePeer(admit)  # type: ignore[abstract] # the rest answers UNIMPLEMENTED
+    peer = NaivePeer(admit)  # type: ignore[abstract] # the other rpcs answer UNIMPLEMENTED
     dedup_pb2_grpc.add_DedupServiceServicer_to_server(peer, server)
     server.add_insecure_port(options.listen)
     server.start()

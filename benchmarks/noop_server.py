@@ -1,7 +1,7 @@
-"""Serves an rpc that does nothing on one engine of the product: what a claim can cost at least.
+"""Serves an empty rpc on one engine of the service: the lower bound for the cost of a claim.
 
-It takes the bytes of a claim and answers an empty message, on the event loop and with the options of the service. What
-it leaves out is the service: decoding, the checks, the store, the reply and the log line.
+It accepts the bytes of a claim and answers an empty message, with the event loop and engine options of the service, but
+without decoding, checks, store, reply and log line.
 """
 
 import argparse
@@ -10,11 +10,11 @@ import asyncio
 import grpc
 import uvloop
 
-from dedup_service.server.engines import make_engine
+from dedup_service.server.engines import EngineOptions, make_engine
 
 SERVICE = "dedup.benchmark.Noop"
 
-# What the service allows one connection by default.
+# The service's default limit of concurrent calls on one connection.
 MAX_STREAMS = 2_100
 
 
@@ -24,20 +24,20 @@ async def noop(_: bytes, __: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
 
 
 def register(server: grpc.aio.Server) -> None:
-    """Register the rpc in both ways, as the service does it."""
+    """Register the rpc with generic and registered handlers, as the service does."""
     methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {"Call": grpc.unary_unary_rpc_method_handler(noop)}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
     server.add_registered_method_handlers(SERVICE, methods)
 
 
 async def main() -> None:
-    """Serve until the process is ended."""
+    """Serve until the process ends."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--engine", choices=("grpcio", "native"), default="grpcio")
     parser.add_argument("--listen", required=True, help="host:port")
     parser.add_argument("--reuse-port", action="store_true", help="share the port with other processes")
     options = parser.parse_args()
-    engine = make_engine(options.engine, register, max_streams=MAX_STREAMS, reuse_port=options.reuse_port)
+    engine = make_engine(options.engine, register, EngineOptions(MAX_STREAMS, reuse_port=options.reuse_port))
     engine.listen(options.listen)
     await engine.start()
     await asyncio.Event().wait()

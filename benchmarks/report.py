@@ -1,51 +1,46 @@
-"""The report: Markdown tables from results, and their place between the markers of a page of the documentation.
-
-A page names each table by `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`; what stands between them is rewritten. Any
-script that measures can put its own tables there.
-"""
+"""The report of the main benchmark: Markdown tables, and plots as SVG files that depend on the results only."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from benchmarks import plan, plots
-from benchmarks.figures import Spread, spread
-from benchmarks.plan import DIRECT, DIRECT_CLIENT
-from benchmarks.results import Cell, Results
+import matplotlib as mpl
+from matplotlib.figure import Figure
 
-# What the tables of one concurrency show, where it was measured.
+from benchmarks.publishing import number, table, with_range
+from benchmarks.results import Cell, Results, spread
+from benchmarks.rounds import DIRECT, DIRECT_CLIENT, WORKLOADS
+
+# Set before pyplot is imported: no window, text as text, and reproducible ids.
+mpl.use("svg")
+mpl.rcParams.update(
+    {
+        "svg.hashsalt": "dedup",
+        "svg.fonttype": "none",
+        "figure.figsize": (7.0, 4.0),
+        "axes.grid": True,
+        "axes.axisbelow": True,
+    }
+)
+
+from matplotlib import pyplot as plt  # noqa: E402 - as above
+
+# The concurrency of the tables that show only one.
 TYPICAL_CALLERS = 64
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table, its first column to the left and all others to the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
-def number(value: float) -> str:
-    """Return a figure with three significant digits, or as a whole number above them."""
-    if value == 0 or abs(value) >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}"
-
-
-def with_range(found: Spread | None) -> str:
-    """Return the median with the least and the greatest, or nothing where there is no figure."""
-    return "" if found is None else f"{number(found.median)} [{number(found.low)}…{number(found.high)}]"
+_PLOTTED = ("hot", "noop", "set")
 
 
 def callers_shown(results: Results) -> int:
-    """Return the concurrency of the tables that show one: 64, or the greatest below it that was measured."""
+    """Return the concurrency of tables that show only one: the greatest measured up to 64, else the smallest."""
     measured = sorted({cell.concurrency for cell in results.cells})
     return max((each for each in measured if each <= TYPICAL_CALLERS), default=measured[0])
 
 
 def _name(cell: Cell) -> str:
-    return f"{cell.server}: {plan.WORKLOADS.get(cell.workload, cell.workload)}"
+    return f"{cell.server}: {WORKLOADS.get(cell.workload, cell.workload)}"
 
 
-def _direct(results: Results, concurrency: int) -> Cell | None:
+def _direct_cell(results: Results, concurrency: int) -> Cell | None:
     return results.cell(DIRECT, "set", concurrency, DIRECT_CLIENT)
 
 
@@ -54,13 +49,13 @@ def _ratio(cell: Cell, base: Cell | None) -> str:
 
 
 def detail(results: Results, cells: Iterable[Cell]) -> str:
-    """Return every figure of these cells; latencies and CPU are medians over the rounds."""
+    """Return the table of these cells. Latencies and CPU are medians over the rounds."""
     header = ["server: workload", "load by", "callers", "a second", "of the no-op", "of redis-py"]
     rows = []
     for cell in cells:
         spreads = [cell.spread(figure) for figure in ("p50_us", "p99_us", "p999_us", "cpu_us")]
         middle = ["" if found is None else number(found.median) for found in spreads]
-        ratios = [_ratio(cell, results.base_of(cell)), _ratio(cell, _direct(results, cell.concurrency))]
+        ratios = [_ratio(cell, results.base_of(cell)), _ratio(cell, _direct_cell(results, cell.concurrency))]
         throughput = with_range(cell.spread("throughput"))
         rows.append([_name(cell), cell.loader, f"{cell.concurrency}", throughput, *ratios, *middle])
     return table([*header, "p50 µs", "p99 µs", "p99.9 µs", "CPU µs"], rows)
@@ -68,7 +63,7 @@ def detail(results: Results, cells: Iterable[Cell]) -> str:
 
 def _typical(results: Results) -> str:
     callers = callers_shown(results)
-    # Batches end at fewer callers.
+    # Batches are measured with fewer callers only.
     few = max((cell.concurrency for cell in results.cells if cell.workload == "batch"), default=0)
     shown = [c for c in results.cells if c.concurrency == (min(callers, few) if c.workload == "batch" else callers)]
     order = [each.server for each in results.servers] + [DIRECT]
@@ -81,7 +76,7 @@ def _by_callers(results: Results) -> str:
     kinds = dict.fromkeys((cell.server, cell.workload, cell.loader) for cell in paired)
     rows = []
     for server, workload, loader in kinds:
-        row = [f"{server}: {plan.WORKLOADS[workload]}"]
+        row = [f"{server}: {WORKLOADS[workload]}"]
         for callers in measured:
             cell = results.cell(server, workload, callers, loader)
             row.append("" if cell is None else _ratio(cell, results.base_of(cell)))
@@ -115,7 +110,7 @@ def _machine(results: Results) -> str:
 
 
 def sections(results: Results) -> dict[str, str]:
-    """Return every table by the name of its marker."""
+    """Return every table by the name of its mark."""
     return {
         "machine": _machine(results),
         "typical": _typical(results),
@@ -126,26 +121,73 @@ def sections(results: Results) -> dict[str, str]:
 
 
 def write(results: Results, folder: Path, json_path: Path | None = None) -> None:
-    """Write results.json, report.md and the plots into a folder, and the JSON also to a path of its own."""
+    """Write results.json, report.md and the plots into a folder, and the JSON also to `json_path`."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results.to_json(), separators=(",", ":")) + "\n"
-    # One line for each cell, so that a change of the figures reads as one.
+    # One line per cell, for readable diffs.
     text = text.replace('{"server"', '\n{"server"')
     for path in (folder / "results.json", *([json_path] if json_path else [])):
         path.write_text(text)
-    pictures = "".join(f"![{path.stem}]({path.name})\n" for path in plots.draw(results, folder))
+    pictures = "".join(f"![{path.stem}]({path.name})\n" for path in draw(results, folder))
     tables = [*sections(results).values(), detail(results, (c for c in results.cells if c.server != DIRECT))]
     (folder / "report.md").write_text("# Figures of one run\n\n" + "\n".join([*tables, pictures]))
 
 
-def update_docs(page: Path, tables: Mapping[str, str]) -> None:
-    """Write each table between its markers on the page; raise ValueError when the page has no such place."""
-    text = page.read_text()
-    for name, content in tables.items():
-        begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
-        before, found, rest = text.partition(begin)
-        _, closed, after = rest.partition(end)
-        if not found or not closed:
-            raise ValueError(f"{page} has no place for the table {name!r}: add {begin} and {end}")
-        text = f"{before}{begin}\n{content}{end}{after}"
-    page.write_text(text)
+def draw(results: Results, folder: Path) -> Iterator[Path]:
+    """Draw each plot, and yield its file."""
+    yield _lines(results, folder / "throughput.svg", "throughput", "calls a second", scale="linear")
+    yield _lines(results, folder / "latency-p99.svg", "p99_us", "p99 in µs", scale="log")
+    yield _cpu(results, folder / "cpu.svg")
+
+
+def _lines(results: Results, path: Path, figure: str, label: str, *, scale: str) -> Path:
+    picture, axes = plt.subplots()
+    kinds = dict.fromkeys((c.server, c.workload, c.loader) for c in results.cells if c.workload in _PLOTTED)
+    for server, workload, loader in kinds:
+        if workload == "noop" and loader != "h2load":
+            continue
+        cells = [c for c in results.cells if (c.server, c.workload, c.loader) == (server, workload, loader)]
+        points = [(cell.concurrency, found) for cell in cells if (found := cell.spread(figure)) is not None]
+        callers, middles = [callers for callers, _ in points], [found.median for _, found in points]
+        below = [found.median - found.low for _, found in points]
+        above = [found.high - found.median for _, found in points]
+        name = loader if server == DIRECT else server
+        dashes = "--" if workload == "noop" else "-"
+        axes.errorbar(callers, middles, [below, above], marker=".", ls=dashes, label=name, capsize=2)
+    measured = sorted({cell.concurrency for cell in results.cells})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(measured, [str(callers) for callers in measured])
+    axes.set_yscale(scale)
+    if scale == "linear":
+        axes.set_ylim(bottom=0)
+    axes.set_xlabel("callers")
+    axes.set_ylabel(label)
+    axes.set_title(
+        "One hot id, the no-op rpc, and SET NX by redis-py: median, minimum and maximum over the rounds", fontsize=9
+    )
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return _save(picture, path)
+
+
+def _cpu(results: Results, path: Path) -> Path:
+    callers = max(c.concurrency for c in results.cells if c.concurrency <= 64)
+    cells = [c for c in results.cells if c.concurrency == callers and c.workload in {*_PLOTTED, "fresh"}]
+    cells = [c for c in cells if not (c.workload == "noop" and c.loader != "h2load")][::-1]
+    picture, axes = plt.subplots(figsize=(7.0, 1 + len(cells) * 0.25))
+    spreads = [spread([each.cpu_us for each in cell.rounds]) for cell in cells]
+    axes.barh([_label(cell) for cell in cells], [found.median for found in spreads], height=0.6)
+    axes.tick_params(labelsize=7)
+    axes.set_xlabel(f"CPU of the server in µs a call, at {callers} callers (without a service: CPU of redis-py)")
+    return _save(picture, path)
+
+
+def _label(cell: Cell) -> str:
+    return cell.loader if cell.server == DIRECT else f"{cell.server}: {cell.workload}"
+
+
+def _save(picture: Figure, path: Path) -> Path:
+    picture.savefig(path, metadata={"Date": None, "Creator": None}, bbox_inches="tight")
+    plt.close(picture)
+    # matplotlib leaves trailing spaces.
+    path.write_text("\n".join(line.rstrip() for line in path.read_text().splitlines()) + "\n")
+    return path

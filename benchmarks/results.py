@@ -1,17 +1,58 @@
-"""What a run found, as it stands in the JSON file: cells of figures, the servers, and the answers that were checked."""
+"""The results of a run, as in its JSON file, and the arithmetic: percentiles, spreads and paired ratios."""
 
-from collections.abc import Iterator
+import math
+import statistics
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
-
-from benchmarks.figures import Spread, paired_ratios, percentile, spread
 
 FORMAT = 1
 
 
 @dataclass(frozen=True)
+class Spread:
+    """One figure over all rounds."""
+
+    median: float
+    low: float
+    high: float
+
+
+def percentile(ordered: Sequence[int], percent: float) -> int:
+    """Return the nearest-rank percentile of ascending values, which is always one of them.
+
+    Raises ValueError for no values.
+    """
+    if not ordered:
+        raise ValueError("no values: nothing was measured")
+    # In floating point, 99.9 % of 41,000 is slightly above 40,959, which would select the next rank.
+    rank = math.ceil(round(len(ordered) * percent / 100, 6))
+    return ordered[max(rank, 1) - 1]
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Return median, minimum and maximum. Raises ValueError for no values."""
+    if not values:
+        raise ValueError("no rounds: nothing was measured")
+    return Spread(statistics.median(values), min(values), max(values))
+
+
+def paired_ratios(values: Sequence[float], base: Sequence[float]) -> Spread:
+    """Return the spread of the ratios of each round's value to the base of the same round.
+
+    Pairing cancels the changing speed of the machine. Raises ValueError for different numbers of rounds, or a base of
+    zero.
+    """
+    if len(values) != len(base):
+        raise ValueError(f"{len(values)} rounds cannot be paired with {len(base)}: use results of one run")
+    if not all(base):
+        raise ValueError("a base is zero: the load generator did not reach its server")
+    return spread([value / under for value, under in zip(values, base, strict=True)])
+
+
+@dataclass(frozen=True)
 class Load:
-    """What one load generator saw: latencies ascending in microseconds, one for each call that was answered."""
+    """The measurements of a load generator: ascending latencies in microseconds, one for each answered call."""
 
     seconds: float
     latencies_us: list[int]
@@ -21,7 +62,7 @@ class Load:
 
     @property
     def calls(self) -> int:
-        """How many calls were answered."""
+        """The number of answered calls."""
         return len(self.latencies_us)
 
 
@@ -29,8 +70,8 @@ class Load:
 class Round:
     """The figures of one cell in one round.
 
-    CPU is that of the measured server alone. p99.9 of fewer than 1,000 calls, and p99 of fewer than 100, are None:
-    they would be the slowest call under another name.
+    CPU is that of the measured server only. p99 is None below 100 calls and p99.9 below 1,000, where it would be the
+    slowest call.
     """
 
     throughput: float
@@ -43,7 +84,7 @@ class Round:
 
     @classmethod
     def of(cls, load: Load, *, cpu_s: float, claims_a_call: int = 1) -> Self:
-        """Return the figures of one load: throughput and CPU are by the claim, latencies by the call."""
+        """Return the figures of a load: throughput and CPU per claim, latencies per call."""
         claims = load.calls * claims_a_call
         return cls(
             throughput=round(claims / load.seconds, 1),
@@ -68,12 +109,12 @@ class Cell:
     rounds: list[Round] = field(default_factory=list)
 
     def spread(self, figure: str) -> Spread | None:
-        """Return the spread of one figure over the rounds, or None when a round lacks it."""
+        """Return the spread of one figure over the rounds, or None if a round lacks it."""
         values = [getattr(each, figure) for each in self.rounds]
         return None if None in values else spread(values)
 
     def ratio(self, other: "Cell", figure: str = "throughput") -> Spread:
-        """Return this cell's figure as a multiple of the other's, round by round."""
+        """Return the ratio of a figure of this cell to the other cell's, paired by rounds."""
         return paired_ratios(
             [getattr(each, figure) for each in self.rounds], [getattr(each, figure) for each in other.rounds]
         )
@@ -81,7 +122,7 @@ class Cell:
 
 @dataclass
 class ServerFigures:
-    """One server over the whole run: start to first answer for each start, and its peak resident memory."""
+    """One server over the whole run: the time of each start until it listens, and its peak resident memory."""
 
     server: str
     start_ms: list[float] = field(default_factory=list)
@@ -92,19 +133,19 @@ class ServerFigures:
 
 @dataclass
 class Results:
-    """Everything that one run found."""
+    """The results of one run."""
 
     machine: dict[str, Any]
     settings: dict[str, Any]
     cells: list[Cell] = field(default_factory=list)
     servers: list[ServerFigures] = field(default_factory=list)
-    # What redis-benchmark, Redis' own client in C, does a second, by the number of its connections.
+    # Requests per second of redis-benchmark, by number of connections.
     redis_benchmark: dict[str, list[float]] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     format: int = FORMAT
 
     def cell(self, server: str, workload: str, concurrency: int, loader: str | None = None) -> Cell | None:
-        """Return one cell, or None when it was not measured."""
+        """Return one cell, or None if it was not measured."""
         for cell in self.cells:
             if (cell.server, cell.workload, cell.concurrency) == (server, workload, concurrency) and loader in {
                 None,
@@ -114,11 +155,11 @@ class Results:
         return None
 
     def base_of(self, cell: Cell) -> Cell | None:
-        """Return the no-op that a cell is paired with: same engine, concurrency and load generator."""
+        """Return the no-op cell with the same engine, concurrency and load generator."""
         return self.cell(cell.base, "noop", cell.concurrency, cell.loader)
 
     def bad_answers(self) -> Iterator[str]:
-        """Say for each cell what was wrong with its answers, and which service let a transaction in twice."""
+        """Yield a sentence for each service with a double claim, and each round with wrong answers or failed calls."""
         for server in self.servers:
             if server.double_claims and server.server.startswith("service"):
                 yield f"{server.server}: {server.double_claims} of {server.claims_checked} ids not CLAIMED exactly once"
@@ -136,9 +177,11 @@ class Results:
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Self:
-        """Read the JSON object of a results file; raise ValueError for one of another format."""
+        """Return the results of a JSON object. Raises ValueError for another format."""
         if found.get("format") != FORMAT:
-            raise ValueError(f"results of format {found.get('format')}: this reads format {FORMAT}, measure anew")
+            raise ValueError(
+                f"results of format {found.get('format')}; only format {FORMAT} is supported: measure again"
+            )
         cells = [Cell(**(cell | {"rounds": [Round(**each) for each in cell["rounds"]]})) for cell in found["cells"]]
         servers = [ServerFigures(**server) for server in found["servers"]]
         return cls(**(found | {"cells": cells, "servers": servers}))

@@ -1,4 +1,4 @@
-"""The order of a run: start every server, see that it answers rightly, and measure all in interleaved rounds."""
+"""The plan of a run and its execution: start every server, check its answers, measure in interleaved rounds."""
 
 import asyncio
 import sys
@@ -8,20 +8,72 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import answers, load, plan
+from benchmarks import load
 from benchmarks.results import Cell, Load, Results, Round, ServerFigures
 from benchmarks.servers import Redis, Server, Subject
+
+# The name of redis-py without a service, as a server in the report.
+DIRECT = "Redis directly"
+# The base of the comparison with Redis.
+DIRECT_CLIENT = "redis-py asyncio"
+STORES = ("redis-tcp", "redis-unix", "sqlite")
+NAIVE = ("setnx", "get-then-set")
+# With more callers, thousands of claims would be in flight, and the figures would show the queue.
+BATCH_CALLERS = 16
+
+# Workloads of h2load, which repeats one body, and of loadgen, which sends fresh ids.
+CONSTANT = ("noop", "hot", "retry")
+FRESH = ("noop", "fresh", "batch")
+WORKLOADS = {
+    "noop": "no-op rpc",
+    "hot": "claims of one hot id",
+    "retry": "retries with one token",
+    "fresh": "claims of fresh ids",
+    "batch": "batches of 100 fresh ids",
+    "set": "SET NX of fresh ids",
+}
 
 _WARM_UP_S = 0.3
 _WARM_UP_CALLERS = 16
 _REDIS_BENCHMARK_CALLS = 20_000
 
 
+def store_url(store: str, redis: Redis, folder: Path, engine: str) -> str:
+    """Return the URL of a store, by its name in the report."""
+    urls = {"redis-tcp": redis.tcp_url, "redis-unix": redis.unix_url, "sqlite": f"sqlite://{folder}/{engine}.db"}
+    return urls[store]
+
+
+def all_subjects(
+    engines: list[str], stores: list[str], *, workers: int, redis: Redis, folder: Path, naive: bool
+) -> list[Subject]:
+    """Return every server of a run, each no-op server before the services paired with it."""
+    found = []
+    for engine in engines:
+        noop = ["-m", "benchmarks.noop_server", "--engine", engine]
+        if workers > 1:
+            noop += ["--reuse-port"]
+        found.append(Subject(f"no-op, {engine}", engine, "none", ("noop",), tuple(noop), processes=workers))
+        for store in stores:
+            serve = ["-m", "dedup_service", "serve", "--engine", engine, "--log-level", "warning"]
+            serve += ["--store-url", store_url(store, redis, folder, engine)]
+            if workers > 1:
+                serve += ["--workers", str(workers)]
+            workloads = ("hot", "retry", "fresh", "batch")
+            found.append(Subject(f"service, {engine}, {store}", engine, store, workloads, tuple(serve)))
+    if naive:
+        for variant in NAIVE:
+            peer = ("-m", "benchmarks.naive_peer", "--variant", variant, "--redis", redis.tcp_url)
+            found.append(Subject(f"naive peer, {variant}", "grpcio", "redis-tcp", ("hot", "fresh"), peer))
+    return found
+
+
 @dataclass(frozen=True)
 class Extent:
-    """How much is measured.
+    """The extent of a run.
 
-    `seconds` for each workload, `races` for ids that 16 callers claim at once, and `starts` of each server.
+    `seconds` is the duration of each measurement, `races` the number of ids that 16 callers claim concurrently, and
+    `starts` the number of starts of each server.
     """
 
     concurrency: tuple[int, ...]
@@ -32,7 +84,7 @@ class Extent:
 
 
 class Rounds:
-    """All measurements of one run, gathered in its results. Everything it does may raise CannotMeasure."""
+    """Measures into `results`. Every method may raise CannotMeasure."""
 
     def __init__(self, extent: Extent, results: Results, h2load: load.H2load, loadgen: load.Loadgen | None) -> None:
         self._extent = extent
@@ -42,7 +94,7 @@ class Rounds:
         self._count = 0
 
     def start(self, subjects: Sequence[Subject], folder: Path, stack: ExitStack) -> list[Server]:
-        """Start every server as often as was asked for, and leave the last start running, checked and warm."""
+        """Start every server `starts` times; return the last ones, checked and warmed up."""
         servers = []
         for subject in subjects:
             figures = ServerFigures(subject.name)
@@ -56,15 +108,14 @@ class Rounds:
             servers.append(server)
             if subject.store != "none":
                 figures.claims_checked = self._extent.races
-                asked = answers.doubly_claimed(server.target, self._id(), self._extent.races)
-                figures.double_claims = asyncio.run(asked)
+                figures.double_claims = asyncio.run(load.double_claims(server.target, self._id(), self._extent.races))
             for workload in subject.workloads:
                 for loader in self._loaders(workload):
                     self._load(server, workload, loader, _WARM_UP_CALLERS, _WARM_UP_S)
         return servers
 
     def measure(self, servers: Sequence[Server], direct: Redis | None = None) -> None:
-        """Measure everything in rounds, also Redis itself where it is given, and then read the peaks of memory."""
+        """Measure every server, and Redis directly if given, in rounds; then read peak memory."""
         cells = {key: Cell(*key, base=base) for key, base in self._keys(servers, direct)}
         self._results.cells += cells.values()
         by_name = {server.subject.name: server for server in servers}
@@ -88,17 +139,17 @@ class Rounds:
             for server in servers:
                 for workload in server.subject.workloads:
                     for loader in self._loaders(workload):
-                        if workload != "batch" or callers <= plan.BATCH_CALLERS:
+                        if workload != "batch" or callers <= BATCH_CALLERS:
                             yield (server.subject.name, workload, loader, callers), server.subject.base
             if direct is not None and callers == 1:
-                yield (plan.DIRECT, "set", "redis-py sync", callers), ""
+                yield (DIRECT, "set", "redis-py sync", callers), ""
             if direct is not None:
-                yield (plan.DIRECT, "set", plan.DIRECT_CLIENT, callers), ""
+                yield (DIRECT, "set", DIRECT_CLIENT, callers), ""
 
     def _loaders(self, workload: str) -> Iterator[str]:
-        if workload in plan.CONSTANT:
+        if workload in CONSTANT:
             yield self._h2load.name
-        if workload in plan.FRESH and self._loadgen is not None:
+        if workload in FRESH and self._loadgen is not None:
             yield self._loadgen.name
 
     def _paired(self, server: Server, workload: str, loader: str, callers: int) -> Round:
@@ -113,10 +164,10 @@ class Rounds:
         if self._loadgen is not None and loader == self._loadgen.name:
             return self._loadgen.run(server.target, workload, self._id(), concurrency=callers, seconds=seconds)
         if workload == "noop":
-            constant = answers.noop(self._id())
-            return self._h2load.run(server.target, answers.NOOP, constant, concurrency=callers, seconds=seconds)
-        with answers.claimed(server.target, self._id(), retry=workload == "retry") as constant:
-            return self._h2load.run(server.target, answers.CLAIM, constant, concurrency=callers, seconds=seconds)
+            constant = load.noop_answer(self._id())
+            return self._h2load.run(server.target, load.NOOP_PATH, constant, concurrency=callers, seconds=seconds)
+        with load.claimed(server.target, self._id(), retry=workload == "retry") as constant:
+            return self._h2load.run(server.target, load.CLAIM_PATH, constant, concurrency=callers, seconds=seconds)
 
     def _direct(self, redis: Redis, client: str, callers: int) -> Round:
         kind = client.removeprefix("redis-py ")
@@ -136,5 +187,5 @@ class Rounds:
 
 
 def say(progress: str) -> None:
-    """Report progress."""
+    """Write progress to standard error."""
     sys.stderr.write(f"bench: {progress}\n")

@@ -1,8 +1,8 @@
-"""Measures the service beside an rpc that does nothing, a naive peer and Redis itself, in interleaved rounds.
+"""Measures the service, a no-op rpc, a naive implementation and Redis directly, in interleaved rounds.
 
-In each round every server gets every workload at every concurrency, one after the other, so that a machine that slows
-down slows them all, and each figure is paired with the no-op of the same engine, concurrency, load generator and round.
-Linux only. Progress goes to standard error; the figures go to a JSON file, a Markdown page and plots.
+Each round runs every workload on every server at every concurrency, so changes in the speed of the machine affect all
+of them. Each figure is paired with the no-op of the same engine, concurrency, load generator and round. Linux only.
+Progress goes to standard error. The output is a JSON file, a Markdown page and plots.
 """
 
 import argparse
@@ -14,18 +14,18 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks import load, machine, plan, report
+from benchmarks import load, machine, report
+from benchmarks.publishing import ROOT, update_docs
 from benchmarks.results import Results
-from benchmarks.rounds import Extent, Rounds, say
+from benchmarks.rounds import STORES, Extent, Rounds, all_subjects, say
 from benchmarks.servers import CannotMeasure, running_redis
 
-ROOT = Path(__file__).resolve().parents[1]
 _QUICK = {"concurrency": (1, 16), "rounds": 1, "seconds": 0.4, "races": 20, "starts": 1}
 _FULL = {"concurrency": (1, 16, 64, 256), "rounds": 5, "seconds": 0.7, "races": 200, "starts": 3}
 
 
 def measure(options: argparse.Namespace) -> Results:
-    """Measure what the options ask for; raise CannotMeasure."""
+    """Measure according to the options. Raises CannotMeasure."""
     extent = Extent(options.concurrency, options.rounds, options.seconds, options.races, options.starts)
     results = Results(machine.describe(), asdict(extent) | {"workers": options.workers})
     engines = [engine for engine in options.engines if _available(engine, results)]
@@ -34,9 +34,11 @@ def measure(options: argparse.Namespace) -> Results:
         redis = stack.enter_context(running_redis(folder))
         loadgen = load.build_loadgen(folder)
         if loadgen is None:
-            results.skipped.append("claims of fresh ids and batches: their load generator takes Go, which is missing")
+            results.skipped.append(
+                "claims of fresh ids and batches: go is not on PATH, and their load generator needs it"
+            )
         rounds = Rounds(extent, results, load.H2load(folder), loadgen)
-        subjects = plan.subjects(
+        subjects = all_subjects(
             engines, options.stores, workers=options.workers, redis=redis, folder=folder, naive=options.naive
         )
         rounds.measure(rounds.start(subjects, folder, stack), redis)
@@ -56,18 +58,26 @@ def _listed(text: str) -> list[str]:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="see in a minute that everything runs: no figures to keep")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the JSON file here")
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "benchmarks", help="folder (default: %(default)s)")
-    parser.add_argument("--engines", type=_listed, default=["grpcio", "native"], metavar="NAME,…")
-    parser.add_argument("--stores", type=_listed, default=list(plan.STORES), metavar="NAME,…")
-    parser.add_argument("--no-naive", dest="naive", action="store_false", help="leave the naive peers out")
-    parser.add_argument("--concurrency", type=lambda text: tuple(map(int, _listed(text))), metavar="N,…")
-    parser.add_argument("--rounds", type=int)
-    parser.add_argument("--seconds", type=float, help="of each measurement")
-    parser.add_argument("--workers", type=int, default=1, help="processes of the service (default: %(default)s)")
-    parser.add_argument("--from-json", type=Path, metavar="PATH", help="measure nothing, report these results anew")
-    parser.add_argument("--update-docs", action="store_true", help="write the tables into docs/performance.md as well")
+    parser.add_argument(
+        "--quick", action="store_true", help="short run of about a minute, whose figures are meaningless"
+    )
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the JSON to this file")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "build" / "benchmarks", help="output folder (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--engines", type=_listed, default=["grpcio", "native"], metavar="NAME,…", help="(default: both)"
+    )
+    parser.add_argument("--stores", type=_listed, default=list(STORES), metavar="NAME,…", help="(default: all)")
+    parser.add_argument("--no-naive", dest="naive", action="store_false", help="skip the naive implementation")
+    parser.add_argument(
+        "--concurrency", type=lambda text: tuple(map(int, _listed(text))), metavar="N,…", help="numbers of callers"
+    )
+    parser.add_argument("--rounds", type=int, help="number of rounds")
+    parser.add_argument("--seconds", type=float, help="duration of each measurement")
+    parser.add_argument("--workers", type=int, default=1, help="worker processes of the service (default: %(default)s)")
+    parser.add_argument("--from-json", type=Path, metavar="PATH", help="report these results instead of measuring")
+    parser.add_argument("--update-docs", action="store_true", help="also write the tables to docs/performance.md")
     options = parser.parse_args()
     for name, value in (_QUICK if options.quick else _FULL).items():
         if getattr(options, name, None) is None:
@@ -76,7 +86,7 @@ def _options() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure, write the report, and end with 1 when an answer was wrong."""
+    """Measure and write the report; exit with 1 if an answer was wrong."""
     options = _options()
     try:
         if options.from_json:
@@ -87,7 +97,7 @@ def main() -> None:
         sys.exit(f"bench: {error}")
     report.write(results, options.out, options.json)
     if options.update_docs:
-        report.update_docs(ROOT / "docs" / "performance.md", report.sections(results))
+        update_docs(ROOT / "docs" / "performance.md", report.sections(results))
     bad = list(results.bad_answers())
     for line in bad:
         say(line)

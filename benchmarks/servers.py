@@ -1,4 +1,4 @@
-"""The servers that are measured: the service, its no-op, the naive peer, and a Redis of the run's own."""
+"""Runs the measured servers and Redis as child processes."""
 
 import os
 import shutil
@@ -11,21 +11,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import process_figures
+from benchmarks import machine
 
 START_TIMEOUT_S = 30.0
 _POLL_S = 0.002
+_ROOT = Path(__file__).resolve().parents[1]
 
 
 class CannotMeasure(Exception):
-    """The run cannot go on; the message is one sentence that says what to change."""
+    """The run cannot continue; the message says what to change."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One server to measure: its name in the report, and how each of its processes is started.
+    """One server to measure: its name in the report, and the Python arguments of each of its processes.
 
-    What is in the folder `python_path` goes before what is installed.
+    Packages in the folder `python_path` precede the installed ones.
     """
 
     name: str
@@ -38,12 +39,12 @@ class Subject:
 
     @property
     def base(self) -> str:
-        """The name of the no-op on the same engine."""
+        """The name of the no-op server on the same engine."""
         return f"no-op, {self.engine}"
 
 
 class Server:
-    """A subject that runs, on a TCP port of its own on loopback."""
+    """A running subject, on its own TCP port on loopback."""
 
     def __init__(self, subject: Subject, folder: Path) -> None:
         self.subject = subject
@@ -53,20 +54,19 @@ class Server:
 
     @property
     def target(self) -> str:
-        """Where it listens."""
+        """The address, host:port."""
         return f"127.0.0.1:{self.port}"
 
     def start(self) -> float:
-        """Start it, and return the milliseconds until it accepted a connection; raise CannotMeasure with its log."""
+        """Start the processes; return the milliseconds until they listen. Raises CannotMeasure with the log."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("DEDUP_")}
         if self.subject.python_path:
-            paths = (self.subject.python_path, environment.get("PYTHONPATH", ""))
-            environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+            environment["PYTHONPATH"] = self.subject.python_path
         command = [sys.executable, *self.subject.arguments, "--listen", self.target]
         begun = time.perf_counter()
         with self._log.open("ab") as log:
             for _ in range(self.subject.processes):
-                self._processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
+                self._processes.append(subprocess.Popen(command, cwd=_ROOT, stdout=log, stderr=log, env=environment))
         try:
             await_port(self.port, self._processes)
         except CannotMeasure as error:
@@ -75,7 +75,7 @@ class Server:
         return (time.perf_counter() - begun) * 1_000
 
     def stop(self) -> None:
-        """End it and wait for that."""
+        """Terminate the processes, and wait for their exit."""
         for process in self._processes:
             process.terminate()
         for process in self._processes:
@@ -88,36 +88,36 @@ class Server:
 
     @property
     def cpu_s(self) -> float:
-        """The CPU seconds that its processes have used."""
-        return sum(process_figures.cpu_s(process.pid) for process in self._processes)
+        """The CPU seconds of its processes so far."""
+        return sum(machine.cpu_s(process.pid) for process in self._processes)
 
     @property
     def peak_kib(self) -> int:
-        """The peak of their resident memory."""
-        return sum(process_figures.peak_kib(process.pid) for process in self._processes)
+        """The peak resident memory of its processes."""
+        return sum(machine.peak_kib(process.pid) for process in self._processes)
 
 
 @dataclass(frozen=True)
 class Redis:
-    """A running Redis, without persistence."""
+    """A running Redis without persistence."""
 
     port: int
     socket_path: Path
 
     @property
     def tcp_url(self) -> str:
-        """Its URL over TCP."""
+        """The URL over TCP."""
         return f"redis://127.0.0.1:{self.port}/0"
 
     @property
     def unix_url(self) -> str:
-        """Its URL over the Unix socket."""
+        """The URL over the Unix socket."""
         return f"unix://{self.socket_path}"
 
 
 @contextmanager
 def running_redis(folder: Path) -> Iterator[Redis]:
-    """Run a Redis of its own on a free port and a Unix socket; raise CannotMeasure where none is installed."""
+    """Run a Redis on a free port and a Unix socket. Raises CannotMeasure if Redis is not installed."""
     binary = shutil.which("redis-server")
     if binary is None:
         raise CannotMeasure("redis-server is not on PATH: `apt-get install redis-server` on Debian")
@@ -134,21 +134,21 @@ def running_redis(folder: Path) -> Iterator[Redis]:
 
 
 def await_port(port: int, processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Return when the port accepts connections; raise CannotMeasure when a process ended instead, or at the limit."""
+    """Return when the port accepts connections. Raises CannotMeasure if a process exits, or after START_TIMEOUT_S."""
     end = time.monotonic() + START_TIMEOUT_S
     while True:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
         if any(process.poll() is not None for process in processes):
-            raise CannotMeasure("it ended at its start")
+            raise CannotMeasure("it exited at start")
         if time.monotonic() > end:
             raise CannotMeasure(f"it did not listen within {START_TIMEOUT_S:.0f} s")
         time.sleep(_POLL_S)
 
 
 def free_port() -> int:
-    """Return a port that was free a moment ago."""
+    """Return a currently free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -1,8 +1,8 @@
-"""Measures how long the service takes from its start until health says SERVING, and what it then holds of memory.
+"""Measures the time from the start of the service until its health is SERVING, and its memory when idle.
 
-For each store, beside the bare import of what it cannot do without in a fresh interpreter: grpc, protobuf's messages,
-and the driver. Rounds are interleaved and paired. A socket says when the service listens, and only then is its health
-asked: a gRPC channel that was refused once comes back too late for a measurement. Linux only.
+The base, for each store, is a fresh interpreter that only imports grpc, protobuf and the driver. Rounds are interleaved
+and paired. A socket polls until the service listens, and only then a channel asks for its health: the reconnect backoff
+of a refused gRPC channel is too long for this measurement. Linux only.
 """
 
 import os
@@ -18,10 +18,9 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from benchmarks import machine, process_figures, publishing
-from benchmarks.figures import paired_ratios, spread
-from benchmarks.publishing import say
-from benchmarks.report import number, table, with_range
+from benchmarks import machine, publishing
+from benchmarks.publishing import number, say, table, with_range
+from benchmarks.results import paired_ratios, spread
 from benchmarks.servers import START_TIMEOUT_S, CannotMeasure, free_port, running_redis
 
 GOAL = 1.2
@@ -34,16 +33,16 @@ _POLL_S = 0.001
 
 
 def bare_import(store: str) -> float:
-    """Return the milliseconds that a fresh interpreter takes to import what the store needs, and to end."""
+    """Return the milliseconds of a fresh interpreter that imports the libraries of the store and exits."""
     begun = time.perf_counter()
     subprocess.run([sys.executable, "-c", f"{BARE[store]}; import os; os._exit(0)"], check=True)
     return (time.perf_counter() - begun) * 1_000
 
 
 def start(url: str, log: Path, idle_s: float) -> tuple[float, int]:
-    """Return the milliseconds until health says SERVING, and the peak of resident memory in KiB after some idle time.
+    """Return the milliseconds until health is SERVING, and the peak resident memory in KiB after `idle_s` seconds.
 
-    Raises CannotMeasure when the service ends, or does not serve in time.
+    Raises CannotMeasure if the service exits, or does not serve in time.
     """
     port = free_port()
     clean = {name: value for name, value in os.environ.items() if not name.startswith("DEDUP_")}
@@ -55,7 +54,7 @@ def start(url: str, log: Path, idle_s: float) -> tuple[float, int]:
         _await_serving(port, process, log)
         took_ms = (time.perf_counter() - begun) * 1_000
         time.sleep(idle_s)
-        return took_ms, process_figures.peak_kib(process.pid)
+        return took_ms, machine.peak_kib(process.pid)
     finally:
         process.terminate()
         process.wait()
@@ -65,16 +64,16 @@ def _await_serving(port: int, process: subprocess.Popen[bytes], log: Path) -> No
     end = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < end:
         if process.poll() is not None:
-            raise CannotMeasure(f"the service ended at its start:\n{log.read_text()}")
+            raise CannotMeasure(f"the service exited at start:\n{log.read_text()}")
         with socket.socket() as probe:
             listens = probe.connect_ex(("127.0.0.1", port)) == 0
-        if listens and _says_serving(port):
+        if listens and _is_serving(port):
             return
         time.sleep(_POLL_S)
     raise CannotMeasure(f"the service did not serve within {START_TIMEOUT_S:.0f} s:\n{log.read_text()}")
 
 
-def _says_serving(port: int) -> bool:
+def _is_serving(port: int) -> bool:
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         try:
             reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
@@ -84,14 +83,14 @@ def _says_serving(port: int) -> bool:
 
 
 def measure(rounds: int, idle_s: float, stores: Sequence[str]) -> dict[str, Any]:
-    """Return the rounds of every store."""
+    """Return the figures of every store by round."""
     found: dict[str, dict[str, list[float]]] = {
         store: {"bare_ms": [], "serving_ms": [], "peak_kib": []} for store in stores
     }
     with tempfile.TemporaryDirectory(prefix="dedup-benchmark-") as name, running_redis(Path(name)) as redis:
         urls = {"redis": redis.tcp_url, "sqlite": f"sqlite://{name}/claims.db"}
         for store in stores:
-            # Files into the page cache, and the claim file made.
+            # Warm up the page cache, and create the claim file.
             bare_import(store)
             start(urls[store], Path(name) / "log", 0)
         for done in range(rounds):
@@ -106,7 +105,7 @@ def measure(rounds: int, idle_s: float, stores: Sequence[str]) -> dict[str, Any]
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Return the table of the documentation."""
+    """Return the table for the documentation."""
     rows = []
     for store, figures in results["stores"].items():
         ratio = with_range(paired_ratios(figures["serving_ms"], figures["bare_ms"]))

@@ -1,8 +1,8 @@
-"""Measures what a second worker gains, and what metrics cost one worker and two.
+"""Measures the effect of a second worker, and the cost of metrics with one and two workers.
 
-Services with one worker and with two, each without and with metrics, over one Redis. Rounds go over all of them, and
-every figure is paired with that of one worker without metrics in the same round. h2load claims one hot id over eight
-connections, which the kernel spreads over the workers. Linux only.
+Services with one and two workers, without and with metrics, share one Redis. Rounds are interleaved, and every figure
+is paired with that of one worker without metrics. h2load claims one hot id over eight connections, which the kernel
+distributes over the workers. Linux only.
 """
 
 import sys
@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine, publishing
-from benchmarks.answers import CLAIM, claimed
-from benchmarks.figures import paired_ratios, spread
-from benchmarks.load import H2load
-from benchmarks.publishing import say
-from benchmarks.report import number, table, with_range
+from benchmarks.load import CLAIM_PATH, H2load, claimed
+from benchmarks.publishing import number, say, table, with_range
+from benchmarks.results import paired_ratios, spread
 from benchmarks.servers import CannotMeasure, Server, Subject, running_redis
 
 CALLERS = 64
@@ -31,7 +29,7 @@ ENGINES = ("grpcio", "native")
 
 
 def measure(engines: tuple[str, ...], rounds: int, seconds: float) -> dict[str, Any]:
-    """Return the rounds of every kind on every engine: calls a second, and CPU seconds a call."""
+    """Return calls per second and CPU microseconds per call, of every engine and kind, by round."""
     found: dict[str, dict[str, dict[str, list[float]]]] = {
         engine: {kind: {"rate": [], "cpu_us": []} for kind in KINDS} for engine in engines
     }
@@ -51,7 +49,7 @@ def measure(engines: tuple[str, ...], rounds: int, seconds: float) -> dict[str, 
             for number_, (server, figures) in enumerate(servers):
                 with claimed(server.target, f"hot-{number_}-{done}", retry=False) as constant:
                     before = server.cpu_s
-                    load = h2load.run(server.target, CLAIM, constant, concurrency=CALLERS, seconds=seconds)
+                    load = h2load.run(server.target, CLAIM_PATH, constant, concurrency=CALLERS, seconds=seconds)
                     calls = len(load.latencies_us)
                     if load.wrong or load.failed:
                         raise CannotMeasure(f"{server.subject.name} answered wrongly: {load.first_bad}")
@@ -62,7 +60,7 @@ def measure(engines: tuple[str, ...], rounds: int, seconds: float) -> dict[str, 
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Return the table of the documentation."""
+    """Return the table for the documentation."""
     rows = []
     for engine, kinds in results["engines"].items():
         base = kinds[BASE]
@@ -76,7 +74,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure, or report what was measured before."""
+    """Measure, and publish the figures."""
     chosen = publishing.options(__doc__)
     try:
         results = publishing.earlier(chosen) or measure(ENGINES, 1 if chosen.quick else 12, 0.3 if chosen.quick else 1)

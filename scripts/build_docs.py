@@ -26,7 +26,7 @@ SECTIONS: dict[str, Sequence[str]] = {
         *("docs/other-languages.md", "examples"),
     ),
     "Operate": (
-        *("docs/running.md", "docs/stores.md", "deploy", "docs/observability.md"),
+        *("docs/stores.md", "deploy", "docs/observability.md"),
         *(
             "docs/runbook.md",
             "docs/performance.md",

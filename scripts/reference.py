@@ -1,11 +1,10 @@
 """Write the generated parts of the documentation: the settings, the errors and the list of decisions.
 
-With `--check` nothing is written, and the exit code is 1 when a part is stale. A reason that the sources can send and
-docs/errors.toml does not describe ends it with a sentence, and so does one that nothing sends.
+docs/errors.toml must describe every `Reason` except INTERNAL, and nothing else; otherwise the script exits with an
+error. With `--check` it writes nothing, and exits with 1 if a part is stale.
 """
 
 import argparse
-import ast
 import re
 import sys
 import tomllib
@@ -15,28 +14,27 @@ from pathlib import Path
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from dedup_service.cli.serve import metavar, shown_default
 from dedup_service.api.errors import TABLE
+from dedup_service.claims import Reason
+from dedup_service.cli.serve import metavar, shown_default
 from dedup_service.config.settings import ENV_PREFIX, Settings
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 REMARKS = DOCS / "errors.toml"
 
-# Every word of this form in the sources of the stores is a reason.
-_REASON = re.compile(r"[A-Z]+(_[A-Z]+)+")
 _WRITTEN_DEFAULT = re.compile(r"\s*\[default: (.+)\]$")
 _METAVARS = {"DURATION": "a duration", "FILE": "a path", "INTEGER": "a number", "NUMBER": "a number", "TEXT": ""}
 
-# What a bug is told as; it is not in the table, since it stands for everything that is not.
-_BUG = (
-    "| `INTERNAL` | `INTERNAL` | unknown | no | A bug. The message has an id under which the log has the cause. "
-    "Operators: [internal errors](runbook.md#errors-internal). |"
+# Every exception that is not in the table.
+_INTERNAL = (
+    f"| `{Reason.INTERNAL}` | `INTERNAL` | unknown | no | A bug. The message has an incident id; the log has the cause "
+    "under this id. Operators: [internal errors](runbook.md#errors-internal). |"
 )
 
 
 def settings() -> Iterator[str]:
-    """Return the rows of the settings, in the order of `serve --help`."""
+    """Yield the table of settings, in the order of `serve --help`."""
     yield "| variable | flag | default | meaning |"
     yield "|---|---|---|---|"
     for name, field in Settings.model_fields.items():
@@ -67,40 +65,39 @@ def _limits(field: FieldInfo) -> str:
 
 
 def errors() -> Iterator[str]:
-    """Return the rows of the errors."""
+    """Yield the table of errors."""
     return error_rows(tomllib.loads(REMARKS.read_text()))
 
 
 def error_rows(remarks: Mapping[str, Mapping[str, Mapping[str, str]]]) -> Iterator[str]:
-    """Return the rows of the errors in the order of `remarks`; exit when that and the sources differ."""
-    described = {reason for reasons in remarks.values() for reason in reasons}
-    sent = store_reasons() | {row.reason for row in TABLE.values() if row.reason}
+    """Yield the table of errors in the order of `remarks`: exception, then reason. Exits if they and Reason differ."""
     name = REMARKS.relative_to(ROOT)
+    described = {reason for reasons in remarks.values() for reason in reasons}
+    sent = {reason.value for reason in Reason if reason is not Reason.INTERNAL}
     if missing := sent - described:
         sys.exit(f"{name} does not describe {', '.join(sorted(missing))}: add an entry for each")
     if unused := described - sent:
-        sys.exit(f"{name} describes {', '.join(sorted(unused))}, which nothing sends: remove it")
-    rows = {error.__name__: row for error, row in TABLE.items()}
-    yield "| reason | gRPC code | applied | `RetryInfo` | means, and what to do |"
+        sys.exit(f"{name} describes {', '.join(sorted(unused))}, which is not a Reason: remove it")
+    errors_by_name = {error.__name__: error for error in TABLE}
+    if unknown := remarks.keys() - errors_by_name.keys():
+        sys.exit(f"{name} has {', '.join(sorted(unknown))}, which is not in the error table: correct the name")
+    for kind, error in errors_by_name.items():
+        fixed = getattr(error, "reason", None)
+        if fixed is not None and set(remarks.get(kind, ())) != {fixed.value}:
+            sys.exit(f"{name} must describe {fixed.value}, and nothing else, under {kind}")
+    yield "| reason | gRPC code | applied | `RetryInfo` | meaning and remedy |"
     yield "|---|---|---|---|---|"
     for kind, reasons in remarks.items():
-        row = rows[kind]
+        row = TABLE[errors_by_name[kind]]
         retry = "no" if row.retry_after_ms is None else f"{row.retry_after_ms} ms"
         for reason, remark in reasons.items():
-            told = _cell(f"{remark['means']} {remark['remedy']}")
-            yield f"| `{reason}` | `{row.code.name}` | {remark['applied']} | {retry} | {told} |"
-    yield _BUG
-
-
-def store_reasons() -> set[str]:
-    """Return every reason that a store can give, by the words of that form in its sources."""
-    trees = (ast.parse(path.read_text()) for path in (ROOT / "dedup_service" / "stores").rglob("*.py"))
-    words = (node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant))
-    return {word for word in words if isinstance(word, str) and _REASON.fullmatch(word)}
+            text = _cell(f"{remark['means']} {remark['remedy']}")
+            yield f"| `{reason}` | `{row.code.name}` | {remark['applied']} | {retry} | {text} |"
+    yield _INTERNAL
 
 
 def decisions() -> Iterator[str]:
-    """Return a line for each decision."""
+    """Yield a line for each decision."""
     for path in sorted((DOCS / "decisions").glob("[0-9]*.md")):
         title = path.read_text().partition("\n")[0].removeprefix("# ")
         number, _, name = title.partition(". ")
@@ -119,7 +116,7 @@ PARTS = {
 
 
 def updated(text: str, part: str, lines: Iterator[str]) -> str:
-    """Return the page with what stands between the marks of a part replaced; exit when it has no such marks."""
+    """Return the page with the text between the marks of a part replaced. Exits if the marks are missing."""
     begin, end = f"<!-- generated: {part}, by make docs-reference -->\n", f"<!-- end: {part} -->"
     if begin not in text or end not in text:
         sys.exit(f"a page lacks the marks {begin.strip()!r} and {end!r}")
@@ -128,9 +125,9 @@ def updated(text: str, part: str, lines: Iterator[str]) -> str:
 
 
 def main() -> None:
-    """Write the parts, or say which are stale."""
+    """Write the parts, or check them."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="Write nothing; exit with 1 when a part is stale.")
+    parser.add_argument("--check", action="store_true", help="Write nothing; exit with 1 if a part is stale.")
     check = parser.parse_args().check
     stale = []
     for (page, part), lines in PARTS.items():

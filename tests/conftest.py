@@ -77,22 +77,24 @@ def store_url(kind: str, redis_server: RedisProcess, folder: Path) -> str:
 
 @pytest.fixture(scope="session", params=get_args(EngineName))
 def engine(request: pytest.FixtureRequest) -> EngineName:
-    """Each engine: whoever starts a service with it runs once on each."""
+    """Each engine, for tests in which the engine can matter."""
     name: EngineName = request.param
     return name
 
 
-@pytest.fixture(scope="session", params=["redis", "sqlite"])
+# Every store on the default engine, and the other engine once: it cannot see which store is behind it.
+_SERVICES = [("grpcio", "redis"), ("grpcio", "sqlite"), ("native", "redis")]
+
+
+@pytest.fixture(scope="session", params=_SERVICES, ids=["grpcio-redis", "grpcio-sqlite", "native-redis"])
 def service(
-    request: pytest.FixtureRequest,
-    engine: EngineName,
-    redis_server: RedisProcess,
-    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest, redis_server: RedisProcess, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServiceProcess]:
-    """The real service in a second process, on each engine, once over Redis and once over the embedded store."""
-    url = store_url(request.param, redis_server, tmp_path_factory.mktemp("service"))
+    """The real service in a second process, shared by the tests of a worker."""
+    engine, store = request.param
+    url = store_url(store, redis_server, tmp_path_factory.mktemp("service"))
     process = ServiceProcess("--engine", engine, "--store-url", url, "--log-level", "debug").start()
     yield process
     assert process.stop() == 0
-    assert not [line for line in process.stderr_lines if not line.startswith("{")], "a line that is no JSON"
+    assert not [line for line in process.stderr_lines if not line.startswith("{")], "a line that is not JSON"
     assert not [line for line in process.logs if line["level"] == "error"], "an error in the log"

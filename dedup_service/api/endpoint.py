@@ -1,4 +1,4 @@
-"""The endpoint around every rpc: decode, call the handler, answer or reject. Nothing escapes it."""
+"""The endpoint around every rpc: admit, decode, call the handler, answer or reject. Nothing escapes it."""
 
 import asyncio
 import sys
@@ -8,10 +8,9 @@ from typing import Generic, NoReturn, cast
 import grpc
 from google.protobuf.message import Message
 
-from dedup_service.api.admission import Admission
 from dedup_service.api.authorization import Authorization
 from dedup_service.api.decoding import RequestT, decode_request
-from dedup_service.api.errors import DeadlinePassed, DeadlineTooNear, error_reply
+from dedup_service.api.errors import DeadlinePassed, DeadlineTooNear, ServerStopping, TooManyCalls, error_reply
 from dedup_service.claims import Applied
 from dedup_service.observability.calls import CORRELATION_HEADER, Call, CallObserver
 
@@ -31,6 +30,43 @@ ANSWER_MARGIN_S = 0.01
 
 # The request, the call to fill in, and the seconds until the caller's deadline; None without one.
 Handler = Callable[[RequestT, Call, float | None], Awaitable[Message]]
+
+
+class Admission:
+    """Admits calls until it is closed, at most `limit` at a time. Health checks are not counted."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.in_flight = 0
+        self.rejected = 0
+        """Calls that arrived after `close`."""
+        self._closed = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def enter(self) -> None:
+        """Count a call in; every success needs one `leave`. Raises ServerStopping and TooManyCalls."""
+        if self._closed:
+            self.rejected += 1
+            raise ServerStopping("the server is shutting down: call another one, or try again")
+        if self.in_flight >= self._limit:
+            raise TooManyCalls(f"{self._limit} calls are in flight: try again, or call another server")
+        self.in_flight += 1
+        self._idle.clear()
+
+    def leave(self) -> None:
+        """Count a call out."""
+        self.in_flight -= 1
+        if not self.in_flight:
+            self._idle.set()
+
+    def close(self) -> None:
+        """Admit no more calls."""
+        self._closed = True
+
+    async def idle(self) -> None:
+        """Return when no call is in flight."""
+        await self._idle.wait()
 
 
 class Endpoint(Generic[RequestT]):

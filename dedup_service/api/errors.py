@@ -1,4 +1,4 @@
-"""The error table: from an exception to gRPC code, reason, applied and retry."""
+"""The errors of the API, and the error table: from an exception to gRPC code, reason, applied and retry."""
 
 import secrets
 from dataclasses import dataclass
@@ -7,7 +7,6 @@ import grpc
 from google.protobuf import duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
-from dedup_service.api.admission import ServerStopping, TooManyCalls
 from dedup_service.claims import (
     Applied,
     CallerNotAllowed,
@@ -27,6 +26,18 @@ ERROR_DOMAIN = "dedup.v1"
 
 # Long enough for a reconnect or an election, short enough for a user who waits.
 RETRY_AFTER_MS = 200
+
+
+class ServerStopping(ClaimError):
+    """The server is shutting down; nothing was done."""
+
+    reason = Reason.SERVER_STOPPING
+
+
+class TooManyCalls(ClaimError):
+    """The limit of in-flight calls is reached; nothing was done."""
+
+    reason = Reason.TOO_MANY_CALLS
 
 
 class DeadlineTooNear(ClaimError):

@@ -7,9 +7,8 @@ from typing import Any
 import grpc
 
 from dedup.v1 import dedup_pb2
-from dedup_service.api.admission import Admission
 from dedup_service.api.authorization import Authorization
-from dedup_service.api.endpoint import Endpoint, Handler
+from dedup_service.api.endpoint import Admission, Endpoint, Handler
 from dedup_service.api.errors import error_reply
 from dedup_service.api.messages import (
     batched_claim_request,

@@ -13,22 +13,23 @@ from dedup_service.claims.errors import (
     TransactionNotFound,
     UnreadableValue,
 )
-from dedup_service.claims.findings import Finding, Severity, worst
 from dedup_service.claims.policies import Caller, Policies, Policy
 from dedup_service.claims.service import DEFAULT_MAX_RESULT_BYTES, ClaimService, system_clock_ms
-from dedup_service.claims.store import ClaimStore, ConnectionObserver, StoreNotice
+from dedup_service.claims.store import ClaimStore, ConnectionObserver, Finding, Severity, StoreNotice, worst
 from dedup_service.claims.transaction import (
     DEFAULT_NAMESPACE,
     ClaimAnswer,
     ClaimOutcome,
     ClaimRequest,
+    Completion,
     Expiry,
+    Extension,
     HolderRequest,
+    Release,
     RequestedExpiry,
     Transaction,
     TransactionState,
 )
-from dedup_service.claims.transitions import Completion, Extension, Release
 
 __all__ = [
     "DEFAULT_MAX_RESULT_BYTES",

@@ -15,12 +15,14 @@ from dedup_service.claims.transaction import (
     ClaimAnswer,
     ClaimOutcome,
     ClaimRequest,
+    Completion,
     Expiry,
+    Extension,
     HolderRequest,
+    Release,
     Transaction,
     TransactionState,
 )
-from dedup_service.claims.transitions import Completion, Extension, Release
 from dedup_service.claims.waiting import Waiters
 
 DEFAULT_MAX_RESULT_BYTES = 4_096

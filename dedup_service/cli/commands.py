@@ -5,9 +5,7 @@ from typing import Annotated
 import typer
 
 from dedup_service.cli.batch import batch
-from dedup_service.cli.doctor import doctor
-from dedup_service.cli.hash_id import hash_id
-from dedup_service.cli.healthcheck import healthcheck
+from dedup_service.cli.diagnosis import doctor, hash_id, healthcheck
 from dedup_service.cli.serve import run_serve, version_text
 from dedup_service.cli.transactions import claim, complete, extend, get, release
 from dedup_service.cli.watch import watch

@@ -179,7 +179,8 @@ class Settings(Listening):
     shutdown_grace: DurationMs = Field(10_000, description="Grace period for in-flight calls after SIGTERM or SIGINT.")
     engine: EngineName = Field(
         "grpcio",
-        description="gRPC implementation: grpcio, or native, which is faster and younger; see docs/engines.md.",
+        description="gRPC implementation: grpcio, or native, which is faster but younger, and closes connections of "
+        "callers that cancel many calls; see docs/engines.md.",
     )
     workers: WorkerCount = Field(
         1, description="Worker processes that share the TCP port: 1 to 64, or auto for one per CPU."

@@ -14,8 +14,7 @@ from dedup_service.claims import ClaimStore, ConnectionObserver
 from dedup_service.config.errors import FatalError
 from dedup_service.config.files import read_log_id_key
 from dedup_service.config.settings import Settings
-from dedup_service.observability.call_log import CallLog
-from dedup_service.observability.calls import Call, CallObserver
+from dedup_service.observability.calls import Call, CallLog, CallObserver
 from dedup_service.observability.logs import LoggedIds, Logger
 
 if TYPE_CHECKING:
@@ -140,7 +139,7 @@ def _traces(service: str) -> "Traces":
         from dedup_service.observability.traces import Traces  # noqa: PLC0415 - optional
     except ImportError as error:
         raise FatalError(
-            f"DEDUP_TRACES (--traces): OpenTelemetry cannot be loaded ({error}): install dedup-service[otel], or set "
+            f"DEDUP_TRACES (--traces): OpenTelemetry cannot be loaded ({error}): install the extra `otel`, or set "
             "DEDUP_TRACES=off"
         ) from None
     try:

@@ -1,4 +1,4 @@
-"""Health of the process and of its store, and the listeners that serve health alone."""
+"""Health of the process and of its store, the listeners that serve health alone, and the examination at the start."""
 
 import asyncio
 from collections.abc import Sequence
@@ -8,9 +8,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from dedup_service.api import health
 from dedup_service.api.servicer import SERVICE_NAME
-from dedup_service.claims import ClaimStore, Reason, StoreRefused, StoreUnavailable
+from dedup_service.claims import ClaimStore, Reason, Severity, StoreRefused, StoreUnavailable
+from dedup_service.config.errors import FatalError
 from dedup_service.observability.logs import Logger
 from dedup_service.server.listeners import add_listener
+from dedup_service.stores.registry import StoreConfig, examine_store
 
 # A store that is back is used again within a second.
 CHECK_INTERVAL_S = 0.5
@@ -104,3 +106,33 @@ async def listen_for_probes(
     await server.start()
     log.info("health_listener_started", addresses=bound)
     return server
+
+
+# The longest delay of the start.
+_TIMEOUT_S = 2.0
+
+
+async def examine(store: StoreConfig, log: Logger, *, strict: bool) -> None:
+    """Log every finding that is a warning or worse. Raises FatalError for a critical one if `strict`."""
+    try:
+        async with asyncio.timeout(_TIMEOUT_S):
+            findings = await examine_store(store)
+    except TimeoutError:
+        log.warning("store_examination_failed", message=f"the store did not answer everything within {_TIMEOUT_S:g} s")
+        return
+    except Exception as error:  # noqa: BLE001 - claims can be served all the same
+        log.warning("store_examination_failed", message=f"{type(error).__name__}: {error}")
+        return
+    critical = None
+    for finding in sorted(findings, key=lambda finding: -finding.severity):
+        if finding.severity < Severity.WARNING:
+            continue
+        # Not as an error, which stands for a fault of this service.
+        log.warning("store_finding_reported", **finding.as_dict())
+        if finding.severity is Severity.CRITICAL:
+            critical = critical or finding
+    if strict and critical is not None:
+        raise FatalError(
+            f"DEDUP_STRICT is set and the store is unfit ({critical.check}): {critical.message} "
+            f"Remedy: {critical.remedy}"
+        )

@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection
 
 from dedup_service import __version__
 from dedup_service.api import health
-from dedup_service.api.admission import Admission
+from dedup_service.api.endpoint import Admission
 from dedup_service.api.servicer import METHODS, SERVICE_NAME, DedupServicer, add_to_server
 from dedup_service.claims import ClaimService, ClaimStore, StoreRefused
 from dedup_service.config.errors import BadSettings, FatalError
@@ -22,9 +22,8 @@ from dedup_service.config.settings import Settings
 from dedup_service.observability.logs import Logger, logger
 from dedup_service.observability.observers import Observers, WorkerMetricFiles, observing
 from dedup_service.server.engines import Engine, EngineOptions, make_engine
-from dedup_service.server.examination import examine
-from dedup_service.server.exposure import warn_of_exposure
-from dedup_service.server.health import Health, listen_for_probes
+from dedup_service.server.health import Health, examine, listen_for_probes
+from dedup_service.server.listeners import warn_of_exposure
 from dedup_service.server.policies import (
     load_policies,
     log_policies,

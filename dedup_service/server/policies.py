@@ -10,9 +10,9 @@ from dedup_service.claims import Caller, ClaimService, Policies, Policy
 from dedup_service.claims.limits import namespace_fault
 from dedup_service.config.durations import format_duration
 from dedup_service.config.errors import BadSettings
+from dedup_service.config.files import read_tokens
 from dedup_service.config.policy_file import NamespaceRules, read_policy_file, unusable
 from dedup_service.config.settings import ENV_PREFIX, Settings
-from dedup_service.config.token_file import read_tokens
 from dedup_service.observability.logs import Logger
 
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from dedup_service.claims import ClaimStore, ConnectionObserver, Finding
 from dedup_service.config.settings import Settings
-from dedup_service.stores.keys import KeyLayout, canary_prefix, prefixed_layout, raw_layout
 from dedup_service.stores.redis.url import (
     ClusterTarget,
     RedisTarget,
@@ -20,6 +19,7 @@ from dedup_service.stores.redis.url import (
     parse_sentinel_url,
 )
 from dedup_service.stores.sqlite.url import parse_sqlite_url
+from dedup_service.stores.stored_value import KeyLayout, canary_prefix, prefixed_layout, raw_layout
 
 if TYPE_CHECKING:
     from dedup_service.stores.redis.link import RedisNodes

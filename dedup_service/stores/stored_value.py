@@ -1,13 +1,56 @@
-"""The stored value: a msgpack array, version first, the same in every store.
+"""The stored record: its key, and a value that is a msgpack array, version first, the same in every store.
 
 `[1, token, claimant, claim_time_ms, expire_time_ms, state, fingerprint, completion_time_ms, result]`. Readers accept a
 longer array (a newer writer that only added fields) and refuse another version. Any other value was not written by this
 service and is a claim by an unknown holder.
 """
 
+from collections.abc import Callable
+
 import msgpack
 
-from dedup_service.claims import Reason, Transaction, TransactionState, UnreadableValue
+from dedup_service.claims import (
+    DEFAULT_NAMESPACE,
+    FieldViolation,
+    InvalidRequest,
+    Reason,
+    Transaction,
+    TransactionState,
+    UnreadableValue,
+)
+
+KeyLayout = Callable[[str, str], bytes]
+
+
+def prefixed_layout(prefix: str) -> KeyLayout:
+    """Return the layout `{prefix}{namespace}:{transaction_id}`. It is injective: a namespace contains no colon."""
+    prefix_bytes = prefix.encode()
+
+    def key(namespace: str, transaction_id: str) -> bytes:
+        return b"%b%b:%b" % (prefix_bytes, namespace.encode(), transaction_id.encode())
+
+    return key
+
+
+def raw_layout(namespace: str, transaction_id: str) -> bytes:
+    """Return the transaction id itself, the key that services with an in-process SETNX write.
+
+    Raises InvalidRequest unless the namespace is the default one: the key cannot keep namespaces apart.
+    """
+    if namespace != DEFAULT_NAMESPACE:
+        raise InvalidRequest(
+            FieldViolation(
+                "namespace",
+                f"must be {DEFAULT_NAMESPACE!r} or absent: the raw key layout of this server has no namespaces",
+            )
+        )
+    return transaction_id.encode()
+
+
+def canary_prefix(layout: KeyLayout, prefix: str) -> bytes:
+    """Return a prefix of keys that no transaction has: a namespace has no '~', and an id no control character."""
+    return b"dedup-canary\x1f" if layout is raw_layout else b"%b~canary:" % prefix.encode()
+
 
 VERSION = 1
 

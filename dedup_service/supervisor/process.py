@@ -1,18 +1,19 @@
-"""The supervisor process."""
+"""The supervisor process, and the TCP ports it holds."""
 
 import asyncio
 import contextlib
 import json
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dedup_service import __version__
+from dedup_service.config.addresses import Address
 from dedup_service.config.errors import FatalError
 from dedup_service.observability.banner import banner
 from dedup_service.observability.logs import configure_logs, logger
 from dedup_service.supervisor.messages import Refusal, SupervisorStart
-from dedup_service.supervisor.ports import HeldPorts
 from dedup_service.supervisor.supervisor import Supervisor
 
 if TYPE_CHECKING:
@@ -68,3 +69,40 @@ def _metrics(address: str | None) -> Iterator["WorkerMetrics | None"]:
     with contextlib.closing(WorkerMetrics(address)) as metrics:
         logger().info("metrics_listener_started", address=metrics.address)
         yield metrics
+
+
+class HeldPorts:
+    """Holds the addresses of the workers, so that no other process gets them while a worker is away.
+
+    `addresses` are the bound ones; port 0 has become a free port. Raises AddressUnavailable.
+    """
+
+    def __init__(self, addresses: Sequence[str]) -> None:
+        self._sockets: list[socket.socket] = []
+        try:
+            self.addresses = [str(self._hold(Address.parse(address))) for address in addresses]
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Release the ports."""
+        for held in self._sockets:
+            held.close()
+
+    def _hold(self, address: Address) -> Address:
+        # Without SO_REUSEPORT, which would silently share the port of another service.
+        address.probe()
+        try:
+            family, kind, protocol, where = address.resolve()
+            held = socket.socket(family, kind, protocol)
+            self._sockets.append(held)
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            # SO_REUSEADDR passes the connections an earlier service left in TIME_WAIT. It is then unset, since it would
+            # also let the probe of another service pass this socket.
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            held.bind(where)
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+        except OSError as error:
+            raise address.unavailable(error) from None
+        return address.with_port(held.getsockname()[1])

@@ -1,7 +1,7 @@
-"""Shows three clicks within a millisecond, with the guard of the original and with the dedup service.
+"""Compares the original guard with the dedup service: three clicks of one user within a millisecond.
 
-Starts a Redis, the dedup service and the lucky box API in Python and (where Go is) in Go, each with both guards. Then
-clicks, prints what came of it, and ends everything again.
+Starts a Redis, the dedup service, and the lucky box API in Python and (if Go is installed) in Go, each with both
+guards. Sends the clicks, prints the results, and stops everything.
 """
 
 import argparse
@@ -33,13 +33,13 @@ CORRELATION_HEADER = "x-correlation-id"
 
 @dataclass
 class Logged:
-    """A process that logs lines of JSON."""
+    """A process that logs JSON lines."""
 
     process: subprocess.Popen[str]
     lines: list[dict[str, Any]] = field(default_factory=list)
 
     def event(self, name: str) -> dict[str, Any]:
-        """Return the first line of this event, once it is there."""
+        """Wait for the first line of this event and return it."""
         until = time.monotonic() + START_TIMEOUT_S
         while not (found := [line for line in list(self.lines) if line.get("event") == name]):
             if self.process.poll() is not None or time.monotonic() > until:
@@ -50,7 +50,7 @@ class Logged:
 
 @dataclass
 class Round:
-    """What became of the clicks of one user at one box."""
+    """The results of one user's clicks on one box."""
 
     statuses: list[int]
     passed: int
@@ -60,7 +60,7 @@ class Round:
 
 @contextlib.contextmanager
 def logged(*command: str, cwd: Path | None = None) -> Iterator[Logged]:
-    """Run a process for the context, and read its log."""
+    """Run a process inside the context and collect its log."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("DEDUP_")}
     with subprocess.Popen(command, cwd=cwd, env=clean, stderr=subprocess.PIPE, text=True) as process:
         running = Logged(process)
@@ -81,7 +81,7 @@ def logged(*command: str, cwd: Path | None = None) -> Iterator[Logged]:
 
 @contextlib.contextmanager
 def redis_server(folder: Path) -> Iterator[int]:
-    """Run a Redis for the context, and yield its port."""
+    """Run a Redis inside the context and yield its port."""
     binary = shutil.which("redis-server")
     if binary is None:
         raise SystemExit("redis-server is not on PATH: sudo apt-get install redis-server, or brew install redis")
@@ -102,7 +102,7 @@ def redis_server(folder: Path) -> Iterator[int]:
 
 
 async def click_together(port: int, device: int) -> Round:
-    """Send the clicks over connections that are open already, one right after the other."""
+    """Send the clicks in quick succession, over connections that are already open."""
     streams = [await asyncio.open_connection("127.0.0.1", port) for _ in range(CLICKS)]
     body = json.dumps({"device": device, "event": "daily", "day": "2025-11-28"})
     ids = [secrets.token_hex(16) for _ in range(CLICKS)]
@@ -124,7 +124,7 @@ async def click_together(port: int, device: int) -> Round:
 
 
 async def play(api: Logged, rounds: int, first_device: int) -> list[Round]:
-    """Click for as many users, and count by the log of the API how many clicks its guard let pass."""
+    """Click for `rounds` users. Count in the log of the API how many clicks its guard let pass."""
     port = api.event("serving")["port"]
     played = [await click_together(port, first_device + number) for number in range(rounds)]
     clicks: dict[str, dict[str, Any]] = {}
@@ -138,7 +138,7 @@ async def play(api: Logged, rounds: int, first_device: int) -> list[Round]:
 
 
 def figures(api: str, guard: str, played: list[Round]) -> dict[str, Any]:
-    """Return what the table shows of one API with one guard."""
+    """Return the table row of one API with one guard."""
     first = played[0]
     return {
         "api": api,
@@ -153,7 +153,7 @@ def figures(api: str, guard: str, played: list[Round]) -> dict[str, Any]:
 
 
 def followed(api: Logged, sidecar: Logged, correlation_id: str) -> dict[str, Any]:
-    """Return the lines that the API and the dedup service logged under one correlation id."""
+    """Return the log lines of the API and of the dedup service for one correlation id."""
     until = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < until:
         found = {
@@ -163,14 +163,14 @@ def followed(api: Logged, sidecar: Logged, correlation_id: str) -> dict[str, Any
         if all(found.values()):
             return {"correlation_id": correlation_id, **found}
         time.sleep(0.02)
-    raise SystemExit("the dedup service logged nothing under the id of the API")
+    raise SystemExit(f"no log line of the dedup service has the correlation id {correlation_id}")
 
 
 def main() -> None:
-    """Run the demonstration; exit with 1 when the dedup service let a second click through."""
+    """Run the demo. Exits with 1 if the dedup service let a second click pass."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=20, help="users who click (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--rounds", type=int, default=20, help="number of users (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the results as one JSON object")
     options = parser.parse_args()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lucky-box-")))
@@ -180,7 +180,7 @@ def main() -> None:
             subprocess.run(["go", "build", "-o", str(folder / "lucky_box"), "."], cwd=HERE / "go", check=True)
             programs["go"] = (str(folder / "lucky_box"),)
         else:
-            say("There is no Go here: the API runs in Python alone.")
+            say("Go is not installed: running the API in Python only.")
         say("Starting Redis, the dedup service and the APIs…")
         port = stack.enter_context(redis_server(folder))
         target = f"unix://{folder}/dedup.sock"
@@ -210,7 +210,7 @@ def main() -> None:
 
 
 def show(results: list[dict[str, Any]], trace: dict[str, Any]) -> None:
-    """Print the table, and the lines of one click."""
+    """Print the table and the log lines of one click."""
     console = Console()
     table = Table(title=f"{CLICKS} clicks of one user within a millisecond, by {results[0]['rounds']} users")
     for column in ("API", "guard", "first user was told", "clicks let through", "users let through twice or more"):
@@ -235,7 +235,7 @@ def show(results: list[dict[str, Any]], trace: dict[str, Any]) -> None:
 
 
 def say(text: str) -> None:
-    """Tell people how far it is."""
+    """Print progress on standard error."""
     sys.stderr.write(f"{text}\n")
 
 

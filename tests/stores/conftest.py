@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from dedup_service.claims import ClaimStore
-from dedup_service.stores.keys import prefixed_layout
 from dedup_service.stores.redis.canary import RedisCanary
 from dedup_service.stores.redis.link import OneServer
 from dedup_service.stores.redis.store import RedisStore
 from dedup_service.stores.registry import StoreConfig, make_store
+from dedup_service.stores.stored_value import prefixed_layout
 from tests.support.cluster import ClusterDeployment
 from tests.support.fakeredis_link import FakeredisLink
 from tests.support.processes import RedisProcess

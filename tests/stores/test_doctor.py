@@ -11,12 +11,12 @@ import pytest
 import redis
 
 from dedup_service.claims import StoreRefused, StoreUnavailable
-from dedup_service.claims.findings import Finding, Severity
-from dedup_service.stores.keys import prefixed_layout
+from dedup_service.claims.store import Finding, Severity
 from dedup_service.stores.redis.doctor import examine_redis
 from dedup_service.stores.redis.findings import TimeSample, judge_info, judge_time
 from dedup_service.stores.redis.url import parse_redis_url
 from dedup_service.stores.registry import StoreConfig, examine_store
+from dedup_service.stores.stored_value import prefixed_layout
 from tests.support.polling import eventually, wait_until
 from tests.support.processes import RedisProcess, free_port
 from tests.support.sentinel import SentinelProcess, sentinel_url

@@ -24,11 +24,11 @@ from dedup_service.claims import (
     TransactionState,
     system_clock_ms,
 )
-from dedup_service.stores.keys import prefixed_layout
 from dedup_service.stores.redis.canary import RedisCanary
 from dedup_service.stores.redis.channel import ReplicaQuorum
 from dedup_service.stores.redis.store import RedisStore
 from dedup_service.stores.registry import StoreConfig, make_store
+from dedup_service.stores.stored_value import prefixed_layout
 from tests.support.claims import MINUTE, a_claim, lasting
 from tests.support.cluster import ClusterDeployment
 from tests.support.polling import eventually, wait_until

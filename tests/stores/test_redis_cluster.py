@@ -25,7 +25,7 @@ from dedup_service.claims import (
     StoreUnavailable,
     Transaction,
 )
-from dedup_service.claims.findings import Severity
+from dedup_service.claims.store import Severity
 from dedup_service.stores.redis.cluster import ClusterNodes, SlotRange, _slot_ranges
 from dedup_service.stores.redis.store import RedisStore
 from dedup_service.stores.redis.url import RedisTarget

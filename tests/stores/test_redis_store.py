@@ -28,7 +28,6 @@ from dedup_service.claims import (
     StoreUnavailable,
     UnreadableValue,
 )
-from dedup_service.stores.keys import prefixed_layout
 from dedup_service.stores.redis import channel as channel_module
 from dedup_service.stores.redis.canary import RedisCanary
 from dedup_service.stores.redis.link import FixedServer, OneServer, RedisLink
@@ -36,6 +35,7 @@ from dedup_service.stores.redis.scripts import COMPLETE, EXTEND, RELEASE
 from dedup_service.stores.redis.store import RedisStore
 from dedup_service.stores.redis.url import RedisTarget, parse_redis_url
 from dedup_service.stores.registry import StoreConfig, make_store
+from dedup_service.stores.stored_value import prefixed_layout
 from tests.support.claims import MINUTE, a_claim, end_of
 from tests.support.fault_proxy import FaultProxy
 from tests.support.polling import eventually

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from dedup_service.claims import Applied, StoreUnavailable
-from dedup_service.stores.keys import prefixed_layout
 from dedup_service.stores.sqlite.store import SqliteStore
+from dedup_service.stores.stored_value import prefixed_layout
 from tests.support.claims import MINUTE, a_claim
 from tests.support.polling import eventually
 

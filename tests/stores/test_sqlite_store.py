@@ -27,10 +27,10 @@ from dedup_service.claims import (
     UnreadableValue,
     system_clock_ms,
 )
-from dedup_service.stores.keys import prefixed_layout
 from dedup_service.stores.sqlite import file as sqlite_file
 from dedup_service.stores.sqlite.store import SqliteStore
 from dedup_service.stores.sqlite.thread import MAX_BATCH, Operation
+from dedup_service.stores.stored_value import prefixed_layout
 from tests.support.claims import MINUTE, a_claim, claim_to_end, lasting
 from tests.support.polling import eventually, wait_until
 
@@ -42,7 +42,7 @@ import asyncio, os, random, resource, sys
 from pathlib import Path
 from tests.support.claims import MINUTE, a_claim
 from dedup_service.claims import StoreRefused, StoreUnavailable
-from dedup_service.stores.keys import prefixed_layout
+from dedup_service.stores.stored_value import prefixed_layout
 from dedup_service.stores.sqlite.store import SqliteStore
 store = SqliteStore(Path(sys.argv[1]), prefixed_layout("dedup:"), timeout_ms=20_000)
 """

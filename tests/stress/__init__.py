@@ -1,1 +1,1 @@
-"""Long checks under faults, load and random input: each a command of its own, and a short form in the test suite."""
+"""Long checks under faults, load and random input. Each is a command, with a short form in the test suite."""

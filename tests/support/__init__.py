@@ -1,1 +1,1 @@
-"""What the tests start and drive: real servers on free ports, ended by who started them."""
+"""Processes, peers and helpers for the tests. Real servers listen on free ports; their creator ends them."""

@@ -1,6 +1,6 @@
-"""What a hostile or broken peer does to a server: each attack takes the target and a size, and returns what was said.
+"""Attacks by hostile or broken peers. Each takes a target and a size, and is a context manager.
 
-An attack keeps what it did open while its context is; the counter that it yields has what the server answered.
+It yields the counted answers of the server, and keeps its connections open until the context ends.
 """
 
 import resource
@@ -26,22 +26,22 @@ from tests.support.hostile_peer import FRAME_BYTES, PREFACE, HostilePeer, data, 
 Answers = Counter[str]
 Attack = Callable[[str, int], AbstractContextManager[Answers]]
 
-# How long a server may think before its silence counts as its answer.
+# A server that sends nothing for this long has answered.
 _SILENCE_S = 0.5
 _NOT_ENOUGH_MEMORY = 0xFFFFFFFF
-# Frames in one write: enough for the answers to fill the socket before a server has looked at the last.
+# Frames in one write: enough for the answers to fill the socket before the server has read the last frame.
 _CHUNK = 2_000
 _STREAMS_EACH = 500
 _CANCEL = 8
 
 
 def a_claim(transaction_id: str) -> bytes:
-    """Return the message of a claim."""
+    """Return the bytes of a claim."""
     return dedup_pb2.ClaimTransactionRequest(transaction_id=transaction_id).SerializeToString()
 
 
 def _flood(peer: HostilePeer, frames: Iterator[bytes]) -> Answers:
-    """Send until the server hangs up or takes no more, without reading; then read."""
+    """Send without reading until the server closes the connection or stops reading; then read."""
     chunk: list[bytes] = []
     for frame in frames:
         chunk.append(frame)
@@ -55,7 +55,7 @@ def _flood(peer: HostilePeer, frames: Iterator[bytes]) -> Answers:
 
 @contextmanager
 def rapid_reset(target: str, size: int) -> Iterator[Answers]:
-    """Calls that are reset as soon as they are made (CVE-2023-44487)."""
+    """Calls that the peer resets at once (CVE-2023-44487)."""
     with HostilePeer(target).shake_hands() as peer:
         claim = a_claim("reset")
         frames = (peer.call(stream, claim) + RstStreamFrame(stream, _CANCEL).serialize() for stream in streams(size))
@@ -64,28 +64,28 @@ def rapid_reset(target: str, size: int) -> Iterator[Answers]:
 
 @contextmanager
 def made_you_reset(target: str, size: int) -> Iterator[Answers]:
-    """Calls followed by a fault, so that it is the server that resets them (CVE-2025-8671)."""
+    """Calls followed by an invalid frame, so that the server resets them (CVE-2025-8671)."""
     with HostilePeer(target).shake_hands() as peer:
         claim = a_claim("made-you-reset")
         yield _flood(peer, (peer.call(stream, claim) + _window_update_of_0(stream) for stream in streams(size)))
 
 
 def _window_update_of_0(stream: int) -> bytes:
-    # hyperframe refuses to make it.
+    # hyperframe rejects an increment of 0.
     frame = WindowUpdateFrame(stream, 1).serialize()
     return frame[:-4] + bytes(4)
 
 
 @contextmanager
 def pings(target: str, size: int) -> Iterator[Answers]:
-    """Pings whose answers nobody reads."""
+    """Pings; the answers are not read."""
     with HostilePeer(target).shake_hands() as peer:
         yield _flood(peer, (PingFrame(0, b"hostile!").serialize() for _ in range(size)))
 
 
 @contextmanager
 def settings(target: str, size: int) -> Iterator[Answers]:
-    """Settings whose acknowledgements nobody reads."""
+    """SETTINGS frames; the acknowledgements are not read."""
     with HostilePeer(target).shake_hands() as peer:
         frame = SettingsFrame(0, settings={SettingsFrame.MAX_CONCURRENT_STREAMS: 100}).serialize()
         yield _flood(peer, (frame for _ in range(size)))
@@ -93,7 +93,7 @@ def settings(target: str, size: int) -> Iterator[Answers]:
 
 @contextmanager
 def empty_data(target: str, size: int) -> Iterator[Answers]:
-    """Frames of no data on one call that never ends."""
+    """Empty DATA frames on one call that never ends."""
     with HostilePeer(target).shake_hands() as peer:
         peer.send(peer.headers(1))
         yield _flood(peer, (data(1, b"") for _ in range(size)))
@@ -101,7 +101,7 @@ def empty_data(target: str, size: int) -> Iterator[Answers]:
 
 @contextmanager
 def continuations(target: str, size: int) -> Iterator[Answers]:
-    """Headers that never end, 15 kB in each frame."""
+    """A header block that never ends, 15 kB in each CONTINUATION frame."""
     with HostilePeer(target).shake_hands() as peer:
         peer.send(HeadersFrame(1, peer.block()).serialize())
         block = Encoder().encode([(f"x-{number}", "v" * 1_000) for number in range(15)], huffman=False)
@@ -110,7 +110,7 @@ def continuations(target: str, size: int) -> Iterator[Answers]:
 
 @contextmanager
 def header_bomb(target: str, size: int) -> Iterator[Answers]:
-    """Frames of 16 kB that unpack to 62 MB, by naming one long header again and again."""
+    """Frames of 16 kB that decompress to 62 MB by repeating a reference to one long header."""
     with HostilePeer(target).shake_hands() as peer:
         peer.send(HeadersFrame(1, peer.block(("bomb", "x" * 3_900)), flags=["END_HEADERS", "END_STREAM"]).serialize())
         newest_entry = bytes([0x80 | 62])
@@ -123,7 +123,7 @@ def header_bomb(target: str, size: int) -> Iterator[Answers]:
 
 @contextmanager
 def a_message_too_long(target: str, size: int) -> Iterator[Answers]:
-    """A message of 4 GiB, of which so many frames are sent whatever the window says."""
+    """A message announced as 4 GiB, whose frames ignore the flow-control window."""
     with HostilePeer(target).shake_hands() as peer:
         peer.send(peer.headers(1), data(1, grpc_message(b"", length=_NOT_ENOUGH_MEMORY)))
         yield _flood(peer, (data(1, bytes(FRAME_BYTES)) for _ in range(size)))
@@ -131,39 +131,39 @@ def a_message_too_long(target: str, size: int) -> Iterator[Answers]:
 
 @contextmanager
 def streams_that_never_end(target: str, size: int) -> Iterator[Answers]:
-    """Calls whose request never comes, 500 on each connection, so that each keeps to the server's limit."""
+    """Calls whose request never arrives, 500 on each connection, which is within the server's limit."""
     with ExitStack() as stack:
-        said: Answers = Counter()
+        answers: Answers = Counter()
         for _ in range(-(-size // _STREAMS_EACH)):
             peer = stack.enter_context(HostilePeer(target).shake_hands())
             peer.send(*(peer.headers(stream) for stream in streams(_STREAMS_EACH)))
-            said += peer.answers(0.02)
-        yield said
+            answers += peer.answers(0.02)
+        yield answers
 
 
 @contextmanager
 def too_many_streams(target: str, size: int) -> Iterator[Answers]:
-    """Calls whose request never comes, all on one connection, beyond what the server allows there."""
+    """Calls whose request never arrives, all on one connection, above the server's limit."""
     with HostilePeer(target).shake_hands() as peer:
         yield _flood(peer, (peer.headers(stream) for stream in streams(size)))
 
 
 @contextmanager
 def slow_readers(target: str, size: int) -> Iterator[Answers]:
-    """Claims whose answers nobody lets out: a window of 0, 500 on each connection."""
+    """Claims whose answers cannot be sent: a flow-control window of 0, 500 on each connection."""
     with ExitStack() as stack:
-        said: Answers = Counter()
+        answers: Answers = Counter()
         for number in range(-(-size // _STREAMS_EACH)):
             no_window = {SettingsFrame.INITIAL_WINDOW_SIZE: 0}
             peer = stack.enter_context(HostilePeer(target).shake_hands(no_window))
             peer.send(*(peer.call(stream, a_claim(f"slow-{number}-{stream}")) for stream in streams(_STREAMS_EACH)))
-            said += peer.answers(0.02)
-        yield said
+            answers += peer.answers(0.02)
+        yield answers
 
 
 @contextmanager
 def half_open(target: str, size: int) -> Iterator[Answers]:
-    """Connections that say nothing, half a preface, or the preface and no more."""
+    """Connections that send nothing, half a preface, or only the preface."""
     with ExitStack() as stack:
         for number in range(min(size, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)):
             peer = stack.enter_context(HostilePeer(target))
@@ -173,7 +173,7 @@ def half_open(target: str, size: int) -> Iterator[Answers]:
 
 @contextmanager
 def hang_ups(target: str, size: int) -> Iterator[Answers]:
-    """Connections that are reset as soon as they are made."""
+    """Connections that the peer resets at once."""
     for _ in range(size):
         with HostilePeer(target) as peer:
             peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -1,4 +1,4 @@
-"""Certificates for servers and callers, each from an authority that exists for one test."""
+"""Certificates for servers and callers, from an authority made for one test."""
 
 import datetime as dt
 from pathlib import Path
@@ -13,7 +13,7 @@ _DAY = dt.timedelta(days=1)
 
 
 class Authority:
-    """A certificate authority, with its own certificate in a file."""
+    """A certificate authority; `file` has its own certificate."""
 
     def __init__(self, folder: Path, name: str = "ca") -> None:
         self._folder = folder
@@ -23,14 +23,14 @@ class Authority:
         self.file.write_bytes(self.pem)
 
     def server_files(self, name: str = "server") -> tuple[Path, Path]:
-        """Write a new certificate for this host and its key over whatever is there; return both paths."""
+        """Write a new certificate and key for this host, replacing existing files; return both paths."""
         issued = self._ca.issue_cert("localhost", "127.0.0.1", "::1")
         return self._write(
             name, b"".join(pem.bytes() for pem in issued.cert_chain_pems), issued.private_key_pem.bytes()
         )
 
     def caller_files(self, name: str, *alternatives: str, common_name: str = "") -> tuple[Path, Path]:
-        """Write a certificate of a caller with these alternative names (URIs where they have a scheme), and its key."""
+        """Write a caller's certificate and key. Alternative names with a scheme are URIs, the others DNS names."""
         key = ec.generate_private_key(ec.SECP256R1())
         now = dt.datetime.now(dt.UTC)
         authority = x509.load_pem_x509_certificate(self.pem)
@@ -57,7 +57,7 @@ class Authority:
         return self._write(name, pem, key.private_bytes(serialization.Encoding.PEM, form, plain))
 
     def credentials(self, caller: tuple[Path, Path] | None = None) -> grpc.ChannelCredentials:
-        """Return what a caller who trusts this authority connects with, showing the certificate of `caller`."""
+        """Return channel credentials that trust this authority and present the certificate of `caller`, if given."""
         cert, key = (path.read_bytes() for path in caller) if caller else (None, None)
         return grpc.ssl_channel_credentials(self.pem, key, cert)
 
@@ -69,7 +69,7 @@ class Authority:
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Write a file by renaming a new one into its place."""
+    """Replace a file atomically, by renaming a new one."""
     new = path.with_suffix(".new")
     new.touch(0o600)
     new.write_bytes(content)

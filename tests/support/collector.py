@@ -1,4 +1,4 @@
-"""An OpenTelemetry collector as the service sees it: takes spans over gRPC, and keeps them."""
+"""A fake OpenTelemetry collector that receives spans over gRPC and keeps them."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ from tests.support.polling import wait_until
 
 @dataclass(frozen=True)
 class CollectedSpan:
-    """One span as it arrived, with what its process said of itself; ids are hexadecimal digits."""
+    """One received span with the resource attributes of its process; ids are hexadecimal."""
 
     name: str
     kind: str
@@ -23,7 +23,7 @@ class CollectedSpan:
     parent_id: str
     attributes: dict[str, str | int]
     error: str | None
-    """The description of a span that ended in an error, and None for others."""
+    """The status description of a failed span; None for others."""
     resource: dict[str, str | int]
 
 
@@ -33,14 +33,14 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
     def __init__(self) -> None:
         self.spans: list[CollectedSpan] = []
         self.raw = b""
-        """Everything that arrived, as it was on the wire."""
+        """The bytes of every request."""
         self._server = grpc.server(ThreadPoolExecutor(max_workers=2))
         trace_service_pb2_grpc.add_TraceServiceServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
         self.endpoint = f"http://127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
 
     @property
     def environment(self) -> dict[str, str]:
-        """What sends a service's traces here, soon after each call."""
+        """The environment that makes a service export its traces here, soon after each call."""
         return {"DEDUP_TRACES": "otlp", "OTEL_EXPORTER_OTLP_ENDPOINT": self.endpoint, "OTEL_BSP_SCHEDULE_DELAY": "50"}
 
     def __enter__(self) -> Self:
@@ -52,10 +52,10 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
         """Stop."""
         self._server.stop(None).wait()
 
-    def Export(  # noqa: N802 - The name of the rpc.
+    def Export(  # noqa: N802 - the name of the rpc
         self, request: trace_service_pb2.ExportTraceServiceRequest, _: Any
     ) -> trace_service_pb2.ExportTraceServiceResponse:
-        """Take spans."""
+        """Keep the spans."""
         self.raw += request.SerializeToString()
         for group in request.resource_spans:
             resource = _plain(group.resource.attributes)
@@ -64,16 +64,16 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
         return trace_service_pb2.ExportTraceServiceResponse()
 
     def servers(self, method: str = "ClaimTransaction") -> list[CollectedSpan]:
-        """Return the spans of the calls of one rpc so far."""
+        """Return the server spans of one rpc so far."""
         return [span for span in list(self.spans) if span.name == f"dedup.v1.DedupService/{method}"]
 
     def wait_for(self, found: Callable[[], list[CollectedSpan]]) -> CollectedSpan:
-        """Return the first that `found` finds, as soon as it does; fail without one."""
+        """Return the first span of `found()` as soon as there is one; fail at the timeout."""
         wait_until(found, what="the span")
         return found()[0]
 
     def children(self, parent: CollectedSpan) -> list[CollectedSpan]:
-        """Return the spans right below one so far."""
+        """Return the direct children of a span so far."""
         return [span for span in list(self.spans) if span.parent_id == parent.span_id]
 
 

@@ -1,4 +1,4 @@
-"""What a failed call says beyond its code."""
+"""Reads the error details of a failed call."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from grpc_status import rpc_status
 
 @dataclass
 class RefusedCall:
-    """A failed call in full."""
+    """The status and error details of a failed call."""
 
     code: grpc.StatusCode
     message: str
@@ -23,7 +23,7 @@ class RefusedCall:
 
 
 def refused(call: Callable[[], object]) -> RefusedCall:
-    """Return what a call is refused with; fail when it is answered."""
+    """Return the error of a call; fail if the call succeeds."""
     with pytest.raises(grpc.RpcError) as caught:
         call()
     error = caught.value

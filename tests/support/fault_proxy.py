@@ -1,4 +1,4 @@
-"""A TCP proxy in front of Redis that loses replies, adds bytes, or ends connections, when told to."""
+"""A TCP proxy in front of Redis that can drop replies, inject bytes and close connections."""
 
 import asyncio
 import contextlib
@@ -6,7 +6,7 @@ from typing import Self
 
 
 class FaultProxy:
-    """Passes bytes both ways; faults apply to the connections that are open now."""
+    """Forwards bytes both ways. Faults apply to the connections that are open now."""
 
     def __init__(self, upstream_port: int) -> None:
         self._upstream_port = upstream_port
@@ -25,7 +25,7 @@ class FaultProxy:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """End every connection."""
+        """Close every connection."""
         assert self._server is not None
         self._server.close()
         self.drop_connections()
@@ -35,17 +35,17 @@ class FaultProxy:
 
     @property
     def url(self) -> str:
-        """The Redis URL that leads through the proxy."""
+        """The Redis URL of the proxy."""
         assert self._server is not None
         return f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/0"
 
     def drop_connections(self) -> None:
-        """Close every client connection at once."""
+        """Reset every client connection."""
         for client in list(self._clients):
             client.transport.abort()
 
     def inject(self, stray: bytes) -> None:
-        """Send bytes to every client as if Redis had."""
+        """Send bytes to every client as if they came from Redis."""
         for client in self._clients:
             client.write(stray)
 

@@ -1,4 +1,4 @@
-"""A peer that speaks HTTP/2 frame by frame, right or wrong, with nothing between it and the socket."""
+"""A peer that sends arbitrary HTTP/2 frames, valid or not, directly on a socket."""
 
 import socket
 import struct
@@ -11,16 +11,16 @@ from hyperframe.frame import DataFrame, Frame, GoAwayFrame, HeadersFrame, RstStr
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 CLAIM_PATH = "/dedup.v1.DedupService/ClaimTransaction"
-# The longest frame that a peer may send unasked.
+# The default maximum frame size of HTTP/2.
 FRAME_BYTES = 16_384
-# What one write may wait for a server that does not read.
+# Timeout of one write to a server that does not read.
 _WRITE_TIMEOUT_S = 2.0
 
 Header = tuple[str, str]
 
 
 class HostilePeer:
-    """One connection to a server at host:port, on which anything can be sent; a context manager that closes it."""
+    """One connection to a server at host:port, as a context manager that closes it."""
 
     def __init__(self, target: str) -> None:
         host, _, port = target.rpartition(":")
@@ -28,7 +28,7 @@ class HostilePeer:
         self._encoder = Encoder()
         self._received = b""
         self.messages: list[str] = []
-        """The text that came with each status."""
+        """The grpc-message of each status."""
 
     def __enter__(self) -> Self:
         return self
@@ -42,7 +42,7 @@ class HostilePeer:
         return self
 
     def send(self, *chunks: bytes) -> bool:
-        """Send all, and tell whether the server took it: not when it hung up or does not read."""
+        """Send all chunks; return False if the server closed the connection or does not read."""
         try:
             self.socket.sendall(b"".join(chunks))
         except OSError:
@@ -50,7 +50,7 @@ class HostilePeer:
         return True
 
     def block(self, *extra: Header, path: str = CLAIM_PATH) -> bytes:
-        """Return the compressed headers of a call. Blocks have to be sent in the order in which they were made."""
+        """Return the compressed headers of a call. Blocks must be sent in the order of their creation."""
         headers = [
             *((":method", "POST"), (":scheme", "http"), (":path", path), (":authority", "hostile")),
             *(("content-type", "application/grpc"), ("te", "trailers")),
@@ -59,15 +59,15 @@ class HostilePeer:
         return encoded
 
     def headers(self, stream: int, *extra: Header, path: str = CLAIM_PATH) -> bytes:
-        """Return the frame that begins a call."""
+        """Return the HEADERS frame of a call."""
         return HeadersFrame(stream, self.block(*extra, path=path), flags=["END_HEADERS"]).serialize()
 
     def call(self, stream: int, payload: bytes) -> bytes:
-        """Return the frames of a whole claim."""
+        """Return the frames of a complete claim."""
         return self.headers(stream) + data(stream, grpc_message(payload), end_stream=True)
 
     def frames(self, silence_s: float) -> Iterator[Frame]:
-        """Yield what the server sends, until it hangs up or says nothing for `silence_s`."""
+        """Yield frames of the server until it closes the connection or sends nothing for `silence_s`."""
         while self._buffer(9, silence_s):
             frame, length = Frame.parse_frame_header(memoryview(self._received[:9]))
             if not self._buffer(9 + length, silence_s):
@@ -77,23 +77,23 @@ class HostilePeer:
             yield frame
 
     def answers(self, silence_s: float) -> Counter[str]:
-        """Return how often the server said what, by its code, until it hangs up or says nothing for `silence_s`."""
-        said: Counter[str] = Counter()
-        # grpcio names every header of a list that it finds too long.
+        """Count the answers by code until the server closes the connection or sends nothing for `silence_s`."""
+        answers: Counter[str] = Counter()
+        # grpcio's rejection of a header list that is too long names every header.
         decoder = Decoder(max_header_list_size=2**24)
         for frame in self.frames(silence_s):
             if isinstance(frame, HeadersFrame):
                 fields = {name.decode(): value.decode() for name, value in decoder.decode(frame.data, raw=True)}
                 if (status := fields.get(":status", "200")) != "200":
-                    said[f"http {status}"] += 1
+                    answers[f"http {status}"] += 1
                 if "grpc-status" in fields:
-                    said[f"status {fields['grpc-status']}"] += 1
+                    answers[f"status {fields['grpc-status']}"] += 1
                     self.messages.append(fields.get("grpc-message", ""))
             elif isinstance(frame, RstStreamFrame):
-                said[f"reset {frame.error_code}"] += 1
+                answers[f"reset {frame.error_code}"] += 1
             elif isinstance(frame, GoAwayFrame):
-                said[f"goaway {frame.error_code}"] += 1
-        return said
+                answers[f"goaway {frame.error_code}"] += 1
+        return answers
 
     def _buffer(self, length: int, silence_s: float) -> bool:
         self.socket.settimeout(silence_s)
@@ -111,7 +111,7 @@ class HostilePeer:
 
 
 def grpc_message(payload: bytes, *, flag: int = 0, length: int | None = None) -> bytes:
-    """Return a message as gRPC frames it, or as nobody should: with a flag or a length that is wrong."""
+    """Return a message in gRPC framing; `flag` and `length` can make the frame invalid."""
     return struct.pack(">BI", flag, len(payload) if length is None else length) + payload
 
 
@@ -121,5 +121,5 @@ def data(stream: int, payload: bytes, *, end_stream: bool = False) -> bytes:
 
 
 def streams(count: int) -> range:
-    """Return the ids of so many streams of a client."""
+    """Return the ids of `count` client streams."""
     return range(1, 2 * count, 2)

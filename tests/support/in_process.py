@@ -1,4 +1,4 @@
-"""A server in the process of the test, over a store that the test brings."""
+"""A server in the process of the test, over a store of the test's own."""
 
 import io
 from collections.abc import AsyncIterator
@@ -8,13 +8,14 @@ import grpc
 import structlog
 
 from dedup.v1 import dedup_pb2_grpc
-from dedup_service.claims import ClaimService, ClaimStore, Policies, Policy
-from dedup_service.server.engines import make_engine
-from dedup_service.api.admission import Admission
+from dedup_service.api.endpoint import Admission
 from dedup_service.api.servicer import DedupServicer, add_to_server
+from dedup_service.claims import ClaimService, ClaimStore, Policies, Policy
 from dedup_service.config.settings import EngineName
-from dedup_service.observability.call_log import CallLog
-from dedup_service.observability.logged_ids import LoggedIds
+from dedup_service.observability.calls import CallLog
+from dedup_service.observability.logs import LoggedIds
+from dedup_service.observability.observers import Observers
+from dedup_service.server.engines import EngineOptions, make_engine
 
 
 @asynccontextmanager
@@ -28,10 +29,12 @@ async def serving(
         wrapper_class=structlog.BoundLogger,
     )
     servicer = DedupServicer(ClaimService(store, Policies(Policy(60_000, 60_000, 60_000))))
-    call_log = CallLog(logger, LoggedIds(plain=False))
-    server = make_engine(
-        engine, lambda server: add_to_server(server, servicer, call_log, Admission(1_000)), max_streams=1_000
-    )
+    observers = Observers(CallLog(logger, LoggedIds(plain=False)))
+
+    def register(server: grpc.aio.Server) -> None:
+        add_to_server(server, servicer, lambda method: observers.calls(method, tuple), Admission(1_000))
+
+    server = make_engine(engine, register, EngineOptions(max_streams=1_000))
     address = server.listen("127.0.0.1:0")
     await server.start()
     async with grpc.aio.insecure_channel(address) as channel:

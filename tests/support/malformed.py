@@ -1,4 +1,4 @@
-"""Messages as no client of ours would encode them: broken ones, and odd ones that mean what the good one means."""
+"""Unusual protobuf encodings: invalid ones, and valid ones that decode to the same message as the usual one."""
 
 import random
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 _VARINT, _I64, _LENGTH, _GROUP, _END_GROUP, _I32 = range(6)
-# Of no message of the contract.
+# A field number that no message of the contract uses.
 _NEWER = 15
 _HALF_A_MESSAGE = b"\x08\x80"
 
@@ -19,7 +19,7 @@ def tag(number: int, wire_type: int) -> bytes:
 
 
 def varint(value: int) -> bytes:
-    """Return a number as protobuf writes it."""
+    """Return a number as a protobuf varint."""
     chunks = []
     while value > 0x7F:
         chunks.append(value & 0x7F | 0x80)
@@ -28,25 +28,25 @@ def varint(value: int) -> bytes:
 
 
 def nested(number: int, content: bytes) -> bytes:
-    """Return a field of text, bytes or a message."""
+    """Return a length-delimited field: text, bytes or a message."""
     return tag(number, _LENGTH) + varint(len(content)) + content
 
 
 def broken(good: Message) -> dict[str, bytes]:
-    """Return encodings that are no message of this type, by what is wrong with them; each begins with a good one."""
+    """Return invalid encodings of this message type by their fault; each starts with a valid one."""
     raw = good.SerializeToString()
     group, end = tag(_NEWER, _GROUP), tag(_NEWER, _END_GROUP)
     tails = {
         "half a tag": b"\xff",
         "half a varint": tag(_NEWER, _VARINT) + b"\xff",
-        "a varint that does not end": tag(_NEWER, _VARINT) + b"\xff" * 10 + b"\x01",
-        "a tag that does not end": b"\xff" * 10 + b"\x01",
+        "an unterminated varint": tag(_NEWER, _VARINT) + b"\xff" * 10 + b"\x01",
+        "an unterminated tag": b"\xff" * 10 + b"\x01",
         "half a fixed32": tag(_NEWER, _I32) + bytes(3),
         "half a fixed64": tag(_NEWER, _I64) + bytes(7),
-        "a length and nothing": tag(_NEWER, _LENGTH) + varint(1),
+        "a length without content": tag(_NEWER, _LENGTH) + varint(1),
         "a length of 2 GiB": tag(_NEWER, _LENGTH) + varint(2**31),
         "a length of 2^64": tag(_NEWER, _LENGTH) + varint(2**64 - 1),
-        "a field of number 0": tag(0, _VARINT) + b"\x00",
+        "field number 0": tag(0, _VARINT) + b"\x00",
         "wire type 6": tag(_NEWER, 6) + b"\x00",
         "wire type 7": tag(_NEWER, 7) + b"\x00",
         "a group without an end": group,
@@ -60,7 +60,7 @@ def broken(good: Message) -> dict[str, bytes]:
 
 def _broken_fields(good: Message, raw: bytes) -> Iterator[tuple[str, bytes]]:
     descriptor: Any = good.DESCRIPTOR
-    for name, text in (("no UTF-8", b"\xff"), ("a surrogate", b"\xed\xa0\x80"), ("an overlong NUL", b"\xc0\x80")):
+    for name, text in (("invalid UTF-8", b"\xff"), ("a surrogate", b"\xed\xa0\x80"), ("an overlong NUL", b"\xc0\x80")):
         bad = nested(1, text)
         yield f"{name} for an id", raw + (nested(1, bad) if descriptor.name.startswith("Batch") else bad)
     for field in descriptor.fields:
@@ -69,23 +69,23 @@ def _broken_fields(good: Message, raw: bytes) -> Iterator[tuple[str, bytes]]:
     for oneof in descriptor.oneofs:
         ttl, expire_time = (nested(field.number, b"\x08\x05") for field in oneof.fields)
         yield f"both of {oneof.name}", raw + ttl + expire_time
-        yield f"both of {oneof.name}, the other way round", raw + expire_time + ttl
+        yield f"both of {oneof.name}, in reverse order", raw + expire_time + ttl
     if descriptor.name.startswith("Batch"):
         entry = nested(1, b"x") + nested(3, b"\x08\x05") + nested(4, b"\x08\x05")
         yield "both of expiry in an entry", raw + nested(1, entry)
 
 
 def odd(good: Message) -> dict[str, bytes]:
-    """Return encodings that a parser has to read as the good message, by what is odd about them."""
+    """Return unusual encodings that decode to the same message, by what is unusual about them."""
     raw = good.SerializeToString()
     newer = {
         "a newer number": tag(_NEWER, _VARINT) + varint(2**64 - 1),
-        "newer text": nested(_NEWER, b"\xff\x00 no UTF-8"),
+        "newer text": nested(_NEWER, b"\xff\x00 not UTF-8"),
         "newer fixed numbers": tag(_NEWER, _I32) + bytes(4) + tag(_NEWER, _I64) + bytes(8),
         "a newer group": tag(_NEWER, _GROUP) + nested(1, b"in it") + tag(_NEWER, _END_GROUP),
         "the greatest field number": tag(2**29 - 1, _VARINT) + b"\x00",
         "a known field as a number": b"".join(tag(field.number, _I64) + bytes(8) for field in _texts(good)),
-        "a tag in more bytes than it needs": b"\xf8\x80\x80\x00\x01",
+        "an overlong tag": b"\xf8\x80\x80\x00\x01",
     }
     cases = {f"{name}, {where}": part for name, tail in newer.items() for where, part in _around(raw, tail)}
     return cases | {"all of it twice": raw + raw} if not good.DESCRIPTOR.name.startswith("Batch") else cases
@@ -102,7 +102,7 @@ def _texts(good: Message) -> list[Any]:
 
 
 def damaged(good: Message, count: int, seed: int) -> Iterator[bytes]:
-    """Yield a message with chance changes: bytes replaced, removed, repeated, or the rest cut off."""
+    """Yield a message with random changes: bytes replaced, removed, repeated, or the rest cut off."""
     chance = random.Random(seed)
     for _ in range(count):
         raw = bytearray(good.SerializeToString())

@@ -1,4 +1,4 @@
-"""Second processes: a real redis-server and the real service, each on a free port."""
+"""Child processes: a real redis-server and the real service, each on a free port."""
 
 import json
 import os
@@ -19,13 +19,13 @@ from tests.support.polling import wait_until
 START_TIMEOUT_S = 30.0
 
 REDIS_MISSING = (
-    "redis-server is not on PATH and the tests need a real one: "
+    "redis-server is not on PATH, and the tests require it: "
     "`apt-get install redis-server` on Debian, `brew install redis` on macOS"
 )
 
 
 def free_port() -> int:
-    """Return a port that was free a moment ago; who binds it must be ready to lose the race and ask again."""
+    """Return a currently free port. Another process may take it first, so callers must retry a failed bind."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -33,7 +33,7 @@ def free_port() -> int:
 
 
 class RedisProcess:
-    """A real redis-server of its own, over TCP and a Unix socket, without persistence unless `arguments` say so."""
+    """A real redis-server on TCP and a Unix socket, without persistence unless `arguments` enable it."""
 
     def __init__(self, folder: Path, *arguments: str, tls: bool = False) -> None:
         binary = shutil.which("redis-server")
@@ -55,7 +55,7 @@ class RedisProcess:
         return f"redis://127.0.0.1:{self.port}/0"
 
     def start(self, port: int = 0) -> Self:
-        """Start, on `port` or on a free one, and return when it answers."""
+        """Start on `port` or on a free one, and return when the server answers."""
         while True:
             self.port = port or free_port()
             self.tls_port = free_port() if self._tls else 0
@@ -66,7 +66,7 @@ class RedisProcess:
                 return self
             output = self._log.read_text()
             if "Address already in use" not in output:
-                raise AssertionError(f"redis-server ended at once:\n{output}")
+                raise AssertionError(f"redis-server exited at start:\n{output}")
 
     def _options(self) -> list[str]:
         return [
@@ -90,15 +90,15 @@ class RedisProcess:
                 return False
 
     def pause(self) -> None:
-        """Stop the process where it is: connections stay open and nothing is answered."""
+        """Suspend the process: connections stay open, but nothing is answered."""
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let it go on."""
+        """Resume the process."""
         self._signal(signal.SIGCONT)
 
     def stop(self) -> None:
-        """End it at once, also when it is paused, and wait for that."""
+        """Kill the process, even if it is suspended, and wait for its exit."""
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
             self._process.wait()
@@ -109,9 +109,9 @@ class RedisProcess:
 
 
 class ServiceProcess:
-    """The real service, `python -m dedup_service serve`, with its log of every call parsed line by line.
+    """The real service, `python -m dedup_service serve`, which logs every call; `logs` has the parsed lines.
 
-    `command` is what follows `python -m` instead of `dedup_service`.
+    `command` replaces `dedup_service` after `python -m`.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class ServiceProcess:
         self._reader.start()
 
     def start(self) -> Self:
-        """Return when it serves; fail with its output when it ended instead."""
+        """Return when the service serves; fail with its output if it exits instead."""
         wait_until(
             lambda: self._process.poll() is not None or self.events("server_started"),
             START_TIMEOUT_S,
@@ -144,27 +144,27 @@ class ServiceProcess:
         )
         if not self.events("server_started"):
             self._reader.join()
-            raise AssertionError(f"the service ended with {self._process.returncode}:\n{''.join(self.stderr_lines)}")
+            raise AssertionError(f"the service exited with {self._process.returncode}:\n{''.join(self.stderr_lines)}")
         return self
 
     @property
     def addresses(self) -> list[str]:
-        """Where it listens."""
+        """The addresses of its listeners."""
         addresses: list[str] = self.events("server_started")[0]["addresses"]
         return addresses
 
     @property
     def target(self) -> str:
-        """Its first address."""
+        """The first address."""
         return self.addresses[0]
 
     @property
     def pid(self) -> int:
-        """Its process id."""
+        """The process id."""
         return self._process.pid
 
     def channel(self) -> grpc.Channel:
-        """Return a new channel to it, which the caller closes."""
+        """Return a new channel, which the caller must close."""
         return grpc.insecure_channel(self.target)
 
     def events(self, name: str) -> list[dict[str, Any]]:
@@ -172,23 +172,23 @@ class ServiceProcess:
         return [line for line in list(self.logs) if line.get("event") == name]
 
     def signal(self, number: signal.Signals) -> None:
-        """Send it a signal."""
+        """Send a signal."""
         self._process.send_signal(number)
 
     def wait(self) -> int:
-        """Return its exit code, once it has ended and its log is read."""
+        """Wait for the exit and the end of the log, and return the exit code."""
         code = self._process.wait(START_TIMEOUT_S)
         self._reader.join()
         return code
 
     def stop(self) -> int:
-        """Ask it to end, and return its exit code."""
+        """Send SIGTERM, and return the exit code."""
         if self._process.poll() is None:
             self.signal(signal.SIGTERM)
         return self.wait()
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill the service and wait for its exit."""
         self._process.kill()
         self.wait()
 
@@ -204,7 +204,7 @@ class ServiceProcess:
 
 
 def run_command(*arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run `dedup-service` with these arguments to its end."""
+    """Run `dedup-service` with these arguments, and return the result."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("DEDUP_")}
     return subprocess.run(
         [sys.executable, "-m", "dedup_service", *arguments],

@@ -1,4 +1,4 @@
-"""What Prometheus would read from a service."""
+"""Scrapes the metrics of a service, as Prometheus does."""
 
 import urllib.request
 
@@ -10,7 +10,7 @@ Labels = dict[str, str]
 
 
 def scraped_text(service: ServiceProcess) -> str:
-    """Return the whole page."""
+    """Return the text of the metrics page."""
     address = service.events("metrics_listener_started")[0]["address"]
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=20) as page:
         text: str = page.read().decode()
@@ -18,7 +18,7 @@ def scraped_text(service: ServiceProcess) -> str:
 
 
 class Scrape:
-    """One scrape, with every sample by its name and labels."""
+    """The samples of one scrape."""
 
     def __init__(self, service: ServiceProcess) -> None:
         self.samples = [
@@ -28,9 +28,9 @@ class Scrape:
         ]
 
     def total(self, name: str, **labels: str) -> float:
-        """Return the sum of the samples of this name that have these labels, 0 without any."""
+        """Return the sum of the samples with this name and at least these labels; 0 without any."""
         return sum(value for found, given, value in self.samples if found == name and labels.items() <= given.items())
 
     def values(self, label: str) -> set[str]:
-        """Return every value that a label has anywhere."""
+        """Return the distinct values of a label over all samples."""
         return {labels[label] for _, labels, _ in self.samples if label in labels}

@@ -1,4 +1,4 @@
-"""The commands of a documentation page, run as a reader would, and what they print held against what the page says."""
+"""Runs the commands of a documentation page, and compares their output with the page."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from pathlib import Path
 
 _HEADING = re.compile(r"^#+ (.+)$")
 _FENCE = re.compile(r"^(```+)(\w*)$")
-# What differs from run to run: times, tokens, and numbers with a point, such as versions and durations.
+# Parts of the output that vary between runs: times, tokens, and numbers with a point, such as versions and durations.
 _VARIABLE = re.compile(
     r"(?P<time>\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d\.\d+(?:Z|\+00:00))|(?P<token>(?<![\w-])[\w-]{22}(?![\w-]))|"
     r"(?P<number>\d+(?:\.\d+)+)"
@@ -27,14 +27,14 @@ _TIMEOUT_S = 60
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A command, and what the page says that it prints."""
+    """A command, and its output according to the page."""
 
     command: str
     printed: str
 
 
 def sections(page: Path) -> dict[str, list[list[Step]]]:
-    """Return the blocks of commands (```console) of a page, by the anchor of the heading that they are under."""
+    """Return the ```console blocks of a page by the anchor of their heading."""
     found: dict[str, list[list[Step]]] = {}
     anchor, fence, language = "", "", ""
     block: list[str] = []
@@ -62,7 +62,7 @@ def _steps(lines: list[str]) -> Iterator[Step]:
 
 
 class Reader:
-    """Runs the steps of pages in a folder, where `dedup-service` is the one under test."""
+    """Runs the steps of pages in a folder, with the `dedup-service` under test on PATH."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -75,13 +75,13 @@ class Reader:
         self._environment = clean | {"PATH": f"{programs}:{os.environ['PATH']}"}
 
     def follow(self, step: Step, names: Mapping[str, str], environment: Mapping[str, str]) -> None:
-        """Run a step to its end; raise AssertionError when it prints something else than the page says.
+        """Run a step; fail if its output differs from the page.
 
-        `names` replaces what pages write, such as an address, by what it is in this test.
+        `names` maps words of the page, such as an address, to their values in this test.
         """
         command = _replaced(step.command, {".venv/bin/dedup-service": "dedup-service", **names})
         if command.startswith("redis-cli ") and "|" not in command:
-            # It prints for people where it is not piped on, and cannot see that here.
+            # redis-cli formats replies only for a terminal, as the reader has.
             command = command.replace("redis-cli ", "redis-cli --no-raw ", 1)
         ended = subprocess.run(
             ["bash", "-c", f"{{ {command}\n}} 2>&1"],
@@ -94,7 +94,7 @@ class Reader:
         )
         expected = _replaced(step.printed, names)
         assert re.fullmatch(_pattern(expected), ended.stdout), (
-            f"`{command}` printed\n{ended.stdout}\nand the page says\n{expected}"
+            f"`{command}` printed\n{ended.stdout}\nbut the page says\n{expected}"
         )
 
 
@@ -105,7 +105,7 @@ def _replaced(text: str, names: Mapping[str, str]) -> str:
 
 
 def runs_here(step: Step) -> bool:
-    """Return whether the step can run: make targets have CI steps of their own, and grpcurl is not everywhere."""
+    """Return whether the step can run here. CI runs make targets separately, and grpcurl may be missing."""
     program = step.command.split()[0]
     if program == "grpcurl":
         return shutil.which(program) is not None or "REQUIRE_GRPCURL" in os.environ

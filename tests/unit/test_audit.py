@@ -1,4 +1,4 @@
-"""The audit of the locked packages: what becomes of the answers, and of none."""
+"""The audit of the locked packages: the verdict on a report, and without one."""
 
 import json
 import runpy
@@ -26,16 +26,16 @@ BAD: dict[str, Any] = {"name": "typer", "version": "1.0", "vulns": [{"id": "CVE-
         ([], 3, "NOT AUDITED: 0 of 0 packages"),
     ],
 )
-def test_a_report_is_judged_by_what_was_looked_up(packages: list[dict[str, Any]], code: int, words: str) -> None:
-    """A vulnerability fails, and a package that nobody could look up is not called clean."""
+def test_the_verdict_on_a_report(packages: list[dict[str, Any]], code: int, words: str) -> None:
+    """A vulnerability fails the audit, and an unaudited package is not reported as clean."""
     found, sentences = VERDICT(json.dumps({"dependencies": packages}), "")
     assert found == code
     assert words in "\n".join(sentences)
 
 
 @pytest.mark.parametrize("report", ["", "no JSON", "[]", "{}"])
-def test_no_report_is_no_audit(report: str) -> None:
-    """Where the service cannot be reached, the last line of the complaint says why."""
+def test_without_a_report_nothing_is_audited(report: str) -> None:
+    """If the vulnerability service is unreachable, the verdict quotes the last line of the error."""
     assert VERDICT(report, "Traceback\nConnectionError: no route\n") == (
         3,
         ["NOT AUDITED: pip-audit failed (ConnectionError: no route)"],

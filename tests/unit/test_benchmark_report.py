@@ -1,4 +1,4 @@
-"""The arithmetic and the tables behind the published figures, since those decide what is claimed."""
+"""The arithmetic and the tables of the published figures."""
 
 import json
 from pathlib import Path
@@ -8,9 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import report
-from benchmarks.figures import Spread, paired_ratios, percentile, spread
 from benchmarks.load import frame, parse_h2load
-from benchmarks.results import Cell, Load, Results, Round, ServerFigures
+from benchmarks.publishing import update_docs
+from benchmarks.results import (
+    Cell,
+    Load,
+    Results,
+    Round,
+    ServerFigures,
+    Spread,
+    paired_ratios,
+    percentile,
+    spread,
+)
 from benchmarks.servers import CannotMeasure
 
 NOOP = "no-op, grpcio"
@@ -26,12 +36,12 @@ H2LOAD_LOG = "1000000\t200\t300\n1000100\t200\t100\n1000200\t200\t999800\n"
 
 
 def a_round(throughput: float, cpu_us: float = 100.0) -> Round:
-    """Return a round of this many calls a second."""
+    """Return a round with this throughput."""
     return Round(throughput, 1_000, 2_000, 3_000, cpu_us)
 
 
 def some_results() -> Results:
-    """Return the results of three rounds of one no-op and one service, the machine at half speed in the second."""
+    """Return three rounds of one no-op and one service; the machine runs at half speed in the second."""
     noop = Cell(NOOP, "noop", "h2load", 16, NOOP, [a_round(10_000), a_round(5_000), a_round(10_000)])
     hot = Cell(SERVICE, "hot", "h2load", 16, NOOP, [a_round(5_000), a_round(2_000), a_round(6_000)])
     direct = Cell("Redis directly", "set", "redis-py asyncio", 16, "", [a_round(20_000) for _ in range(3)])
@@ -43,49 +53,49 @@ def some_results() -> Results:
     ("percent", "expected"), [(50, 500), (99, 990), (99.9, 999), (100, 1_000), (0.01, 1), (99.91, 1_000)]
 )
 def test_percentile_is_the_nearest_rank(percent: float, expected: int) -> None:
-    """Of the numbers 1 to 1,000 each percentile is the number of that rank."""
+    """A percentile of the numbers 1 to 1,000 equals its rank."""
     assert percentile(range(1, 1_001), percent) == expected
 
 
 def test_percentile_is_exact_where_floating_point_is_not() -> None:
-    """A product that floating point makes a little too large does not give the next rank."""
+    """A rounding error does not select the next rank."""
     assert percentile(range(1, 41_001), 99.9) == 40_959
 
 
 @given(st.lists(st.integers(0, 10**9), min_size=1).map(sorted), st.floats(0.1, 100))
-def test_percentile_was_seen_and_covers_its_share(values: list[int], percent: float) -> None:
-    """A percentile is one of the values, and at least its share of them does not exceed it."""
+def test_percentile_is_a_value_and_covers_its_share(values: list[int], percent: float) -> None:
+    """A percentile is one of the values, and at least its share of the values does not exceed it."""
     found = percentile(values, percent)
     assert found in values
     assert sum(value <= found for value in values) >= len(values) * percent / 100 - 1e-6
 
 
 @pytest.mark.parametrize("call", [lambda: percentile([], 50), lambda: spread([])])
-def test_nothing_measured_is_an_error(call: object) -> None:
-    """No values make no figure."""
+def test_no_values_are_an_error(call: object) -> None:
+    """Without values there is no figure."""
     with pytest.raises(ValueError, match="nothing was measured"):
         call()  # type: ignore[operator]
 
 
 def test_ratios_are_paired_by_round() -> None:
-    """A machine that is slow in one round does not change the ratio of that round."""
+    """A slow machine in one round does not change the ratio of this round."""
     assert paired_ratios([50.0, 5.0, 60.0], [100.0, 10.0, 100.0]) == Spread(0.5, 0.5, 0.6)
 
 
-def test_ratios_of_unequal_rounds_are_refused() -> None:
-    """Rounds that have no partner make no ratio."""
+def test_different_numbers_of_rounds_are_an_error() -> None:
+    """Rounds without a partner have no ratio."""
     with pytest.raises(ValueError, match="2 rounds cannot be paired with 1"):
         paired_ratios([1.0, 2.0], [1.0])
 
 
-def test_a_base_of_zero_is_refused() -> None:
-    """A no-op that was never answered makes no ratio."""
+def test_a_base_of_zero_is_an_error() -> None:
+    """A no-op without answers has no ratio."""
     with pytest.raises(ValueError, match="did not reach"):
         paired_ratios([1.0], [0.0])
 
 
 def test_a_batch_counts_by_its_claims() -> None:
-    """Throughput and CPU of a batch are by the claim, its latency by the call."""
+    """Throughput and CPU of a batch are per claim, its latency per call."""
     found = Round.of(Load(2.0, [10, 20, 30, 40]), cpu_s=0.004, claims_a_call=100)
     assert (found.throughput, found.cpu_us, found.p50_us) == (200.0, 10.0, 20)
 
@@ -94,7 +104,7 @@ def test_a_batch_counts_by_its_claims() -> None:
     ("calls", "p99", "p999"), [(99, None, None), (100, 99, None), (999, 990, None), (1_000, 990, 999)]
 )
 def test_few_calls_have_no_high_percentile(calls: int, p99: int | None, p999: int | None) -> None:
-    """The slowest call is not passed off as a percentile that so few calls do not have."""
+    """With too few calls, the slowest call is not reported as a high percentile."""
     found = Round.of(Load(1.0, list(range(1, calls + 1))), cpu_s=0.1)
     assert (found.p99_us, found.p999_us) == (p99, p999)
     cell = Cell(NOOP, "noop", "h2load", 1, NOOP, [found])
@@ -102,19 +112,19 @@ def test_few_calls_have_no_high_percentile(calls: int, p99: int | None, p999: in
 
 
 def test_a_message_is_framed_as_grpc_does_it() -> None:
-    """A message goes uncompressed with its length before it."""
+    """A flag for no compression and the length precede the message."""
     assert frame(b"abc") == b"\x00\x00\x00\x00\x03abc"
 
 
 def test_h2load_is_read() -> None:
-    """Latencies come from the log, and the time is from the first request to the last answer."""
+    """Latencies come from the log; the duration is from the first request to the last answer."""
     found = parse_h2load(H2LOAD_OUTPUT.format(data=45), H2LOAD_LOG, answer_bytes=10, concurrency=4)
     assert found == Load(1.0, [100, 300, 999_800])
 
 
 @pytest.mark.parametrize(("data", "wrong"), [(44, 3), (45, 0), (105, 0), (106, 3), (30, 3)])
 def test_answers_of_another_length_are_wrong(data: int, wrong: int) -> None:
-    """Fewer bytes mean calls that failed, more mean other answers than expected, beyond those under way at the end."""
+    """Fewer bytes mean failed calls; more mean other outcomes, apart from calls in flight at the end."""
     found = parse_h2load(H2LOAD_OUTPUT.format(data=data), H2LOAD_LOG, answer_bytes=10, concurrency=4)
     assert found.wrong == wrong
     assert bool(found.first_bad) == bool(wrong)
@@ -128,26 +138,26 @@ def test_answers_of_another_length_are_wrong(data: int, wrong: int) -> None:
         (H2LOAD_OUTPUT.format(data=45), H2LOAD_LOG * 2),
     ],
 )
-def test_h2load_that_is_not_understood_makes_no_figure(output: str, log: str) -> None:
-    """Output of another kind, a log of nothing and a log of other runs too are refused."""
+def test_unexpected_output_of_h2load_is_an_error(output: str, log: str) -> None:
+    """Other output, an empty log, and a log with requests of another run."""
     with pytest.raises(CannotMeasure):
         parse_h2load(output, log, answer_bytes=10, concurrency=4)
 
 
 def test_results_survive_their_file(tmp_path: Path) -> None:
-    """What is read from the JSON file is what was measured."""
+    """Reading the JSON file returns the same results."""
     report.write(some_results(), tmp_path)
     assert Results.from_json(json.loads((tmp_path / "results.json").read_text())) == some_results()
 
 
-def test_results_of_another_format_are_refused() -> None:
-    """A file that an older version wrote is not misread."""
+def test_results_of_another_format_are_an_error() -> None:
+    """A file of an older version is not misread."""
     with pytest.raises(ValueError, match="format 0"):
         Results.from_json(some_results().to_json() | {"format": 0})
 
 
 def test_the_same_results_make_the_same_report(tmp_path: Path) -> None:
-    """Tables and plots hold nothing but the results, so that a diff of them shows figures that changed."""
+    """Tables and plots depend on the results only, so a diff shows changed figures."""
     for name in ("one", "two"):
         report.write(some_results(), tmp_path / name)
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
@@ -157,7 +167,7 @@ def test_the_same_results_make_the_same_report(tmp_path: Path) -> None:
 
 
 def test_tables_show_the_paired_ratios() -> None:
-    """The share of the no-op is the median over the rounds with the least and the greatest beside it."""
+    """Ratios are the median over the rounds, with minimum and maximum."""
     tables = report.sections(some_results())
     assert "| service, grpcio, redis-tcp: claims of one hot id | 0.50 [0.40…0.60] |" in tables["by-callers"]
     assert (
@@ -168,25 +178,25 @@ def test_tables_show_the_paired_ratios() -> None:
     assert "Not measured: native: not here." in tables["machine"]
 
 
-def test_a_page_gets_its_tables_between_the_markers(tmp_path: Path) -> None:
-    """Only what stands between the markers is rewritten, however often."""
+def test_tables_are_written_between_the_marks(tmp_path: Path) -> None:
+    """Only the text between the marks is rewritten, and repeatably."""
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- bench:a -->\nold\n<!-- /bench:a -->\nafter\n")
     for _ in range(2):
-        report.update_docs(page, {"a": "| new |\n"})
+        update_docs(page, {"a": "| new |\n"})
     assert page.read_text() == "before\n<!-- bench:a -->\n| new |\n<!-- /bench:a -->\nafter\n"
 
 
-def test_a_page_without_the_marker_is_refused(tmp_path: Path) -> None:
-    """A table that the page has no place for is not lost in silence."""
+def test_a_page_without_the_marks_is_an_error(tmp_path: Path) -> None:
+    """A table without marks in the page is not dropped silently."""
     page = tmp_path / "page.md"
     page.write_text("<!-- bench:a -->\n")
-    with pytest.raises(ValueError, match="no place for the table 'a'"):
-        report.update_docs(page, {"a": "x"})
+    with pytest.raises(ValueError, match="no marks for the table 'a'"):
+        update_docs(page, {"a": "x"})
 
 
-def test_wrong_answers_are_told() -> None:
-    """A cell with wrong answers or failed calls, and a service that let a transaction in twice, are named."""
+def test_wrong_answers_are_reported() -> None:
+    """Wrong answers, failed calls and double claims are named."""
     results = some_results()
     results.cells[1].rounds[2] = Round(1.0, 1, 1, 1, 1.0, wrong=3, failed=2)
     results.servers[1].double_claims = 7

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dedup_service.stores.keys import prefixed_layout, raw_layout
+from dedup_service.stores.stored_value import prefixed_layout, raw_layout
 
 NAMESPACES = st.from_regex(r"[a-z0-9][a-z0-9_.-]{0,62}", fullmatch=True)
 IDS = st.text(min_size=1, max_size=60)

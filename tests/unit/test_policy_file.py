@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from dedup_service.claims import Caller, ClaimService, ClaimStore, InvalidRequest, Policies, Policy
 from dedup_service.claims.limits import identity_violations
 from dedup_service.config.durations import format_duration
-from dedup_service.server import policy_reload
 from dedup_service.config.policy_file import load_policies
-from dedup_service.server.policy_reload import PolicyReload
 from dedup_service.config.settings import BadSettings, Settings, load_settings
 from dedup_service.observability.logs import logger
+from dedup_service.server import policy_reload
+from dedup_service.server.policy_reload import PolicyReload
 from tests.support.polling import eventually
 
 Load = Callable[..., Policies]

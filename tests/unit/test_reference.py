@@ -1,25 +1,26 @@
-"""The generated parts of the documentation, and the files that the pages show."""
+"""The generated parts of the documentation, and the example files on its pages."""
 
 import re
 import subprocess
 import sys
 import tomllib
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
 import reference
-from dedup_service import settings as settings_module
-from dedup_service.config.policy_file import load_policies
-from dedup_service.config.token_file import load_tokens
+from dedup_service.config import settings as settings_module
+from dedup_service.config.files import read_tokens
 from dedup_service.config.settings import Settings, load_settings
+from dedup_service.server.policies import load_policies
 
 ROOT = Path(__file__).parents[2]
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text()
 
 
 def test_the_generated_parts_are_current() -> None:
-    """What the pages say of settings, errors and decisions is what the sources say."""
+    """The tables of settings, errors and decisions match the sources."""
     ended = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "reference.py"), "--check"], capture_output=True, text=True, check=False
     )
@@ -28,33 +29,47 @@ def test_the_generated_parts_are_current() -> None:
 
 @pytest.fixture
 def remarks() -> dict[str, dict[str, dict[str, str]]]:
-    """What the documentation says of each reason, by the exception that carries it."""
+    """The content of docs/errors.toml: a description of each reason, by exception."""
     return tomllib.loads(reference.REMARKS.read_text())
 
 
-def test_a_reason_that_nobody_described_is_named(remarks: dict[str, dict[str, dict[str, str]]]) -> None:
-    """So that no store can send a word that the documentation does not know."""
+def test_an_undescribed_reason_is_an_error(remarks: dict[str, dict[str, dict[str, str]]]) -> None:
+    """Every reason that the service can send must be documented."""
     del remarks["StoreUnavailable"]["STORE_STALLED"]
     with pytest.raises(SystemExit, match="does not describe STORE_STALLED"):
         list(reference.error_rows(remarks))
 
 
-def test_a_reason_that_nothing_sends_is_named(remarks: dict[str, dict[str, dict[str, str]]]) -> None:
-    """So that the page does not keep words of the past."""
-    remarks["StoreUnavailable"]["STORE_ASLEEP"] = {"applied": "no", "means": "It sleeps.", "remedy": "Wake it."}
-    with pytest.raises(SystemExit, match="describes STORE_ASLEEP, which nothing sends"):
+def test_a_described_reason_that_does_not_exist_is_an_error(remarks: dict[str, dict[str, dict[str, str]]]) -> None:
+    """Removed reasons must leave the documentation."""
+    remarks["StoreUnavailable"]["STORE_ASLEEP"] = {"applied": "no", "means": "It sleeps.", "remedy": "Wait."}
+    with pytest.raises(SystemExit, match="describes STORE_ASLEEP, which is not a Reason"):
         list(reference.error_rows(remarks))
 
 
-def test_every_variable_has_its_place() -> None:
-    """Settings by their row, and the variables that are no settings by name."""
+def test_a_reason_under_the_wrong_exception_is_an_error(remarks: dict[str, dict[str, dict[str, str]]]) -> None:
+    """The row would show the code and retry of another exception."""
+    remarks["StoreUnavailable"]["SERVER_STOPPING"] = remarks["ServerStopping"].pop("SERVER_STOPPING")
+    with pytest.raises(SystemExit, match="must describe SERVER_STOPPING, and nothing else, under ServerStopping"):
+        list(reference.error_rows(remarks))
+
+
+def test_an_unknown_exception_is_an_error(remarks: dict[str, dict[str, dict[str, str]]]) -> None:
+    """An entry must name an exception of the error table."""
+    remarks["StoreGone"] = remarks.pop("StoreUnavailable")
+    with pytest.raises(SystemExit, match="StoreGone, which is not in the error table"):
+        list(reference.error_rows(remarks))
+
+
+def test_every_variable_is_documented() -> None:
+    """Settings and the other variables are on the configuration page."""
     named = {f"{settings_module.ENV_PREFIX}{name.upper()}" for name in Settings.model_fields}
     named |= {value for name, value in vars(settings_module).items() if name[0] != "_" and name.endswith("_VARIABLE")}
     assert {name for name in named if f"`{name}`" not in CONFIGURATION} == set()
 
 
-def test_the_files_that_the_page_shows_can_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its file of settings and its policy file are read as they stand."""
+def test_the_example_files_are_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings file and the policy file of the configuration page can be loaded unchanged."""
     monkeypatch.delenv("DEDUP_STORE_URL", raising=False)
     settings, policies = re.findall(r"```toml\n(.+?)```", CONFIGURATION, re.DOTALL)
     (tmp_path / "dedup.toml").write_text(settings)
@@ -64,13 +79,13 @@ def test_the_files_that_the_page_shows_can_be_used(tmp_path: Path, monkeypatch: 
     assert load_policies(loaded).of("pay.refunds").shadow
 
 
-def test_the_files_of_callers_that_the_page_shows_can_be_used(tmp_path: Path) -> None:
-    """Its tokens and its rules of callers are read as they stand."""
+def test_the_example_files_of_callers_are_valid(tmp_path: Path) -> None:
+    """The token file and the policy file of the security page can be loaded unchanged."""
     shown = (ROOT / "docs" / "security.md").read_text()
     tokens, callers = re.findall(r"```toml\n(.+?)```", shown, re.DOTALL)
     (tmp_path / "tokens.toml").write_text(tokens)
     (tmp_path / "policies.toml").write_text(callers)
-    assert load_tokens(tmp_path / "tokens.toml").caller_of("b1946ac92492d2347c62") == "support"
+    assert read_tokens(tmp_path / "tokens.toml")[sha256(b"b1946ac92492d2347c62").digest()] == "support"
     flags = {"policy_file": tmp_path / "policies.toml", "auth_tokens": tmp_path / "tokens.toml"}
     policies = load_policies(load_settings(flags))
     assert policies.callers is not None

@@ -13,7 +13,7 @@ from dedup_service.supervisor.messages import (
     refusal_line,
     serving_line,
 )
-from dedup_service.supervisor.ports import PortTaken, Reservation
+from dedup_service.supervisor.process import PortTaken, Reservation
 from dedup_service.supervisor.supervisor import RestartPauses
 
 

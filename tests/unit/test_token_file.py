@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dedup_service.config.token_file import load_tokens
+from dedup_service.config.files import load_tokens
 from dedup_service.config.settings import BadSettings
 
 TOKEN = "a-token-of-twenty-21"

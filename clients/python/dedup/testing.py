@@ -150,7 +150,7 @@ class FakeService:
         expire_time_ms = self._expire_time_ms(request, DEFAULT_RETENTION_MS)
         faults = [*_identity_faults(request), *self._expiry_faults(request), *_token_faults(request)]
         if len(request.result) > MAX_RESULT_BYTES:
-            faults.append(("result", f"has {len(request.result)} bytes, at most {MAX_RESULT_BYTES} are allowed"))
+            faults.append(("result", f"has {len(request.result)} bytes; it must have at most {MAX_RESULT_BYTES}"))
         _refuse(faults)
         held = self._find(request)
         if held is None or held.token != request.claim_token:
@@ -333,7 +333,7 @@ def _identity_faults(
 ) -> Iterator[tuple[str, str]]:
     size = len(request.transaction_id.encode())
     if not 1 <= size <= MAX_TRANSACTION_ID_BYTES:
-        yield "transaction_id", f"has {size} bytes of UTF-8, 1 to {MAX_TRANSACTION_ID_BYTES} are allowed"
+        yield "transaction_id", f"has {size} bytes of UTF-8; it must have 1 to {MAX_TRANSACTION_ID_BYTES}"
     elif _CONTROL.search(request.transaction_id):
         yield "transaction_id", "has a control character"
     if request.namespace and not _NAMESPACE.fullmatch(request.namespace):
@@ -346,7 +346,7 @@ def _claim_faults(request: dedup_pb2.ClaimTransactionRequest) -> Iterator[tuple[
     if len(request.claimant.encode()) > 256 or _CONTROL.search(request.claimant):
         yield "claimant", "must be at most 256 bytes of UTF-8 without control characters"
     if len(request.payload_fingerprint) > 64:
-        yield "payload_fingerprint", f"has {len(request.payload_fingerprint)} bytes, at most 64 are allowed"
+        yield "payload_fingerprint", f"has {len(request.payload_fingerprint)} bytes; it must have at most 64"
     if not 0 <= request.wait.ToMilliseconds() <= 300_000:
         yield "wait", "must be 0 to 5 minutes"
 

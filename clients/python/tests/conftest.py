@@ -1,4 +1,4 @@
-"""Fixtures: the real service over each store, the fake in its place, and both clients in front of any of them."""
+"""Fixtures: the real service over each store, the fake service, and both clients for each of them."""
 
 import asyncio
 import uuid
@@ -13,28 +13,28 @@ from dedup import Client, aio
 from dedup.testing import AsyncFakeClient, FakeClient, FakeService
 from tests.support.processes import RedisProcess, ServiceProcess
 
-# A busy machine makes an example slow, which says nothing about what is tested.
-settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("patient")
+# Examples are slow on a busy machine, which is no failure.
+settings.register_profile("no_deadline", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("no_deadline")
 
 
 class Threaded:
-    """A synchronous client in the shape of the asynchronous one, so that one suite tests both."""
+    """Wraps a blocking client in the interface of the asynchronous one, so that one suite tests both."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
 
     def claim(self, *arguments: Any, **options: Any) -> "ThreadedClaim":
-        """Return a claim to be awaited or entered."""
+        """Return a claim to await or enter."""
         return ThreadedClaim(self._client, arguments, options)
 
     async def get(self, *arguments: Any, **options: Any) -> Any:
-        """Look up."""
+        """Look a transaction up."""
         return await asyncio.to_thread(self._client.get, *arguments, **options)
 
 
 class ThreadedClaim:
-    """A synchronous claim in the shape of the asynchronous one."""
+    """Wraps a blocking claim in the interface of the asynchronous one."""
 
     def __init__(self, client: Client, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         self.__dict__["_parts"] = (client, arguments, options)
@@ -71,7 +71,7 @@ class ThreadedClaim:
 
 
 class World:
-    """A service, live or fake, of which a test may ask for clients and for time to pass."""
+    """A live or fake service that makes clients and lets time pass."""
 
     def __init__(self, target: str | None, *, threaded: bool) -> None:
         self._target = target
@@ -90,7 +90,7 @@ class World:
         return Threaded(client) if isinstance(client, Client) else client
 
     async def pass_time(self, seconds: float) -> None:
-        """Let time go by: in earnest for the live service, at once for the fake."""
+        """Let time pass: sleep for the live service, move the clock of the fake."""
         if self._target:
             await asyncio.sleep(seconds)
         else:
@@ -115,7 +115,7 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProc
 
 @pytest.fixture(scope="session")
 def start_service() -> Iterator[Callable[..., ServiceProcess]]:
-    """Starts services, and ends them with the session."""
+    """Starts services and stops them at the end of the session."""
     started: list[ServiceProcess] = []
 
     def start(*arguments: str) -> ServiceProcess:
@@ -130,39 +130,39 @@ def start_service() -> Iterator[Callable[..., ServiceProcess]]:
 
 @pytest.fixture(scope="session")
 def redis_target(redis_server: RedisProcess, start_service: Callable[..., ServiceProcess]) -> str:
-    """The address of the service over Redis."""
+    """Address of the service over Redis."""
     return start_service("--store-url", redis_server.url).target
 
 
 @pytest.fixture(scope="session")
 def sqlite_target(tmp_path_factory: pytest.TempPathFactory, start_service: Callable[..., ServiceProcess]) -> str:
-    """The address of the service over the embedded store."""
+    """Address of the service over the embedded store."""
     path: Path = tmp_path_factory.mktemp("store") / "claims.db"
     return start_service("--store-url", f"sqlite://{path}").target
 
 
 @pytest.fixture(params=["redis", "sqlite"])
 def target(request: pytest.FixtureRequest) -> str:
-    """The address of the live service, over each store."""
+    """Address of the live service, over each store."""
     address: str = request.getfixturevalue(f"{request.param}_target")
     return address
 
 
 @pytest.fixture(params=["redis", "sqlite", "fake"])
-def place(request: pytest.FixtureRequest) -> str | None:
-    """The address of the live service over each store, and None for the fake."""
+def live_target(request: pytest.FixtureRequest) -> str | None:
+    """Address of the live service over each store, and None for the fake."""
     return None if request.param == "fake" else request.getfixturevalue(f"{request.param}_target")
 
 
 @pytest.fixture(params=["aio", "sync"])
-async def world(request: pytest.FixtureRequest, place: str | None) -> AsyncIterator[World]:
-    """Every service with every client."""
-    world = World(place, threaded=request.param == "sync")
+async def world(request: pytest.FixtureRequest, live_target: str | None) -> AsyncIterator[World]:
+    """Every combination of service and client."""
+    world = World(live_target, threaded=request.param == "sync")
     yield world
     await world.close()
 
 
 @pytest.fixture
 def unique() -> str:
-    """Text that no other test uses in its ids."""
+    """A string that no other test uses in its ids."""
     return uuid.uuid4().hex

@@ -1,4 +1,4 @@
-"""What a claim does, the same for both clients, over each store, and for the fake."""
+"""The behaviour of claims, for both clients, over each store and with the fake."""
 
 import asyncio
 from datetime import UTC, datetime, timedelta
@@ -11,8 +11,8 @@ from dedup import DuplicateTransaction, InvalidRequest, NotHeld, PayloadMismatch
 from dedup.testing import AsyncFakeClient
 
 
-async def test_a_duplicate_explains_itself(world: Any, unique: str) -> None:
-    """It names the holder, since when and until when."""
+async def test_a_duplicate_names_its_holder(world: Any, unique: str) -> None:
+    """The exception has the claimant and the times of the holder."""
     client = world.client(claimant="anna")
     claim = await client.claim(unique, ttl=timedelta(seconds=30))
     assert (claim.replayed, claim.fail_open, claim.shadow_duplicate) == (False, False, False)
@@ -28,7 +28,7 @@ async def test_a_duplicate_explains_itself(world: Any, unique: str) -> None:
 
 
 async def test_leaving_the_block_completes_with_the_result(world: Any, unique: str) -> None:
-    """Later duplicates see the first result."""
+    """Later duplicates receive the first result."""
     client = world.client()
     async with client.claim(unique) as claim:
         claim.result = b"paid 5"
@@ -44,7 +44,7 @@ async def test_leaving_the_block_completes_with_the_result(world: Any, unique: s
 
 
 async def test_leaving_by_an_exception_releases(world: Any, unique: str) -> None:
-    """The next caller may have it at once, and the exception goes on."""
+    """The next caller receives the claim at once, and the exception propagates."""
     client = world.client()
     with pytest.raises(ZeroDivisionError):
         async with client.claim(unique):
@@ -53,13 +53,13 @@ async def test_leaving_by_an_exception_releases(world: Any, unique: str) -> None
     await client.claim(unique)
 
 
-@pytest.mark.parametrize("told", ["claim", "client", "handle"])
-async def test_leaving_by_an_exception_keeps_where_told(world: Any, unique: str, told: str) -> None:
-    """Work that may have had its effect is left to expire."""
-    client = world.client(on_error="keep" if told == "client" else "release")
+@pytest.mark.parametrize("level", ["claim", "client", "handle"])
+async def test_leaving_by_an_exception_keeps_with_on_error(world: Any, unique: str, level: str) -> None:
+    """Claims of work that may have taken effect are left to expire."""
+    client = world.client(on_error="keep" if level == "client" else "release")
     with pytest.raises(ZeroDivisionError):
-        async with client.claim(unique, on_error="keep" if told == "claim" else None) as claim:
-            if told == "handle":
+        async with client.claim(unique, on_error="keep" if level == "claim" else None) as claim:
+            if level == "handle":
                 claim.on_error = "keep"
             raise ZeroDivisionError
     with pytest.raises(DuplicateTransaction):
@@ -67,16 +67,16 @@ async def test_leaving_by_an_exception_keeps_where_told(world: Any, unique: str,
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, asyncio.CancelledError])
-async def test_being_stopped_keeps_the_claim(world: Any, unique: str, stop: type[BaseException]) -> None:
-    """Work that was cut off anywhere is not declared undone."""
+async def test_an_interruption_keeps_the_claim(world: Any, unique: str, stop: type[BaseException]) -> None:
+    """Interrupted work may have taken effect."""
     client = world.client()
     claim = await client.claim(unique)
     await claim.__aexit__(stop, stop(), None)
     assert (await client.get(unique)).state is TransactionState.IN_PROGRESS
 
 
-async def test_what_was_ended_inside_is_left_alone(world: Any, unique: str) -> None:
-    """Explicit endings stand, also when an exception follows."""
+async def test_an_explicit_ending_stands(world: Any, unique: str) -> None:
+    """Leaving the block changes nothing after `complete` or `release`, also if an exception follows."""
     client = world.client()
     with pytest.raises(ZeroDivisionError):
         async with client.claim(f"{unique}-1") as claim:
@@ -90,7 +90,7 @@ async def test_what_was_ended_inside_is_left_alone(world: Any, unique: str) -> N
 
 
 async def test_completing_twice_is_completed_once(world: Any, unique: str) -> None:
-    """The same token and result are told the same, another result is not held."""
+    """The same token and result are COMPLETED again; another result is NOT_HELD."""
     claim = await world.client().claim(unique)
     assert (await claim.complete(b"one")).result == b"one"
     assert (await claim.complete(b"one")).completed
@@ -103,7 +103,7 @@ async def test_completing_twice_is_completed_once(world: Any, unique: str) -> No
 
 
 async def test_an_expired_claim_is_not_held(world: Any, unique: str) -> None:
-    """Another caller gets it, and the first is told so at the end of its block."""
+    """Another caller receives it, and the first caller gets NotHeld at the end of its block."""
     client = world.client()
     with pytest.raises(NotHeld, match=unique):
         async with client.claim(unique, ttl=0.1):
@@ -111,8 +111,8 @@ async def test_an_expired_claim_is_not_held(world: Any, unique: str) -> None:
             await client.claim(unique)
 
 
-async def test_an_extension_only_lengthens_unless_told(world: Any, unique: str) -> None:
-    """An earlier end needs leave."""
+async def test_an_extension_shortens_only_if_allowed(world: Any, unique: str) -> None:
+    """An earlier end needs `allow_shortening`."""
     claim = await world.client().claim(unique, ttl=60)
     longer = await claim.extend(timedelta(seconds=120))
     assert longer.expire_time > claim.transaction.expire_time
@@ -123,7 +123,7 @@ async def test_an_extension_only_lengthens_unless_told(world: Any, unique: str) 
 
 
 async def test_the_same_token_is_replayed(world: Any, unique: str) -> None:
-    """A caller that repeats its own call is told CLAIMED, and another is not."""
+    """A caller that repeats its own call receives CLAIMED again. A completed transaction is a duplicate."""
     client, token = world.client(), new_claim_token()
     first = await client.claim(unique, token=token)
     again = await client.claim(unique, token=token)
@@ -134,7 +134,7 @@ async def test_the_same_token_is_replayed(world: Any, unique: str) -> None:
 
 
 async def test_another_fingerprint_is_a_mismatch(world: Any, unique: str) -> None:
-    """The same id for other work is told apart from a duplicate; without a fingerprint nothing is compared."""
+    """The same id with another fingerprint is not a duplicate. Without a fingerprint nothing is compared."""
     client = world.client()
     await client.claim(unique, fingerprint=b"one")
     with pytest.raises(PayloadMismatch) as caught:
@@ -145,7 +145,7 @@ async def test_another_fingerprint_is_a_mismatch(world: Any, unique: str) -> Non
             await client.claim(unique, fingerprint=same)
 
 
-async def test_namespaces_are_apart(world: Any, unique: str) -> None:
+async def test_namespaces_are_independent(world: Any, unique: str) -> None:
     """The same id in another namespace is another transaction."""
     client = world.client(namespace="pay")
     async with client.claim(unique) as claim:
@@ -173,8 +173,8 @@ async def test_namespaces_are_apart(world: Any, unique: str) -> None:
         ("wait", {"wait": 301}),
     ],
 )
-async def test_a_broken_limit_is_named(world: Any, unique: str, field: str, options: dict[str, Any]) -> None:
-    """InvalidRequest says which field; nothing is changed and nothing is tried again."""
+async def test_an_invalid_field_is_named(world: Any, unique: str, field: str, options: dict[str, Any]) -> None:
+    """InvalidRequest names the field. Nothing is changed and nothing is retried."""
     with pytest.raises(InvalidRequest) as caught:
         await world.client().claim(**({"transaction_id": unique} | options))
     assert list(caught.value.violations) == [field]
@@ -183,7 +183,7 @@ async def test_a_broken_limit_is_named(world: Any, unique: str, field: str, opti
 
 
 async def test_a_result_that_is_too_large_does_not_undo_the_work(world: Any, unique: str) -> None:
-    """It is refused, and the transaction is completed without it."""
+    """The result is rejected, and the transaction is completed without it."""
     client = world.client()
     with pytest.raises(InvalidRequest) as caught:
         async with client.claim(unique) as claim:
@@ -194,8 +194,8 @@ async def test_a_result_that_is_too_large_does_not_undo_the_work(world: Any, uni
     assert found.result == b""
 
 
-async def test_of_a_hundred_concurrent_claims_one_is_told_to_go(world: Any, unique: str) -> None:
-    """Exactly 1 and 99."""
+async def test_of_a_hundred_concurrent_claims_one_wins(world: Any, unique: str) -> None:
+    """One claim and 99 duplicates."""
     clients = [world.client(timeout=20) for _ in range(4)]
 
     async def claim(number: int) -> str:
@@ -209,17 +209,17 @@ async def test_of_a_hundred_concurrent_claims_one_is_told_to_go(world: Any, uniq
     assert (answers.count("claimed"), answers.count("duplicate")) == (1, 99)
 
 
-async def test_both_ways_to_give_an_expiry_are_one_too_many(world: Any) -> None:
-    """And a time without a zone means nothing."""
+async def test_two_expiries_are_refused(world: Any) -> None:
+    """So is an expiry without a time zone."""
     client = world.client()
     with pytest.raises(ValueError, match="not both"):
         await client.claim("x", ttl=1, expire_time=datetime.now(UTC))
     with pytest.raises(ValueError, match="time zone"):
-        await client.claim("x", expire_time=datetime(2100, 1, 1))  # noqa: DTZ001 - That is the point.
+        await client.claim("x", expire_time=datetime(2100, 1, 1))  # noqa: DTZ001 - The test needs a naive time.
 
 
-async def test_a_claim_that_nobody_awaits_is_noticed() -> None:
-    """It was never made, and Python warns of it; nor can it be made twice."""
+async def test_a_claim_that_is_never_awaited_is_reported() -> None:
+    """Python emits a RuntimeWarning and nothing is claimed. A claim cannot be awaited twice."""
     client = AsyncFakeClient()
     with pytest.warns(RuntimeWarning, match="never awaited"):
         client.claim("x")

@@ -1,4 +1,4 @@
-"""Calls that end as CANCELLED: by a server that ends, which is worth a retry, or by the caller itself, which is not."""
+"""Calls that end as CANCELLED: a server that shuts down is retried, the caller's own cancellation is not."""
 
 import asyncio
 import threading
@@ -14,8 +14,8 @@ from dedup.v1 import dedup_pb2, dedup_pb2_grpc
 from tests.support.polling import eventually
 
 
-class EndingServer(dedup_pb2_grpc.DedupServiceServicer):
-    """Cancels the first `cancels` calls, as a server does that ends, then claims; while `held` is not set it waits."""
+class StoppingServer(dedup_pb2_grpc.DedupServiceServicer):
+    """Cancels the first `cancels` calls like a server during shutdown, then claims. Waits while `held` is not set."""
 
     def __init__(self) -> None:
         self.cancels = 1
@@ -44,22 +44,22 @@ class EndingServer(dedup_pb2_grpc.DedupServiceServicer):
         return reply
 
     def stop(self) -> None:
-        """End."""
+        """Stop the server."""
         self.held.set()
         self._server.stop(None).wait()
 
 
 @pytest.fixture
-def server() -> Iterator[EndingServer]:
+def server() -> Iterator[StoppingServer]:
     """A server that cancels one call."""
-    server = EndingServer()  # type: ignore[abstract] # No other rpc is called.
+    server = StoppingServer()  # type: ignore[abstract] # No other rpc is called.
     yield server
     server.stop()
 
 
 @pytest.mark.parametrize("coalesce", [False, True])
-async def test_what_a_server_cancels_is_tried_again_with_its_token(server: EndingServer, coalesce: bool) -> None:  # noqa: FBT001 - A parameter of pytest.
-    """A call that a server cut off as it ended is CLAIMED by the next attempt, in both clients."""
+async def test_a_call_cancelled_by_the_server_is_retried_with_its_token(server: StoppingServer, coalesce: bool) -> None:  # noqa: FBT001 - A parameter of pytest.
+    """The next attempt of a call that the server cancelled during shutdown is CLAIMED, in both clients."""
     with Client(server.target, timeout=20, coalesce=coalesce) as blocking:
         await asyncio.to_thread(blocking.claim, "x")
     async with aio.Client(server.target, timeout=20, coalesce=coalesce) as client:
@@ -70,8 +70,8 @@ async def test_what_a_server_cancels_is_tried_again_with_its_token(server: Endin
     assert first != second
 
 
-async def test_cancels_without_end_are_an_outage(server: EndingServer) -> None:
-    """Once the budget is spent the caller hears Unavailable, which may have been applied."""
+async def test_endless_cancellation_is_an_outage(server: StoppingServer) -> None:
+    """Once the budget is spent the caller gets Unavailable, which may have been applied."""
     server.cancels = 1_000
     async with aio.Client(server.target, timeout=0.3) as client:
         with pytest.raises(Unavailable) as caught:
@@ -81,8 +81,8 @@ async def test_cancels_without_end_are_an_outage(server: EndingServer) -> None:
 
 
 @pytest.mark.parametrize("coalesce", [False, True])
-async def test_a_client_that_is_closed_tries_nothing_again(server: EndingServer, coalesce: bool) -> None:  # noqa: FBT001 - As above.
-    """A blocking call under way ends as CANCELLED after its one attempt, is no outage, and so is never let through."""
+async def test_a_closed_client_does_not_retry(server: StoppingServer, coalesce: bool) -> None:  # noqa: FBT001 - As above.
+    """An in-flight blocking call ends as CANCELLED after one attempt. It is not an outage, so it is never allowed."""
     server.held.clear()
     client = Client(server.target, timeout=20, attempt_timeout=20, coalesce=coalesce, on_unavailable="allow")
     claiming = asyncio.ensure_future(asyncio.to_thread(client.claim, "x"))
@@ -98,8 +98,8 @@ async def test_a_client_that_is_closed_tries_nothing_again(server: EndingServer,
     assert len(server.tokens) == 1
 
 
-async def test_a_task_that_is_cancelled_tries_nothing_again(server: EndingServer) -> None:
-    """The caller's own cancel reaches it as such."""
+async def test_a_cancelled_task_does_not_retry(server: StoppingServer) -> None:
+    """The caller gets its own CancelledError."""
     server.held.clear()
     async with aio.Client(server.target, timeout=20, attempt_timeout=20) as client:
         claiming = asyncio.ensure_future(client.claim("x")._claiming)

@@ -1,4 +1,4 @@
-"""Claims that travel together, each with its own token, error and time."""
+"""Coalesced claims share calls, but each keeps its own token, error and timeout."""
 
 import asyncio
 import threading
@@ -16,7 +16,7 @@ from dedup.v1 import dedup_pb2
 
 
 class Batches:
-    """Counts the batches that leave a client, and passes them on."""
+    """Counts the batches of a client and passes them on."""
 
     def __init__(self, stub: Any) -> None:
         self.sizes: list[int] = []
@@ -43,7 +43,7 @@ async def watch(client: aio.Client) -> Batches:
 
 
 async def test_concurrent_claims_share_calls_and_nothing_else(target: str, unique: str) -> None:
-    """Each is answered for itself: claimed, duplicate, or refused."""
+    """Each has its own answer: claimed, duplicate, or invalid."""
     async with aio.Client(target, coalesce=True, coalesce_delay=0.05, timeout=20) as client:
         batches = await watch(client)
 
@@ -63,7 +63,7 @@ async def test_concurrent_claims_share_calls_and_nothing_else(target: str, uniqu
 
 
 async def test_no_batch_is_larger_than_the_service_takes(target: str, unique: str) -> None:
-    """A full one leaves at once."""
+    """A full batch leaves at once."""
     async with aio.Client(target, coalesce=True, coalesce_delay=0.2, timeout=20, attempt_timeout=20) as client:
         batches = await watch(client)
         await asyncio.gather(*[client.claim(f"{unique}-{number}")._claiming for number in range(2_100)])
@@ -71,7 +71,7 @@ async def test_no_batch_is_larger_than_the_service_takes(target: str, unique: st
 
 
 def test_threads_share_calls(target: str, unique: str) -> None:
-    """The client that blocks gathers too, and 100 threads are 1 and 99."""
+    """The blocking client coalesces too. Of 100 threads one claims and 99 are duplicates."""
     with Client(target, coalesce=True, coalesce_delay=0.1, timeout=20) as client, ThreadPoolExecutor(100) as pool:
         transport: Any = client._transport
         batches = transport._coalescer._stub = Batches(transport._stub)
@@ -91,7 +91,7 @@ def test_threads_share_calls(target: str, unique: str) -> None:
 
 
 def test_an_interrupted_thread_does_not_strand_the_others(target: str, unique: str) -> None:
-    """Its batch leaves all the same, and the next claim begins another."""
+    """Its batch still leaves, and the next claim starts another."""
     with Client(target, coalesce=True, timeout=20) as client:
         transport: Any = client._transport
         coalescer = transport._coalescer
@@ -108,8 +108,8 @@ def test_an_interrupted_thread_does_not_strand_the_others(target: str, unique: s
         assert not coalescer._waiting
 
 
-def test_a_batch_leaves_when_those_who_were_answered_are_back() -> None:
-    """Not before they are, not while another is under way, and a full one in any case."""
+def test_a_batch_leaves_when_the_answered_callers_are_back() -> None:
+    """It does not leave earlier, or while another batch is in flight. A full batch always leaves."""
     crowd = Crowd()
     assert not crowd.is_gathered(MAX_BATCH - 1)
     crowd.left(3)
@@ -119,8 +119,8 @@ def test_a_batch_leaves_when_those_who_were_answered_are_back() -> None:
     assert [crowd.is_gathered(waiting) for waiting in (3, 4)] == [False, True]
 
 
-async def test_claims_do_not_wait_for_nobody(target: str, unique: str) -> None:
-    """Two that were answered together travel together again at once, however long the delay is."""
+async def test_claims_do_not_wait_for_absent_callers(target: str, unique: str) -> None:
+    """Two claims that were answered together leave together again at once, regardless of the delay."""
     async with aio.Client(target, coalesce=True, coalesce_delay=0.05, timeout=20) as client:
         batches = await watch(client)
         for number in range(3):
@@ -130,8 +130,8 @@ async def test_claims_do_not_wait_for_nobody(target: str, unique: str) -> None:
         assert batches.sizes == [2, 2, 2]
 
 
-def test_threads_do_not_wait_for_nobody(target: str, unique: str) -> None:
-    """Nor does the client that blocks."""
+def test_threads_do_not_wait_for_absent_callers(target: str, unique: str) -> None:
+    """The same for the blocking client."""
     with Client(target, coalesce=True, timeout=20) as client:
         client.claim(unique)
         transport: Any = client._transport
@@ -139,8 +139,8 @@ def test_threads_do_not_wait_for_nobody(target: str, unique: str) -> None:
         client.claim(f"{unique}-2")
 
 
-async def test_a_closed_client_says_so_at_once() -> None:
-    """Rather than after the budget."""
+async def test_a_closed_client_fails_at_once() -> None:
+    """It does not wait for the end of the budget."""
     blocking = Client("127.0.0.1:1", coalesce=True, timeout=60, attempt_timeout=60)
     blocking.close()
     with pytest.raises(ValueError, match="closed"):
@@ -155,7 +155,7 @@ async def test_a_closed_client_says_so_at_once() -> None:
 
 
 async def test_a_claim_that_waits_travels_alone(target: str, unique: str) -> None:
-    """It would hold up the others, and the service refuses it in a batch."""
+    """It would delay the others, and the service rejects it in a batch."""
     async with aio.Client(target, coalesce=True) as client:
         batches = await watch(client)
         first = await client.claim(unique)
@@ -165,8 +165,8 @@ async def test_a_claim_that_waits_travels_alone(target: str, unique: str) -> Non
         assert batches.sizes == [1]
 
 
-async def test_a_batch_that_fails_fails_each_of_its_claims_alone() -> None:
-    """Every caller has an error object of its own, and its own number of attempts."""
+async def test_a_failed_batch_fails_each_claim_separately() -> None:
+    """Every caller gets its own exception and makes its own number of attempts."""
     async with aio.Client("127.0.0.1:1", coalesce=True, timeout=0.3) as client:
         errors = await asyncio.gather(
             client.claim("a")._claiming, client.claim("b", timeout=0.01)._claiming, return_exceptions=True
@@ -176,11 +176,11 @@ async def test_a_batch_that_fails_fails_each_of_its_claims_alone() -> None:
 
 
 async def test_a_short_budget_does_not_wait_for_its_batch() -> None:
-    """Its time is up alone, doubtful; the others go on. Who was cancelled is not answered."""
+    """It times out alone, in doubt, and the others continue. A cancelled caller is not answered."""
     answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
     class Slow:
-        def BatchClaimTransactions(self, request: Any, timeout: float) -> Any:  # noqa: N802 - As the stub names it.
+        def BatchClaimTransactions(self, request: Any, timeout: float) -> Any:  # noqa: N802 - The name of the rpc.
             assert (len(request.requests), timeout) == (3, 20)
             return answer
 
@@ -199,8 +199,8 @@ async def test_a_short_budget_does_not_wait_for_its_batch() -> None:
 
 
 @pytest.mark.parametrize("entries", [0, 1, 3])
-def test_answers_that_cannot_be_matched_answer_nobody(entries: int) -> None:
-    """A reply of another length, or with an empty entry, is never "go"."""
+def test_answers_that_cannot_be_matched_fail_every_claim(entries: int) -> None:
+    """A reply of another length or with an empty entry is never a claim."""
     reply = dedup_pb2.BatchClaimTransactionsResponse(entries=[dedup_pb2.BatchClaimEntry()] * entries)
     assert all(isinstance(answer, CallFailed) for answer in answers_of(reply, 2))
     assert isinstance(

@@ -1,4 +1,4 @@
-"""Lost answers, a killed server, and a service that is away: the live service behind a proxy that loses things."""
+"""Lost replies, a killed server, and an unavailable service: the live service behind a faulty proxy."""
 
 import asyncio
 import logging
@@ -18,19 +18,19 @@ from tests.support.processes import RedisProcess, ServiceProcess, free_port
 
 @pytest.fixture
 async def proxy(target: str) -> AsyncIterator[FaultProxy]:
-    """A proxy between client and service."""
+    """A proxy between the client and the service."""
     async with FaultProxy(int(target.rpartition(":")[2])) as proxy:
         yield proxy
 
 
 def address(proxy: FaultProxy) -> str:
-    """Where the proxy listens."""
+    """Return the address of the proxy."""
     return proxy.url.removeprefix("redis://").removesuffix("/0")
 
 
 @pytest.mark.parametrize("coalesce", [False, True])
-async def test_a_lost_answer_is_asked_for_again(target: str, proxy: FaultProxy, unique: str, coalesce: bool) -> None:  # noqa: FBT001 - A parameter of pytest.
-    """The claim is made, its answer is lost, and the retry is told CLAIMED again: once, and replayed."""
+async def test_a_call_with_a_lost_reply_is_retried(target: str, proxy: FaultProxy, unique: str, coalesce: bool) -> None:  # noqa: FBT001 - A parameter of pytest.
+    """The claim is made and its reply lost. The retry receives CLAIMED again, as a replay."""
     async with (
         aio.Client(target) as direct,
         aio.Client(address(proxy), timeout=20, attempt_timeout=20, coalesce=coalesce) as client,
@@ -47,8 +47,8 @@ async def test_a_lost_answer_is_asked_for_again(target: str, proxy: FaultProxy, 
             await direct.claim(unique)
 
 
-async def test_a_lost_answer_reaches_a_blocking_caller_too(target: str, proxy: FaultProxy, unique: str) -> None:
-    """The same for the client that blocks."""
+async def test_a_blocking_call_with_a_lost_reply_is_retried(target: str, proxy: FaultProxy, unique: str) -> None:
+    """The same for the blocking client."""
     with Client(target) as direct, Client(address(proxy), timeout=20, attempt_timeout=20) as client:
         await asyncio.to_thread(client.get, unique)
         proxy.hold_replies.clear()
@@ -59,8 +59,8 @@ async def test_a_lost_answer_reaches_a_blocking_caller_too(target: str, proxy: F
         assert (await claiming).replayed
 
 
-async def test_an_answer_that_never_comes_ends_with_the_attempt(target: str, proxy: FaultProxy, unique: str) -> None:
-    """A silent connection costs one attempt, not the call: the next one is replayed."""
+async def test_a_missing_reply_ends_only_the_attempt(target: str, proxy: FaultProxy, unique: str) -> None:
+    """A silent connection costs one attempt, not the call. The next attempt is a replay."""
     async with aio.Client(target) as direct, aio.Client(address(proxy), timeout=20, attempt_timeout=0.3) as client:
         await client.get(unique)
         proxy.hold_replies.clear()
@@ -71,10 +71,10 @@ async def test_an_answer_that_never_comes_ends_with_the_attempt(target: str, pro
         assert (await claiming).replayed
 
 
-async def test_a_server_that_is_killed_and_started_again_lets_each_transaction_through_once(
+async def test_a_killed_and_restarted_server_grants_each_transaction_once(
     redis_server: RedisProcess, start_service: Callable[..., ServiceProcess], unique: str
 ) -> None:
-    """Two callers want each of 60 transactions while the server dies and comes back."""
+    """Two callers claim each of 60 transactions while the server is killed and restarted."""
     port = free_port()
     options = ("--listen", f"127.0.0.1:{port}", "--store-url", redis_server.url)
     service = await asyncio.to_thread(start_service, *options)
@@ -100,8 +100,8 @@ async def test_a_server_that_is_killed_and_started_again_lets_each_transaction_t
     assert sorted(claimed) == list(range(60))
 
 
-async def test_nobody_listening_denies(unique: str) -> None:
-    """By default no answer is no claim."""
+async def test_an_unreachable_service_denies(unique: str) -> None:
+    """By default there is no claim without an answer."""
     with (
         Client(f"127.0.0.1:{free_port()}", timeout=0.3) as client,
         pytest.raises(Unavailable) as caught,
@@ -110,8 +110,8 @@ async def test_nobody_listening_denies(unique: str) -> None:
     assert (caught.value.code.name, caught.value.applied, caught.value.reason) == ("UNAVAILABLE", "unknown", "")
 
 
-async def test_work_may_go_ahead_where_that_was_chosen(unique: str, caplog: pytest.LogCaptureFixture) -> None:
-    """It is marked, logged as a warning, and its endings do nothing."""
+async def test_an_unreachable_service_allows_work_if_configured(unique: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The claim is marked and logged as a warning. Completing, releasing and extending it do nothing."""
     target = f"127.0.0.1:{free_port()}"
     with caplog.at_level(logging.WARNING, "dedup"), Client(target, timeout=0.3, on_unavailable="allow") as client:
         with client.claim(unique) as claim:
@@ -128,14 +128,14 @@ async def test_work_may_go_ahead_where_that_was_chosen(unique: str, caplog: pyte
         assert await held.extend(60) is None
 
 
-def test_the_choice_has_two_answers() -> None:
-    """A word that is neither is not taken for one of them."""
+def test_on_unavailable_has_two_values() -> None:
+    """Any other value is refused."""
     with pytest.raises(ValueError, match="on_unavailable"):
         FakeClient(on_unavailable="open")  # type: ignore[arg-type]
 
 
-async def test_refused_work_is_never_allowed(unique: str) -> None:
-    """Only a service that is away opens the door: not a refusal, and not a duplicate."""
+async def test_only_an_outage_allows_work(unique: str) -> None:
+    """An invalid request or a duplicate never does."""
     client = AsyncFakeClient(on_unavailable="allow")
     await client.claim(unique)
     with pytest.raises(DuplicateTransaction):
@@ -144,8 +144,8 @@ async def test_refused_work_is_never_allowed(unique: str) -> None:
         await client.claim("")
 
 
-def test_the_fake_loses_answers_and_recovers(unique: str) -> None:
-    """A lost answer is replayed, a lost release is no error, and an outage ends with the budget."""
+def test_the_fake_loses_replies_and_recovers(unique: str) -> None:
+    """A lost claim is replayed, a lost release is no error, and an outage ends with the budget."""
     client = FakeClient()
     client.service.lose_replies(2)
     claim = client.claim(unique)
@@ -164,8 +164,8 @@ def test_the_fake_loses_answers_and_recovers(unique: str) -> None:
     assert (caught.value.reason, caught.value.applied) == ("STORE_UNREACHABLE", "no")
 
 
-def test_a_release_that_fails_hides_nothing(unique: str, caplog: pytest.LogCaptureFixture) -> None:
-    """The caller hears what went wrong with the work; the claim expires by itself."""
+def test_a_failed_release_does_not_hide_the_error(unique: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The caller gets the error of the work, and the claim expires."""
     client = FakeClient()
 
     def work() -> None:
@@ -179,7 +179,7 @@ def test_a_release_that_fails_hides_nothing(unique: str, caplog: pytest.LogCaptu
 
 
 def test_a_unix_socket_is_a_target(tmp_path: Path, start_service: Callable[..., ServiceProcess], unique: str) -> None:
-    """As a sidecar offers it."""
+    """The usual address of a sidecar."""
     socket = f"unix://{tmp_path / 's'}"
     start_service("--listen", socket, "--store-url", f"sqlite://{tmp_path / 'claims.db'}")
     with Client(socket) as client:
@@ -187,18 +187,18 @@ def test_a_unix_socket_is_a_target(tmp_path: Path, start_service: Callable[..., 
 
 
 def test_grpc_itself_never_retries() -> None:
-    """Not even where a caller's options say so: gRPC would not know the budget."""
+    """A caller's channel options cannot enable its retries, because gRPC does not know the budget."""
     options: Any = [("grpc.enable_retries", 1), ("grpc.max_receive_message_length", 1)]
-    from dedup.channels import channel_options  # noqa: PLC0415 - Wanted here alone.
+    from dedup.channels import channel_options  # noqa: PLC0415 - Only this test needs it.
 
     assert dict(channel_options(options))["grpc.enable_retries"] == 0
     assert dict(channel_options(options))["grpc.max_receive_message_length"] == 1
 
 
-async def test_metadata_of_the_block_travels_with_its_calls(
+async def test_calls_send_the_metadata_of_their_block(
     tmp_path: Path, start_service: Callable[..., ServiceProcess], unique: str
 ) -> None:
-    """The service logs every call under the correlation id of the block around it, for both clients, and no other."""
+    """The service logs each call under the correlation id of its block, for both clients."""
     service = start_service("--store-url", f"sqlite://{tmp_path / 'claims.db'}")
     with Client(service.target) as client, call_metadata(("x-correlation-id", f"{unique}-sync")):
         client.claim(f"{unique}-1").release()

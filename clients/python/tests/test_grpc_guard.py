@@ -1,6 +1,6 @@
-"""The server interceptors: a gRPC server that handles each idempotency key once."""
+"""The server interceptors: a guarded gRPC server handles each idempotency key once."""
 
-# gRPC's classes have type parameters in their stubs alone.
+# gRPC's classes are generic only in their type stubs.
 from __future__ import annotations
 
 import asyncio
@@ -21,7 +21,7 @@ Call = Callable[..., Any]
 
 
 class Shop:
-    """What the server does: it counts, or ends as the request says."""
+    """The application: it counts payments, or fails as the request says."""
 
     def __init__(self) -> None:
         self.payments: list[str] = []
@@ -37,24 +37,24 @@ class Shop:
 
 
 def write(text: str) -> bytes:
-    """Return a message as it travels."""
+    """Serialize a message."""
     return StringValue(value=text).SerializeToString()
 
 
 def read(data: bytes) -> str:
-    """Return the message that travelled."""
+    """Parse a message."""
     return StringValue.FromString(data).value
 
 
 def handlers(function: Any) -> grpc.GenericRpcHandler:
-    """Return the handlers of a server whose messages are text."""
+    """Return the handlers of a server whose messages are strings."""
     method = grpc.unary_unary_rpc_method_handler(function, read, write)
     stream = grpc.unary_stream_rpc_method_handler(lambda request, _: iter([request]), read, write)
     return grpc.method_handlers_generic_handler("shop.Shop", {"Pay": method, "List": stream})
 
 
 class Guarded:
-    """A guarded server, blocking or not, and a channel to it."""
+    """A guarded server, blocking or asynchronous, and a channel to it."""
 
     def __init__(self, kind: str, client: Any, shop: Shop) -> None:
         self._kind, self._client, self._shop = kind, client, shop
@@ -89,7 +89,7 @@ class Guarded:
             await asyncio.to_thread(stopped.wait)
 
     async def pay(self, request: str, key: str | None = None) -> str:
-        """Pay, and return the reply or the name of the code."""
+        """Pay and return the reply, or the name of the status code."""
         call = self._channel.unary_unary("/shop.Shop/Pay", write, read)
         metadata = None if key is None else (("idempotency-key", key),)
         try:
@@ -99,20 +99,20 @@ class Guarded:
         return reply
 
     async def stream(self, key: str) -> list[str]:
-        """Call the method that streams."""
+        """Call the streaming method."""
         call = self._channel.unary_stream("/shop.Shop/List", write, read)
         return [reply async for reply in call("a", metadata=(("idempotency-key", key),))]
 
 
 @pytest.fixture
 def shop() -> Shop:
-    """A shop of this test's own."""
+    """A new shop for each test."""
     return Shop()
 
 
 @pytest.fixture(params=["sync", "aio"])
 async def guarded(request: pytest.FixtureRequest, target: str, shop: Shop) -> AsyncIterator[Guarded]:
-    """Both servers in front of the live service."""
+    """Both servers, guarded by the live service."""
     async with aio.Client(target) as waiting:
         with Client(target) as blocking:
             client = blocking if request.param == "sync" else waiting
@@ -121,7 +121,7 @@ async def guarded(request: pytest.FixtureRequest, target: str, shop: Shop) -> As
 
 
 async def test_a_call_is_handled_once_and_its_reply_replayed(guarded: Guarded, shop: Shop, unique: str) -> None:
-    """The same key gets the same reply; without one nothing is guarded."""
+    """The same key gets the same reply. Calls without a key are not guarded."""
     assert [await guarded.pay("a", unique) for _ in range(2)] == ["paid 1"] * 2
     assert [await guarded.pay("a") for _ in range(2)] == ["paid 2", "paid 3"]
     assert await guarded.stream(unique) == ["a"]
@@ -129,30 +129,30 @@ async def test_a_call_is_handled_once_and_its_reply_replayed(guarded: Guarded, s
 
 
 async def test_another_request_under_the_key_is_refused(guarded: Guarded, unique: str) -> None:
-    """By its bytes."""
+    """Requests are compared by their bytes."""
     await guarded.pay("a", unique)
     assert await guarded.pay("b", unique) == "FAILED_PRECONDITION"
 
 
 @pytest.mark.parametrize(("request_text", "code"), [("raise", "UNKNOWN"), ("code", "NOT_FOUND")])
-async def test_a_call_that_failed_may_be_tried_again(
+async def test_a_failed_call_may_be_repeated(
     guarded: Guarded, shop: Shop, unique: str, request_text: str, code: str
 ) -> None:
-    """An exception and a status that is not OK release the claim."""
+    """An exception or a status other than OK releases the claim."""
     assert [await guarded.pay(request_text, unique) for _ in range(2)] == [code] * 2
     assert len(shop.payments) == 2
 
 
 async def test_a_large_reply_is_delivered_and_not_replayed(guarded: Guarded, shop: Shop, unique: str) -> None:
-    """The work is done all the same."""
+    """The work is done once."""
     assert len(await guarded.pay("large", unique)) == 5_000
     assert await guarded.pay("large", unique) == "ALREADY_EXISTS"
     assert len(shop.payments) == 1
 
 
 @pytest.mark.parametrize("kind", ["sync", "aio"])
-async def test_what_cannot_be_answered_is_told(kind: str, shop: Shop) -> None:
-    """In progress, away, and a key that is none."""
+async def test_each_unanswered_case_has_its_status(kind: str, shop: Shop) -> None:
+    """Work in progress, an invalid key, and an unavailable service."""
     service = FakeService()
     FakeClient(service).claim("/shop.Shop/Pay:busy")
     client = FakeClient(service) if kind == "sync" else AsyncFakeClient(service)
@@ -166,10 +166,10 @@ async def test_what_cannot_be_answered_is_told(kind: str, shop: Shop) -> None:
 
 
 @pytest.mark.parametrize("kind", ["sync", "aio"])
-async def test_a_reply_is_delivered_though_its_end_cannot_be_told(
+async def test_a_reply_is_delivered_if_completing_fails(
     kind: str, shop: Shop, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The work is done; the claim expires by itself."""
+    """The work is done, and the claim expires."""
     service = FakeService()
     work = shop.pay
 

@@ -1,4 +1,4 @@
-"""Idempotency-Key over HTTP: Starlette and Flask in front of the live service, and bare applications for the rest."""
+"""Idempotency-Key over HTTP: Starlette and Flask with the live service, and plain applications for the rest."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -13,7 +13,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from dedup import Client, InvalidRequest, aio, asgi, wsgi
-from dedup.idempotency import Response as Kept
+from dedup.idempotency import Response as StoredResponse
 from dedup.idempotency import pack, unpack
 from dedup.testing import AsyncFakeClient, FakeClient, FakeService
 
@@ -22,7 +22,7 @@ PROBLEM = "application/problem+json"
 
 
 class Shop:
-    """What the applications do: /pay counts its payments, and /fail, /raise, /large and /slow do as they say."""
+    """The application: /pay counts payments; /fail, /raise, /large and /slow do what their names say."""
 
     def __init__(self) -> None:
         self.payments: list[bytes] = []
@@ -69,12 +69,12 @@ def flask_app(shop: Shop) -> flask.Flask:
 
 @pytest.fixture
 def shop() -> Shop:
-    """A shop of this test's own."""
+    """A new shop for each test."""
     return Shop()
 
 
 def over_asgi(shop: Shop, client: aio.Client, **options: Any) -> Post:
-    """Return how to post to the shop on Starlette."""
+    """Return a function that posts to the shop on Starlette."""
     app = asgi.IdempotencyMiddleware(starlette_app(shop), client, **options)
 
     async def post(path: str, body: bytes = b"", method: str = "POST", **headers: str) -> httpx.Response:
@@ -86,7 +86,7 @@ def over_asgi(shop: Shop, client: aio.Client, **options: Any) -> Post:
 
 
 def over_wsgi(shop: Shop, client: Client, **options: Any) -> Post:
-    """Return how to post to the shop on Flask."""
+    """Return a function that posts to the shop on Flask."""
     app = wsgi.IdempotencyMiddleware(flask_app(shop), client, **options)
 
     async def post(path: str, body: bytes = b"", method: str = "POST", **headers: str) -> httpx.Response:
@@ -100,13 +100,13 @@ def over_wsgi(shop: Shop, client: Client, **options: Any) -> Post:
 
 
 def names(headers: dict[str, str]) -> dict[str, str]:
-    """Return headers by their names."""
+    """Return headers with their HTTP names."""
     return {name.replace("_", "-"): value for name, value in headers.items()}
 
 
 @pytest.fixture(params=["asgi", "wsgi"])
 async def post(request: pytest.FixtureRequest, target: str, shop: Shop) -> AsyncIterator[Post]:
-    """Both middlewares in front of the live service."""
+    """Both middlewares with the live service."""
     async with aio.Client(target) as waiting:
         with Client(target) as blocking:
             yield over_asgi(shop, waiting) if request.param == "asgi" else over_wsgi(shop, blocking)
@@ -114,13 +114,13 @@ async def post(request: pytest.FixtureRequest, target: str, shop: Shop) -> Async
 
 @pytest.fixture
 def service() -> FakeService:
-    """A service that the test may take away."""
+    """A fake service that the test can make unavailable."""
     return FakeService()
 
 
 @pytest.fixture(params=["asgi", "wsgi"])
 def post_with(request: pytest.FixtureRequest, shop: Shop, service: FakeService) -> Callable[..., Post]:
-    """Both middlewares with options, in front of the fake."""
+    """Both middlewares with options, with the fake service."""
 
     def make(on_unavailable: Any = "deny", **options: Any) -> Post:
         if request.param == "asgi":
@@ -131,7 +131,7 @@ def post_with(request: pytest.FixtureRequest, shop: Shop, service: FakeService) 
 
 
 async def test_the_first_response_is_replayed(post: Post, shop: Shop, unique: str) -> None:
-    """Status, content type and body, marked as replayed; the work is done once."""
+    """Status, content type and body, marked as replayed. The work is done once."""
     first = await post("/pay", b"5", idempotency_key=unique)
     again = await post("/pay", b"5", idempotency_key=f'"{unique}"')
     assert (first.status_code, first.json(), shop.payments) == (201, {"paid": 1}, [b"5"])
@@ -140,16 +140,16 @@ async def test_the_first_response_is_replayed(post: Post, shop: Shop, unique: st
     assert (first.headers.get("idempotency-replayed"), again.headers["idempotency-replayed"]) == (None, "true")
 
 
-async def test_another_body_under_the_key_is_told_so(post: Post, shop: Shop, unique: str) -> None:
-    """422, and the work is not done."""
+async def test_another_body_under_the_key_is_refused(post: Post, shop: Shop, unique: str) -> None:
+    """It gets 422, and the work is not done."""
     await post("/pay", b"5", idempotency_key=unique)
     refused = await post("/pay", b"6", idempotency_key=unique)
     assert (refused.status_code, refused.headers["content-type"], refused.json()["status"]) == (422, PROBLEM, 422)
     assert shop.payments == [b"5"]
 
 
-async def test_keys_of_other_routes_and_requests_without_a_key_are_apart(post: Post, shop: Shop, unique: str) -> None:
-    """The same key at another path is another request; without one, and for GET, nothing is guarded."""
+async def test_keys_are_independent_for_each_route(post: Post, shop: Shop, unique: str) -> None:
+    """The same key at another path is another request. GET and requests without a key are not guarded."""
     assert (await post("/pay", idempotency_key=unique)).json() == {"paid": 1}
     assert (await post("/missing", idempotency_key=unique)).status_code == 404
     assert [(await post("/pay")).json() for _ in range(2)] == [{"paid": 3}, {"paid": 4}]
@@ -160,31 +160,31 @@ async def test_keys_of_other_routes_and_requests_without_a_key_are_apart(post: P
     assert len(shop.payments) == 6
 
 
-async def test_a_refusal_of_the_application_is_replayed_too(post: Post, shop: Shop, unique: str) -> None:
-    """A 4xx is an answer."""
+async def test_a_client_error_is_replayed(post: Post, shop: Shop, unique: str) -> None:
+    """A 4xx of the application completes the request."""
     for _ in range(2):
         assert (await post("/missing", idempotency_key=unique)).status_code == 404
     assert len(shop.payments) == 1
 
 
-async def test_a_server_error_may_be_tried_again(post: Post, shop: Shop, unique: str) -> None:
-    """A 5xx releases."""
+async def test_a_server_error_releases_the_key(post: Post, shop: Shop, unique: str) -> None:
+    """After a 5xx the request may be repeated."""
     assert (await post("/fail", idempotency_key=unique)).status_code == 500
     shop.failing = False
     assert (await post("/fail", idempotency_key=unique)).json() == {"paid": 2}
     assert (await post("/fail", idempotency_key=unique)).json() == {"paid": 2}
 
 
-async def test_an_exception_may_be_tried_again(post: Post, shop: Shop, unique: str) -> None:
-    """It releases, and goes on to the server."""
+async def test_an_exception_releases_the_key(post: Post, shop: Shop, unique: str) -> None:
+    """The exception propagates to the server, and the request may be repeated."""
     with pytest.raises(ZeroDivisionError):
         await post("/raise", idempotency_key=unique)
     shop.failing = False
     assert (await post("/raise", idempotency_key=unique)).json() == {"paid": 2}
 
 
-async def test_a_response_too_large_is_delivered_and_not_replayed(post: Post, shop: Shop, unique: str) -> None:
-    """The work is done, so a duplicate is told 409 and why."""
+async def test_a_large_response_is_delivered_and_not_replayed(post: Post, shop: Shop, unique: str) -> None:
+    """The work is done, so a duplicate gets 409 with the cause."""
     assert (await post("/large", idempotency_key=unique)).content == b"x" * 5_000
     again = await post("/large", idempotency_key=unique)
     assert (again.status_code, again.headers["content-type"]) == (409, PROBLEM)
@@ -193,7 +193,7 @@ async def test_a_response_too_large_is_delivered_and_not_replayed(post: Post, sh
 
 
 async def test_a_request_in_progress_is_a_conflict(target: str, shop: Shop, unique: str) -> None:
-    """409 until it ends, and then its response."""
+    """It gets 409 until the work ends, then its response."""
     async with aio.Client(target) as client:
         post = over_asgi(shop, client)
         first = asyncio.ensure_future(post("/slow", idempotency_key=unique))
@@ -205,18 +205,16 @@ async def test_a_request_in_progress_is_a_conflict(target: str, shop: Shop, uniq
         assert (await first).json() == (await post("/slow", idempotency_key=unique)).json() == {"paid": 1}
 
 
-async def test_of_many_at_once_one_is_handled(post: Post, shop: Shop, unique: str) -> None:
-    """The others are told 409 or get its response."""
+async def test_of_concurrent_requests_one_is_handled(post: Post, shop: Shop, unique: str) -> None:
+    """The others get 409 or the first response."""
     answers = await asyncio.gather(*[post("/pay", idempotency_key=unique) for _ in range(20)])
     assert len(shop.payments) == 1
     assert {answer.status_code for answer in answers} <= {201, 409}
     assert sum(answer.status_code == 201 and "idempotency-replayed" not in answer.headers for answer in answers) == 1
 
 
-async def test_without_the_service_it_is_503_never_409(
-    post_with: Callable[..., Post], shop: Shop, service: FakeService
-) -> None:
-    """The caller may try again; nothing is done meanwhile, unless that was chosen."""
+async def test_an_outage_is_503_never_409(post_with: Callable[..., Post], shop: Shop, service: FakeService) -> None:
+    """The caller may retry. The work is not done, unless `on_unavailable` allows it."""
     service.unavailable = True
     denied = await post_with()("/pay", idempotency_key="k")
     assert (denied.status_code, denied.headers["retry-after"], denied.headers["content-type"]) == (503, "1", PROBLEM)
@@ -224,10 +222,10 @@ async def test_without_the_service_it_is_503_never_409(
     assert (await post_with("allow")("/pay", idempotency_key="k")).status_code == 201
 
 
-async def test_work_that_is_done_is_answered_though_its_end_cannot_be_told(
+async def test_a_response_is_delivered_if_completing_fails(
     post_with: Callable[..., Post], shop: Shop, service: FakeService, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The response is delivered, and a warning logged."""
+    """The work is done, and a warning is logged."""
     work = shop.handle
 
     def handle(path: str, body: bytes) -> tuple[int, bytes]:
@@ -239,8 +237,8 @@ async def test_work_that_is_done_is_answered_though_its_end_cannot_be_told(
     assert "could not end the claim" in caplog.text
 
 
-async def test_a_key_may_be_required_and_must_be_one(post_with: Callable[..., Post], shop: Shop) -> None:
-    """400 without it, for an empty one, and for one that is too long."""
+async def test_a_key_may_be_required_and_must_be_valid(post_with: Callable[..., Post], shop: Shop) -> None:
+    """A missing, empty or too long key gets 400."""
     post = post_with(required=True)
     answers = [
         await post("/pay"),
@@ -253,8 +251,8 @@ async def test_a_key_may_be_required_and_must_be_one(post_with: Callable[..., Po
     assert len(shop.payments) == 1
 
 
-async def test_callers_are_told_apart_where_the_application_can(post_with: Callable[..., Post], shop: Shop) -> None:
-    """The same key of two users is two requests."""
+async def test_keys_are_independent_for_each_caller(post_with: Callable[..., Post], shop: Shop) -> None:
+    """The same key from two users is two requests."""
     post = post_with(caller=lambda headers: headers["x-user"])
     for user in ("anna", "ben", "anna"):
         await post("/pay", idempotency_key="k", x_user=user)
@@ -262,15 +260,15 @@ async def test_callers_are_told_apart_where_the_application_can(post_with: Calla
 
 
 async def test_a_body_has_a_limit(post_with: Callable[..., Post], shop: Shop) -> None:
-    """413 for a larger one; the fingerprint needs it whole."""
+    """A larger body gets 413: the fingerprint needs the whole body."""
     post = post_with(max_body_bytes=10)
     assert (await post("/pay", b"x" * 11, idempotency_key="k")).status_code == 413
     assert (await post("/pay", b"x" * 10, idempotency_key="k")).status_code == 201
     assert shop.payments == [b"x" * 10]
 
 
-async def test_a_wrong_set_up_is_not_answered_as_a_duplicate(post_with: Callable[..., Post]) -> None:
-    """It is an error of the application."""
+async def test_a_misconfigured_middleware_raises(post_with: Callable[..., Post]) -> None:
+    """It is a bug of the application, not an answer to the caller."""
     with pytest.raises(InvalidRequest):
         await post_with(ttl=-1)("/pay", idempotency_key="k")
 
@@ -278,7 +276,7 @@ async def test_a_wrong_set_up_is_not_answered_as_a_duplicate(post_with: Callable
 async def test_retention_is_how_long_a_response_is_replayed(
     post_with: Callable[..., Post], shop: Shop, service: FakeService
 ) -> None:
-    """After it the request is handled again."""
+    """Afterwards the request is handled again."""
     post = post_with(ttl=5, retention=100)
     for seconds in (0, 90, 20):
         service.advance(seconds)
@@ -286,25 +284,25 @@ async def test_retention_is_how_long_a_response_is_replayed(
     assert len(shop.payments) == 2
 
 
-async def test_what_others_completed_is_a_conflict(post_with: Callable[..., Post], service: FakeService) -> None:
-    """A result that is no response of this middleware is not sent to anybody."""
+async def test_a_foreign_result_is_a_conflict(post_with: Callable[..., Post], service: FakeService) -> None:
+    """A result that this middleware did not store is never sent as a response."""
     with FakeClient(service).claim(":POST:/pay:k") as claim:
         claim.result = b"something else"
     assert (await post_with()("/pay", idempotency_key="k")).status_code == 409
 
 
 @pytest.mark.parametrize(("size", "fits"), [(4_081, True), (4_082, False)])
-def test_a_kept_response_has_at_most_4096_bytes(size: int, fits: bool) -> None:  # noqa: FBT001 - A parameter of pytest.
+def test_a_stored_response_has_at_most_4096_bytes(size: int, fits: bool) -> None:  # noqa: FBT001 - A pytest parameter.
     """Status, content type and body together."""
-    packed = pack(Kept(200, (("content-type", "text/plain"),), b"x" * size))
+    packed = pack(StoredResponse(200, (("content-type", "text/plain"),), b"x" * size))
     assert len(packed) <= 4_096
-    kept = unpack(packed)
-    assert (kept is not None) is fits
-    assert kept is None or kept.body == b"x" * size
+    stored = unpack(packed)
+    assert (stored is not None) is fits
+    assert stored is None or stored.body == b"x" * size
 
 
-async def test_asgi_goes_on_without_a_caller() -> None:
-    """Who left before the body was there is neither claimed for nor answered; other protocols go through."""
+async def test_asgi_ignores_disconnected_callers() -> None:
+    """A caller that disconnects before its body arrives causes no claim and no answer. Other protocols pass."""
     service, seen = FakeService(), []
 
     async def app(scope: Any, _receive: Any, _send: Any) -> None:
@@ -313,18 +311,18 @@ async def test_asgi_goes_on_without_a_caller() -> None:
     async def gone() -> Any:
         return {"type": "http.disconnect"}
 
-    async def nobody(_message: Any) -> None:
-        raise AssertionError("there is nobody to answer")
+    async def unexpected(_message: Any) -> None:
+        raise AssertionError("the caller has disconnected")
 
     guarded = asgi.IdempotencyMiddleware(app, AsyncFakeClient(service))
     scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"idempotency-key", b"k")]}
-    await guarded(scope, gone, nobody)
-    await guarded({"type": "lifespan"}, gone, nobody)
+    await guarded(scope, gone, unexpected)
+    await guarded({"type": "lifespan"}, gone, unexpected)
     assert (seen, service.calls) == (["lifespan"], [])
 
 
-def test_wsgi_hands_on_what_is_written() -> None:
-    """The old way to give a body, and `close` of the result, work as without the middleware."""
+def test_wsgi_passes_on_written_data() -> None:
+    """The `write` callable and `close` of the result work as they do without the middleware."""
     closed = []
 
     class Result(list[bytes]):

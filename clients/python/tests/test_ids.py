@@ -1,4 +1,4 @@
-"""Transaction ids by the golden vectors that every client shares, and by chance."""
+"""Transaction ids, tested with the golden vectors of all clients and with random parts."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from dedup import new_claim_token, transaction_id
 
 VECTORS: dict[str, Any] = json.loads((Path(__file__).parents[2] / "golden_vectors.json").read_text())
 
-# Lone surrogates are no text that could be sent.
+# Lone surrogates cannot be encoded as UTF-8.
 TEXT = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("%:\n\x85"), max_size=8)
 PARTS = st.lists(TEXT, min_size=1, max_size=4).filter(lambda parts: parts != [""])
 
@@ -26,34 +26,34 @@ def test_the_ids_are_those_of_every_client(vector: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("vector", VECTORS["transaction_ids"]["invalid"], ids=lambda vector: str(vector["why"]))
-def test_what_makes_no_id_is_refused(vector: dict[str, Any]) -> None:
-    """And the error names the limit."""
+def test_invalid_parts_are_refused(vector: dict[str, Any]) -> None:
+    """The error names the limit."""
     with pytest.raises(ValueError, match=r"at least one part|at least 1 byte|at most 512 bytes"):
         transaction_id(*vector["parts"])
 
 
 @given(PARTS, PARTS)
 def test_different_parts_make_different_ids(parts: list[str], others: list[str]) -> None:
-    """No two lists of parts meet."""
+    """Ids are equal exactly if their parts are."""
     assert (transaction_id(*parts) == transaction_id(*others)) == (parts == others)
 
 
 @given(PARTS)
 def test_an_id_can_be_read_back(parts: list[str]) -> None:
-    """It is split at ':' and unescaped, and has no control character."""
+    """Splitting at ':' and unescaping returns the parts. The id has no control character."""
     joined = transaction_id(*parts)
     assert [unquote(part, errors="strict") for part in joined.split(":")] == parts
     assert not re.search(r"[\x00-\x1f\x7f-\x9f]", joined)
 
 
-def test_a_number_is_no_part() -> None:
-    """There is no one way to write it."""
+def test_a_number_is_refused() -> None:
+    """It has several spellings."""
     with pytest.raises(TypeError, match="not int"):
         transaction_id("order", 5)  # type: ignore[arg-type]
 
 
-def test_tokens_are_as_agreed() -> None:
-    """22 characters of base64url, never the same."""
+def test_tokens_are_random() -> None:
+    """Each has 22 characters of base64url."""
     tokens = {new_claim_token() for _ in range(1_000)}
     assert len(tokens) == 1_000
     assert all(re.fullmatch(r"[A-Za-z0-9_-]{22}", token) for token in tokens)

@@ -1,4 +1,4 @@
-"""The names that the package offers."""
+"""The public names of the package."""
 
 import subprocess
 import sys
@@ -8,8 +8,8 @@ import pytest
 import dedup
 
 
-def test_every_name_is_there() -> None:
-    """Each name of `__all__` is found at its first use, by itself, and another one is an AttributeError."""
+def test_every_public_name_can_be_imported_alone() -> None:
+    """Each name of `__all__` is importable in a new process. Other names raise AttributeError."""
     for name in dedup.__all__:
         subprocess.run([sys.executable, "-c", f"import dedup\nassert callable(dedup.{name})"], check=True)
     with pytest.raises(AttributeError, match="module 'dedup' has no attribute 'clam'"):

@@ -1,4 +1,4 @@
-"""The decorator, for functions that block and for those that await."""
+"""The decorator, for blocking and for coroutine functions."""
 
 import asyncio
 import json
@@ -11,12 +11,12 @@ from dedup.testing import AsyncFakeClient, FakeClient
 
 
 def key(order: str, **_: object) -> str:
-    """The transaction of a call."""
+    """Return the transaction id of a call."""
     return transaction_id("order", order)
 
 
 def test_a_function_runs_once(target: str, unique: str) -> None:
-    """The second call with the same key is a duplicate; another key runs."""
+    """The second call with the same key is a duplicate. Another key runs."""
     with Client(target) as client:
 
         @once(client, key=key)
@@ -31,7 +31,7 @@ def test_a_function_runs_once(target: str, unique: str) -> None:
         assert pay(f"{unique}-2", amount=5) == f"{unique}-2 5"
 
 
-async def test_a_coroutine_function_runs_once_and_its_result_is_kept(target: str, unique: str) -> None:
+async def test_a_coroutine_function_runs_once_and_its_result_is_stored(target: str, unique: str) -> None:
     """Duplicates of completed work return the first result."""
     runs = []
     async with aio.Client(target) as client:
@@ -55,7 +55,7 @@ async def test_a_coroutine_function_runs_once_and_its_result_is_kept(target: str
 
 
 async def test_a_duplicate_may_be_answered() -> None:
-    """By a function of the caller's own, also an asynchronous one."""
+    """`on_duplicate` may be a function or a coroutine function."""
 
     async def elsewhere(duplicate: DuplicateTransaction) -> str:
         await asyncio.sleep(0)
@@ -68,8 +68,8 @@ async def test_a_duplicate_may_be_answered() -> None:
     assert once(blocking, key=key, on_duplicate=lambda found: found.holder.claimant)(lambda order: order)("1") == "anna"
 
 
-def test_work_that_failed_may_be_tried_again() -> None:
-    """An exception releases the claim, unless told otherwise."""
+def test_failed_work_may_be_repeated() -> None:
+    """An exception releases the claim unless `on_error` keeps it."""
     client = FakeClient()
     outcomes: list[Any] = [ZeroDivisionError(), "paid", ZeroDivisionError()]
 
@@ -91,8 +91,8 @@ def test_work_that_failed_may_be_tried_again() -> None:
 
 
 @pytest.mark.parametrize("fault", ["encode", "size"])
-async def test_work_whose_result_cannot_be_kept_stays_done(fault: str) -> None:
-    """The error is told, and nobody does the work again."""
+async def test_work_stays_done_if_its_result_cannot_be_stored(fault: str) -> None:
+    """The caller gets the error, and the work is not repeated."""
 
     def encode(value: str) -> bytes:
         return b"x" * 5_000 if fault == "size" else value.encode("ascii")
@@ -110,8 +110,8 @@ async def test_work_whose_result_cannot_be_kept_stays_done(fault: str) -> None:
         assert found.completed
 
 
-def test_a_fingerprint_tells_other_work_apart() -> None:
-    """The same key with other arguments is a mismatch."""
+def test_another_fingerprint_is_a_mismatch() -> None:
+    """The same key with other arguments raises PayloadMismatch."""
 
     @once(FakeClient(), key=lambda order, _amount: str(order), fingerprint=lambda _order, amount: bytes([amount]))
     def pay(order: str, amount: int) -> tuple[str, int]:
@@ -123,7 +123,7 @@ def test_a_fingerprint_tells_other_work_apart() -> None:
 
 
 def test_the_client_must_fit_the_function() -> None:
-    """A blocking client would hold up the event loop, and half a codec loses results."""
+    """A blocking client would block the event loop. `encode` without `decode` would lose results."""
     with pytest.raises(TypeError, match=r"dedup\.aio\.Client"):
         once(FakeClient(), key=key)(_nothing)
     with pytest.raises(TypeError, match=r"dedup\.Client"):

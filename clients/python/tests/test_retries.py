@@ -1,4 +1,4 @@
-"""One logical call of several attempts, by a clock that the test moves: no time passes here."""
+"""The attempts of one logical call, with a fake clock."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +27,7 @@ def failure(
 
 
 class Script:
-    """A service that answers from a list, in a world where only pauses and attempts take time."""
+    """A scripted service. Time passes only in pauses and attempts."""
 
     def __init__(self, *answers: Message | Callable[[], CallFailed], attempt_s: float = 0.0) -> None:
         self._answers = list(answers)
@@ -38,10 +38,10 @@ class Script:
         self.requests: list[dedup_pb2.ClaimTransactionRequest] = []
 
     def send(self, step: Send) -> Message:
-        """Answer the next attempt, and end it at its timeout when it would last longer."""
+        """Answer the next attempt, or end it at its timeout."""
         assert step.timeout_s > 0
         self.timeouts.append(step.timeout_s)
-        # A later attempt changes the wait of the same message.
+        # Copied: a later attempt changes the wait of the same message.
         self.requests.append(dedup_pb2.ClaimTransactionRequest.FromString(step.request.SerializeToString()))
         if self._attempt_s >= step.timeout_s:
             self.now += step.timeout_s
@@ -53,19 +53,19 @@ class Script:
         raise answer()
 
     def pause(self, seconds: float) -> None:
-        """Let time go by."""
+        """Move the clock."""
         self.pauses.append(seconds)
         self.now += seconds
 
     def claim(self, *, jitter: float = 1.0, wait: float | None = None, **policy: Any) -> Any:
-        """Make one logical claim; `jitter` is where in its range every backoff falls."""
+        """Make one logical claim. `jitter` is the position of every pause in its range, from 0 to 1."""
         retrier = Retrier(RetryPolicy(**policy), lambda: self.now, lambda low, high: low + (high - low) * jitter)
         request = claim_request("x", ttl=None, expire_time=None, namespace="", claimant="", fingerprint=b"", token=None)
         return run(Calls(retrier, "deny").claim(request, wait=wait, budget_s=None), self.send, self.pause)
 
 
 def test_every_attempt_has_the_same_token() -> None:
-    """And another logical call another one."""
+    """Another logical call has another token."""
     scripts = [Script(failure, failure, CLAIMED), Script(failure, CLAIMED)]
     for script in scripts:
         script.claim()
@@ -91,8 +91,8 @@ def test_every_attempt_has_the_same_token() -> None:
         (lambda: failure("UNIMPLEMENTED"), 1),
     ],
 )
-def test_only_what_a_retry_may_mend_is_tried_again(error: Callable[[], CallFailed], attempts: int) -> None:
-    """The service says so by RetryInfo; what gRPC itself says of a connection or a deadline counts too."""
+def test_only_failures_that_may_pass_are_retried(error: Callable[[], CallFailed], attempts: int) -> None:
+    """The service marks them with RetryInfo. Connection errors and deadlines of gRPC itself count too."""
     script = Script(error, CLAIMED)
     if attempts == 1:
         with pytest.raises(CallFailed) as caught:
@@ -103,15 +103,15 @@ def test_only_what_a_retry_may_mend_is_tried_again(error: Callable[[], CallFaile
     assert len(script.requests) == attempts
 
 
-def test_the_service_says_how_long_to_stay_away() -> None:
-    """No pause is shorter than its RetryInfo, whatever the jitter."""
+def test_a_pause_is_at_least_the_retry_delay() -> None:
+    """No pause is shorter than the RetryInfo delay, regardless of the jitter."""
     script = Script(lambda: failure("UNAVAILABLE", "STORE_LOADING", "no", 0.2), CLAIMED)
     script.claim(jitter=0.0)
     assert script.pauses == [0.2]
 
 
 def test_backoff_is_exponential_with_full_jitter_up_to_a_limit() -> None:
-    """Twice as long each time, and anywhere from nothing to that."""
+    """The backoff doubles each time, and the pause is between 0 and the backoff."""
     waits = {}
     for jitter in (0.0, 0.5, 1.0):
         script = Script(*[failure] * 7, CLAIMED)
@@ -126,7 +126,7 @@ def test_backoff_is_exponential_with_full_jitter_up_to_a_limit() -> None:
 @pytest.mark.parametrize("jitter", [0.1, 0.5, 1.0])
 @pytest.mark.parametrize("after", [None, 0.2])
 def test_the_budget_is_never_exceeded(attempt_s: float, jitter: float, after: float | None) -> None:
-    """Neither an attempt nor a pause ends after it, and the last error is what the caller hears."""
+    """No attempt and no pause ends after it. The caller gets the last error."""
     script = Script(lambda: failure(after=after), attempt_s=attempt_s)
     with pytest.raises(Unavailable):
         script.claim(jitter=jitter, budget_s=2.0, attempt_timeout_s=1.0)
@@ -135,8 +135,8 @@ def test_the_budget_is_never_exceeded(attempt_s: float, jitter: float, after: fl
     assert max(script.timeouts) <= 1.0
 
 
-def test_a_wait_is_added_to_the_budget_and_not_begun_anew() -> None:
-    """An attempt after a lost one asks only for the rest of the wait."""
+def test_a_wait_is_added_to_the_budget_once() -> None:
+    """A repeated attempt asks only for the rest of the wait."""
     script = Script(failure, CLAIMED, attempt_s=4.0)
     script.claim(wait=10.0, jitter=0.0, budget_s=2.0, attempt_timeout_s=1.0)
     assert [request.wait.ToMilliseconds() for request in script.requests] == [10_000, 6_000]
@@ -144,8 +144,8 @@ def test_a_wait_is_added_to_the_budget_and_not_begun_anew() -> None:
 
 
 def test_one_doubtful_attempt_makes_the_call_doubtful() -> None:
-    """`applied` speaks of all attempts together."""
-    certain = lambda: failure("UNAVAILABLE", "STORE_REFUSED", "no")  # noqa: E731 - A short name for two scripts.
+    """`applied` covers all attempts."""
+    certain = lambda: failure("UNAVAILABLE", "STORE_REFUSED", "no")  # noqa: E731 - Used by two scripts.
     for script, applied in ((Script(certain), "no"), (Script(failure, certain), "unknown")):
         with pytest.raises(Unavailable) as caught:
             script.claim()
@@ -154,8 +154,8 @@ def test_one_doubtful_attempt_makes_the_call_doubtful() -> None:
 
 @pytest.mark.parametrize("outcome", [0, 4, 99])
 @pytest.mark.parametrize("on_unavailable", ["deny", "allow"])
-def test_an_outcome_that_means_nothing_is_never_go(outcome: int, on_unavailable: Any) -> None:
-    """Not even where work is allowed while the service is away: somebody did answer."""
+def test_an_unknown_outcome_is_never_a_claim(outcome: int, on_unavailable: Any) -> None:
+    """Not even if work is allowed during an outage, because the service did answer."""
     script = Script(dedup_pb2.ClaimTransactionResponse(outcome=outcome, claim_token="t" * 16))  # type: ignore[arg-type]
     request = claim_request("x", ttl=None, expire_time=None, namespace="", claimant="", fingerprint=b"", token=None)
     steps = Calls(Retrier(RetryPolicy()), on_unavailable).claim(request, wait=None, budget_s=None)
@@ -164,8 +164,8 @@ def test_an_outcome_that_means_nothing_is_never_go(outcome: int, on_unavailable:
 
 
 def test_an_unknown_code_is_a_failure() -> None:
-    """A status of a later gRPC is read as UNKNOWN."""
-    from google.rpc import status_pb2  # noqa: PLC0415 - Wanted here alone.
+    """A status code that this gRPC does not know becomes UNKNOWN."""
+    from google.rpc import status_pb2  # noqa: PLC0415 - Only this test needs it.
 
     assert failure_of_status(status_pb2.Status(code=77)).code is grpc.StatusCode.UNKNOWN
 
@@ -181,5 +181,5 @@ def test_attempts_may_be_limited() -> None:
 @pytest.mark.parametrize("policy", [{"budget_s": 0.0}, {"attempt_timeout_s": -1.0}, {"max_attempts": 0}])
 def test_a_policy_that_allows_no_attempt_is_refused(policy: dict[str, Any]) -> None:
     """Times must be more than 0, and attempts at least 1."""
-    with pytest.raises(ValueError, match="more than 0|at least 1"):
+    with pytest.raises(ValueError, match=r"more than 0|at least 1"):
         RetryPolicy(**policy)

@@ -1,4 +1,4 @@
-"""Credentials make the channel TLS and say who calls, for both clients."""
+"""Credentials enable TLS and identify the caller, for both clients."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,26 +18,26 @@ TOKEN = "a-token-of-twenty-21"
 
 
 class Service(dedup_pb2_grpc.DedupServiceServicer):
-    """Answers every look-up."""
+    """Answers every GetTransaction."""
 
-    def GetTransaction(self, request: Any, context: Any) -> Any:  # noqa: ARG002, N802 - As the contract names it.
-        """Answer with the id that was asked for."""
+    def GetTransaction(self, request: Any, context: Any) -> Any:  # noqa: ARG002, N802 - The name of the rpc.
+        """Return the requested id."""
         found = dedup_pb2.Transaction(transaction_id=request.transaction_id)
         return dedup_pb2.GetTransactionResponse(transaction=found)
 
 
 @pytest.fixture
 def authority() -> trustme.CA:
-    """Who signs the server's certificate."""
+    """The issuer of the server's certificate."""
     return trustme.CA()
 
 
 @pytest.fixture
 def target(authority: trustme.CA) -> Iterator[str]:
-    """The address of a server that speaks TLS."""
+    """Address of a server with TLS."""
     certificate = authority.issue_cert("localhost")
     server = grpc.server(ThreadPoolExecutor(2))
-    dedup_pb2_grpc.add_DedupServiceServicer_to_server(Service(), server)  # type: ignore[abstract]  # Only looked up.
+    dedup_pb2_grpc.add_DedupServiceServicer_to_server(Service(), server)  # type: ignore[abstract]  # No other rpc is called.
     pair = (certificate.private_key_pem.bytes(), certificate.cert_chain_pems[0].bytes())
     port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([pair]))
     server.start()
@@ -45,8 +45,8 @@ def target(authority: trustme.CA) -> Iterator[str]:
     server.stop(None).wait()
 
 
-async def test_a_certificate_that_is_trusted_is_enough(target: str, authority: trustme.CA) -> None:
-    """And without credentials the channel is plaintext, which such a server does not answer."""
+async def test_a_trusted_certificate_is_enough(target: str, authority: trustme.CA) -> None:
+    """A plaintext channel or an unknown issuer gets no answer."""
     credentials = grpc.ssl_channel_credentials(authority.cert_pem.bytes())
     with Client(target, credentials=credentials, timeout=20) as blocking:
         found = blocking.get("x")
@@ -63,7 +63,7 @@ async def test_a_certificate_that_is_trusted_is_enough(target: str, authority: t
 
 @pytest.fixture
 def secured(tmp_path: Path) -> Iterator[tuple[str, Authority]]:
-    """The address of the real service, over TLS and for callers with a token, and who signs its certificate."""
+    """Address of the real service with TLS and tokens, and the issuer of its certificate."""
     authority = Authority(tmp_path)
     cert, key = authority.server_files()
     tokens = tmp_path / "tokens.toml"
@@ -76,8 +76,8 @@ def secured(tmp_path: Path) -> Iterator[tuple[str, Authority]]:
     service.kill()
 
 
-async def test_a_token_says_who_calls(secured: tuple[str, Authority]) -> None:
-    """With the channel or with the calls of a block; without it the call fails at once, and is not tried again."""
+async def test_a_token_identifies_the_caller(secured: tuple[str, Authority]) -> None:
+    """The channel or `call_metadata` sends it. Without a token the call fails at once and is not retried."""
     target, authority = secured
     tls = authority.credentials()
     credentials = grpc.composite_channel_credentials(tls, grpc.access_token_call_credentials(TOKEN))

@@ -8,6 +8,7 @@ import grpc
 
 from dedup_service.config.errors import FatalError
 from dedup_service.config.settings import EngineName
+from dedup_service.server.listeners import add_listener
 
 # The largest honest message is a batch of 1,000 claims with every field at its limit, or a result of 1 MiB.
 MAX_MESSAGE_BYTES = 2 * 1024 * 1024
@@ -73,15 +74,41 @@ class Engine(Protocol):
         """Accept no more calls, and cancel those in flight after `grace` seconds; None cancels them at once."""
 
 
+class GrpcioEngine:
+    """One server of grpcio for every address."""
+
+    def __init__(self, register: Register, options: EngineOptions) -> None:
+        self._options = options
+        limit = options.max_connections or MAX_CONNECTIONS
+        self._server = grpc.aio.server(
+            options=(*options.for_server(), ("grpc.max_allowed_incoming_connections", limit))
+        )
+        register(self._server)
+
+    def listen(self, address: str) -> str:
+        """Bind an address."""
+        return add_listener(self._add_port, address, reuse_port=self._options.reuse_port)
+
+    async def start(self) -> None:
+        """Accept calls."""
+        await self._server.start()
+
+    async def stop(self, grace: float | None) -> None:
+        """Stop."""
+        await self._server.stop(grace)
+
+    def _add_port(self, target: str) -> int:
+        if self._options.credentials is None:
+            return self._server.add_insecure_port(target)
+        return self._server.add_secure_port(target, self._options.credentials())
+
+
 def make_engine(name: EngineName, register: Register, options: EngineOptions) -> Engine:
     """Return the engine of this name, with every service registered.
 
     Raises FatalError if the package of the engine is missing, and for an option the engine does not have.
     """
-    # Each engine is imported only where it is chosen.
     if name == "grpcio":
-        from dedup_service.server.engines.grpcio import GrpcioEngine  # noqa: PLC0415 - as above
-
         return GrpcioEngine(register, options)
     if options.credentials is not None:
         raise FatalError(
@@ -93,9 +120,9 @@ def make_engine(name: EngineName, register: Register, options: EngineOptions) ->
             "the engine 'native' cannot limit connections: unset DEDUP_MAX_CONNECTIONS, or set DEDUP_ENGINE=grpcio"
         )
     try:
-        from dedup_service.server.engines.native import NativeEngine  # noqa: PLC0415 - as above
+        from dedup_service.server.engines.native import NativeEngine  # noqa: PLC0415 - optional
     except ImportError as error:
         raise FatalError(
-            f"the engine 'native' cannot be loaded ({error}): install dedup-service[native], or set DEDUP_ENGINE=grpcio"
+            f"the engine 'native' cannot be loaded ({error}): install the extra `native`, or set DEDUP_ENGINE=grpcio"
         ) from None
     return NativeEngine(register, options)

@@ -27,13 +27,13 @@ from dedup_service.claims import (
     system_clock_ms,
 )
 from dedup_service.stores import stored_value
-from dedup_service.stores.keys import KeyLayout, raw_layout
 from dedup_service.stores.redis.cluster import cluster_map, mark_of
 from dedup_service.stores.redis.connection import new_connection, parse_info
 from dedup_service.stores.redis.findings import TimeSample, judge_info, judge_persistence, judge_time
 from dedup_service.stores.redis.replies import time_ms_of
 from dedup_service.stores.redis.scripts import RELEASE
 from dedup_service.stores.redis.url import ClusterTarget, RedisTarget
+from dedup_service.stores.stored_value import KeyLayout, raw_layout
 
 _SAMPLES = 50
 # Fewer samples from a distant Redis, since the start of the server waits for them.

@@ -24,7 +24,6 @@ from dedup_service.claims import (
     system_clock_ms,
 )
 from dedup_service.stores import stored_value
-from dedup_service.stores.keys import KeyLayout
 from dedup_service.stores.redis.canary import RedisCanary
 from dedup_service.stores.redis.channel import Command, RedisChannel
 from dedup_service.stores.redis.link import RedisLink, RedisNodes, unexpected_failure
@@ -43,6 +42,7 @@ from dedup_service.stores.redis.scripts import (
     extend_call,
     release_call,
 )
+from dedup_service.stores.stored_value import KeyLayout
 
 # Followed where the nodes know the target. Neither server has carried the command out.
 _REDIRECTIONS = ("MOVED", "ASK")

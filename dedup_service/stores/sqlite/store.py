@@ -20,10 +20,9 @@ from dedup_service.claims import (
     Transaction,
     system_clock_ms,
 )
-from dedup_service.stores.keys import KeyLayout
 from dedup_service.stores.sqlite.file import ClaimFile
 from dedup_service.stores.sqlite.thread import FORGET, BatchThread, Row, Step
-from dedup_service.stores.stored_value import decode, encode
+from dedup_service.stores.stored_value import KeyLayout, decode, encode
 
 # The largest integer of a SQLite column.
 _MAX_TIME_MS = 2**63 - 1

@@ -1,6 +1,6 @@
-// Command lucky_box is the lucky box API in Go: it pays a reward once a click, if its guard is any good.
+// Command lucky_box is the lucky box API in Go. It pays one reward per click, if its guard works.
 //
-// It listens on a free port and logs where, one line of JSON for each event on standard error.
+// It listens on a free port and logs JSON lines to standard error, the port among them.
 package main
 
 import (
@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"flag"
+	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
@@ -25,7 +26,7 @@ const correlationHeader = "x-correlation-id"
 
 func main() {
 	kind := flag.String("guard", "", "legacy or sidecar")
-	port := flag.Int("redis", 0, "port of the Redis of the legacy guard")
+	port := flag.Int("redis", 0, "port of the Redis for the legacy guard")
 	target := flag.String("sidecar", "", "target of the dedup service")
 	flag.Parse()
 	slog.SetDefault(slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{ReplaceAttr: eventFirst})))
@@ -52,11 +53,11 @@ func newGuard(kind string, port int, target string) (guard, error) {
 		client, err := dedup.New(target)
 		return sidecarGuard{client}, err
 	default:
-		return nil, errors.New("--guard is legacy or sidecar")
+		return nil, fmt.Errorf("--guard is %q; it must be legacy or sidecar", kind)
 	}
 }
 
-// click is who opens a box: the body of the request.
+// click is the request body: who opens a box.
 type click struct {
 	Device int64  `json:"device"`
 	Event  string `json:"event"`
@@ -72,7 +73,7 @@ func newAPI(g guard) http.Handler {
 		if correlationID == "" {
 			correlationID = rand.Text()
 		}
-		// The service logs its part of the work under the same id.
+		// The service logs its calls under the same id.
 		ctx := metadata.AppendToOutgoingContext(r.Context(), correlationHeader, correlationID)
 		passed, reward, err := openBox(r.WithContext(ctx), g, rewards)
 		status, body := answer(reward, err)
@@ -86,7 +87,7 @@ func newAPI(g guard) http.Handler {
 	return mux
 }
 
-// openBox says whether the guard let the click pass, and returns the reward.
+// openBox reports whether the guard let the click pass, and returns the reward.
 func openBox(r *http.Request, g guard, rewards *promotions) (passed bool, reward int, err error) {
 	var who click
 	if err := json.NewDecoder(r.Body).Decode(&who); err != nil {
@@ -118,7 +119,7 @@ func answer(reward int, err error) (int, map[string]any) {
 	case errors.Is(err, errBadRequest):
 		return http.StatusBadRequest, map[string]any{"error": "bad_request"}
 	default:
-		// Nobody knows whether this is a duplicate: pay nothing, and do not call it one.
+		// This may or may not be a duplicate: pay nothing and do not answer 409.
 		return http.StatusServiceUnavailable, map[string]any{"error": "guard_unavailable"}
 	}
 }

@@ -6,13 +6,13 @@ import (
 	"time"
 )
 
-// errConflict means that another payout of the same box came in between.
+// errConflict means that another payout of the same box started meanwhile.
 var errConflict = errors.New("conflict")
 
-// work is what the reward service behind the API takes.
+// work is the latency of the reward service behind the API.
 const work = 20 * time.Millisecond
 
-// promotions pays rewards; as in the original a payout fails when a later one has begun.
+// promotions pays rewards. As in the original, a payout fails if a later one has started.
 type promotions struct {
 	mutex sync.Mutex
 	begun map[string]int

@@ -1,6 +1,6 @@
-"""The lucky box API in Python: pays a reward once a click, if its guard is any good.
+"""The lucky box API in Python: pays one reward per click, if its guard works.
 
-`python lucky_box.py --guard legacy|sidecar --redis PORT --sidecar TARGET` listens on a free port and logs where.
+`python lucky_box.py --guard legacy|sidecar --redis PORT --sidecar TARGET` listens on a free port and logs the port.
 """
 
 import argparse
@@ -23,23 +23,23 @@ import dedup
 import dedup.aio
 
 CORRELATION_HEADER = "x-correlation-id"
-# What the reward service behind the API takes.
+# The latency of the reward service behind the API.
 WORK_S = 0.02
 
 
 class MultipleClick(Exception):
-    """This click follows another."""
+    """Another click came first."""
 
 
 class Guard(Protocol):
-    """Lets one click of several through."""
+    """Lets one of several clicks pass."""
 
     def admit(self, transaction_id: str) -> AbstractAsyncContextManager[None]:
-        """Raise MultipleClick, or hold the transaction for the work inside the block."""
+        """Hold the transaction while the block runs. Raises MultipleClick if another click holds it."""
 
 
 class LegacyGuard:
-    """Reads a flag, and then writes it: two commands, between which there is room for other clicks."""
+    """Reads a flag and then writes it. Other clicks can read the flag between the two commands."""
 
     def __init__(self, port: int) -> None:
         self._redis = redis.asyncio.Redis(port=port)
@@ -54,14 +54,14 @@ class LegacyGuard:
 
 
 class SidecarGuard:
-    """Asks the dedup service, which decides by one atomic command."""
+    """Claims the transaction at the dedup service, which decides with one atomic command."""
 
     def __init__(self, target: str) -> None:
         self._client = dedup.aio.Client(target)
 
     @asynccontextmanager
     async def admit(self, transaction_id: str) -> AsyncIterator[None]:
-        """See Guard.admit; leaving the block completes the claim, and an exception gives it back."""
+        """See Guard.admit. Leaving the block completes the claim; an exception releases it."""
         try:
             claim = await self._client.claim(transaction_id, ttl=60, claimant="lucky-box-python")
         except dedup.DuplicateTransaction:
@@ -71,17 +71,17 @@ class SidecarGuard:
 
 
 class Conflict(Exception):
-    """Another payout of the same box came in between."""
+    """Another payout of the same box started meanwhile."""
 
 
 class Promotions:
-    """Pays rewards; as in the original a payout fails when a later one has begun."""
+    """Pays rewards. As in the original, a payout fails if a later one has started."""
 
     def __init__(self) -> None:
         self._begun: dict[str, int] = {}
 
     async def pay(self, transaction_id: str) -> int:
-        """Return the reward, or raise Conflict."""
+        """Return the reward. Raises Conflict."""
         mine = self._begun[transaction_id] = self._begun.get(transaction_id, 0) + 1
         await asyncio.sleep(WORK_S)
         if self._begun[transaction_id] != mine:
@@ -90,7 +90,7 @@ class Promotions:
 
 
 class Click(BaseModel):
-    """Who opens a box: the body of the request."""
+    """The request body: who opens a box."""
 
     device: int
     event: str
@@ -118,7 +118,7 @@ def make_app(guard: Guard) -> FastAPI:
         except Conflict:
             status, body = 409, {"error": "conflict"}
         except dedup.Unavailable:
-            # Nobody knows whether this is a duplicate: pay nothing, and do not call it one.
+            # This may or may not be a duplicate: pay nothing and do not answer 409.
             status, body = 503, {"error": "guard_unavailable"}
         log(
             "click",
@@ -135,15 +135,15 @@ def make_app(guard: Guard) -> FastAPI:
 
 
 def log(event: str, **fields: Any) -> None:
-    """Write one line of JSON."""
+    """Write one JSON line."""
     sys.stderr.write(json.dumps({"event": event, **fields}) + "\n")
 
 
 async def main() -> None:
-    """Serve until told to stop."""
+    """Serve until the process is stopped."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--guard", choices=("legacy", "sidecar"), required=True)
-    parser.add_argument("--redis", type=int, required=True, help="port of the Redis of the legacy guard")
+    parser.add_argument("--redis", type=int, required=True, help="port of the Redis for the legacy guard")
     parser.add_argument("--sidecar", required=True, help="target of the dedup service")
     options = parser.parse_args()
     guard: Guard = LegacyGuard(options.redis) if options.guard == "legacy" else SidecarGuard(options.sidecar)

@@ -1,1 +1,1 @@
-"""The history check: what clients saw of servers under faults, held against the promises of a claim."""
+"""The history check: records what clients see of servers under faults, and checks it against the promises."""

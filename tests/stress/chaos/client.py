@@ -1,4 +1,4 @@
-"""One client process: callers that contend for the same transactions, retry with their own token, and record it all."""
+"""One client process: callers contend for transactions, retry with their own tokens and record every attempt."""
 
 import asyncio
 import json
@@ -14,32 +14,32 @@ import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from tests.stress.chaos.history import Call, to_line
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
+from tests.stress.chaos.history import Call, to_line
 
-# Longer than any run, so that only a release can end such a claim.
+# Longer than any run: only a release ends such a claim.
 LONG_MS = 3_600_000
 SHORT_MS = (300, 700, 1_500)
-# All clients name the contended transactions by the time that they share, and leave them behind together.
+# Clients derive the ids of contended transactions from the time, so they all move on to new ids together.
 EPOCH_NS = 1_000_000_000
 CONTENDED = 3
 
 _RETRIES = 6
 _NO_RETRY = {"INVALID_ARGUMENT", "FAILED_PRECONDITION", "INTERNAL"}
-# gRPC's own pauses between connection attempts would outlast the faults; and only we repeat a call.
+# gRPC's default reconnect backoff would outlast the faults. Retries are made here, so that each is recorded.
 _CHANNEL_OPTIONS = (
     ("grpc.enable_retries", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 300),
-    # Channels of one process to one address would otherwise share a connection, and with it their fate.
+    # Otherwise channels of one process to one address share a connection.
     ("grpc.use_local_subchannel_pool", 1),
 )
 
 
 @dataclass(frozen=True)
-class Orders:
-    """What the runner tells a client process."""
+class ClientConfig:
+    """What one client process runs."""
 
     name: str
     seed: int
@@ -48,25 +48,25 @@ class Orders:
     workers: int
 
     def to_argument(self) -> str:
-        """Return them for the command line."""
+        """Return the argument for the command line of the process."""
         return json.dumps(asdict(self))
 
 
 class Worker:
-    """One caller; its choices depend on the seed and its name alone."""
+    """One caller. Its choices depend on the seed and its name only."""
 
     def __init__(
-        self, orders: Orders, number: int, stubs: list[Any], history: TextIO, stopped: asyncio.Future[str]
+        self, config: ClientConfig, number: int, stubs: list[Any], history: TextIO, stopped: asyncio.Future[str]
     ) -> None:
-        self._name = f"{orders.name}-{number}"
-        self._rng = random.Random(f"{orders.seed}-{self._name}")
+        self._name = f"{config.name}-{number}"
+        self._rng = random.Random(f"{config.seed}-{self._name}")
         self._stubs = stubs
         self._history = history
         self._stopped = stopped
         self._calls = 0
 
     async def run(self) -> None:
-        """Make logical calls until it is told to stop."""
+        """Make logical calls until `stopped` is done."""
         while not self._stopped.done():
             transaction_id, ttl_ms, clicks = self._choose()
             await asyncio.gather(*(self._claim_and_work(transaction_id, ttl_ms) for _ in range(clicks)))
@@ -79,14 +79,14 @@ class Worker:
         claim.ttl.FromMilliseconds(ttl_ms)
         answer = await self._persist("claim", claim, ttl_ms)
         while answer.outcome == "CLAIMED" and self._rng.random() < 0.15:
-            # As if the answer had not been heard.
+            # As if the answer had been lost.
             answer = await self._persist("claim", claim, ttl_ms)
         if answer.outcome != "CLAIMED":
             if answer.outcome == "DUPLICATE" and self._rng.random() < 0.1:
-                # As a caller with a bug would end what it does not hold.
+                # As a buggy caller would: end a claim it does not hold.
                 await self._end(self._rng.choice(("release", "complete")), transaction_id, token)
             return
-        # Now and then the work takes longer than its claim, and ends what may be another's.
+        # Sometimes the work outlasts its claim, and then ends a claim that may belong to another caller.
         overrun = ttl_ms < LONG_MS and self._rng.random() < 0.15
         await asyncio.sleep(self._rng.uniform(1, 1.3) * ttl_ms / 1_000 if overrun else self._rng.uniform(0, 0.05))
         what_next = self._rng.random()
@@ -107,15 +107,15 @@ class Worker:
         await self._persist(rpc, complete, LONG_MS)
 
     def _choose(self) -> tuple[str, int, int]:
-        """Return the transaction, the ttl, and how many calls at once claim it for this caller."""
+        """Return the transaction, the ttl and the number of concurrent claims by this caller."""
         kind = self._rng.random()
         if kind < 0.2:
-            # A user who clicks more than once: no pause lies between the first claims of a new transaction.
+            # A user who clicks repeatedly: the first claims of a new transaction are concurrent.
             return f"click-{self._name}-{self._calls}", LONG_MS, 3
         epoch, number = time.monotonic_ns() // EPOCH_NS, self._rng.randrange(CONTENDED)
         if kind < 0.65:
             return f"long-{epoch}-{number}", LONG_MS, 1
-        # Ends of short claims are met only by those who stay with a transaction for several of them.
+        # A longer epoch, so that callers see several short claims of one transaction end.
         return f"short-{epoch // 4}-{number}", self._rng.choice(SHORT_MS), 1
 
     async def _persist(self, rpc: str, request: Any, ttl_ms: int) -> Call:
@@ -152,7 +152,7 @@ class Worker:
 async def _ask(
     method: Callable[..., Any], request: Any, deadline_s: float, cancel_after: float | None
 ) -> dict[str, Any]:
-    """Make one attempt and return what became of it."""
+    """Make one attempt and return its outcome as fields of Call."""
     call = method(request, timeout=deadline_s)
     if cancel_after is not None:
         asyncio.get_running_loop().call_later(cancel_after, call.cancel)
@@ -180,22 +180,22 @@ def _error_info(error: grpc.aio.AioRpcError) -> dict[str, str]:
     for detail in status.details if status else ():
         if detail.Unpack(info):
             return {"reason": info.reason, "applied": info.metadata["applied"]}
-    # Made by gRPC itself, which cannot know what became of the call.
+    # The error comes from gRPC itself, which does not know whether the call took effect.
     return {"applied": "unknown"}
 
 
-async def main(orders: Orders, history: TextIO) -> None:
-    """Run all callers of this process until its standard input ends, as it also does when the runner dies."""
+async def main(config: ClientConfig, history: TextIO) -> None:
+    """Run the callers of this process until its standard input closes, which also happens when the runner dies."""
     stopped = asyncio.create_task(asyncio.to_thread(sys.stdin.read))
-    channels = [grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS) for target in orders.targets]
+    channels = [grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS) for target in config.targets]
     stubs: list[Any] = [dedup_pb2_grpc.DedupServiceStub(channel) for channel in channels]
-    callers = (Worker(orders, number, stubs, history, stopped) for number in range(orders.workers))
+    callers = (Worker(config, number, stubs, history, stopped) for number in range(config.workers))
     await asyncio.gather(*(caller.run() for caller in callers))
     for channel in channels:
         await channel.close()
 
 
 if __name__ == "__main__":
-    given = Orders(**json.loads(sys.argv[1]))
+    given = ClientConfig(**json.loads(sys.argv[1]))
     with Path(given.history).open("w") as file:
         asyncio.run(main(given, file))

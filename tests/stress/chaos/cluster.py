@@ -1,7 +1,6 @@
-"""What a run consists of: one Redis that keeps what it acknowledged, servers at fixed addresses, client processes."""
+"""The processes of a run: one Redis that fsyncs every write, servers at fixed addresses, and clients."""
 
 import asyncio
-import os
 import random
 import signal
 import subprocess
@@ -10,16 +9,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tests.stress.chaos.client import Orders
+from tests.stress.chaos.client import ClientConfig
 from tests.stress.chaos.proxy import LossyProxy
 from tests.support.processes import RedisProcess, ServiceProcess
 
-# Second processes find the tests' modules, the mutants among them, where this one does.
-_ENVIRONMENT = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+_ROOT = Path(__file__).parents[3]
 
 
 class Cluster:
-    """Starts, breaks and ends processes; Unix sockets in `folder` keep their addresses over restarts."""
+    """Starts, disturbs and ends processes. Unix sockets in `folder` keep their addresses across restarts."""
 
     def __init__(self, folder: Path, servers: int, mutation: str, rng: random.Random) -> None:
         self._folder = folder
@@ -55,25 +53,25 @@ class Cluster:
         self.redis.stop()
 
     async def replace_server(self, number: int, how: signal.Signals) -> None:
-        """End a server by a signal, and return when another serves at its address."""
+        """End a server by a signal, and return when its replacement serves at the same address."""
         self.servers[number].signal(how)
         await asyncio.to_thread(self.servers[number].wait)
         server = self.servers[number] = self._new_server(self.targets[number])
         await asyncio.to_thread(server.start)
 
     async def restart_redis(self, away_s: float) -> None:
-        """Kill Redis, and start it again on its own files."""
+        """Kill Redis, and restart it from its own files."""
         self.redis.stop()
         await asyncio.sleep(away_s)
         await asyncio.to_thread(self.redis.start)
 
-    def start_client(self, orders: Orders) -> None:
-        """Start a client process, which calls until it is told to stop."""
-        command = [sys.executable, "-m", "tests.stress.chaos.client", orders.to_argument()]
-        self._clients.append(subprocess.Popen(command, env=os.environ | _ENVIRONMENT, stdin=subprocess.PIPE))
+    def start_client(self, config: ClientConfig) -> None:
+        """Start a client process, which calls until `stop_clients`."""
+        command = [sys.executable, "-m", "tests.stress.chaos.client", config.to_argument()]
+        self._clients.append(subprocess.Popen(command, cwd=_ROOT, stdin=subprocess.PIPE))
 
     async def stop_clients(self) -> None:
-        """Let every client process finish its calls and end; fail when one of them failed."""
+        """Let every client process finish its calls and exit; fail if one exits with an error."""
         for client in self._clients:
             assert client.stdin is not None
             client.stdin.close()
@@ -81,6 +79,6 @@ class Cluster:
         assert not any(codes), f"client processes ended with {codes}"
 
     def _new_server(self, target: str) -> ServiceProcess:
-        # The second --listen is the one that counts.
+        # The last --listen wins.
         arguments = ("--listen", target, "--store-url", self.proxy.url, "--store-timeout", "500ms")
-        return ServiceProcess(*arguments, "--shutdown-grace", "1s", environment=_ENVIRONMENT, command=self._command)
+        return ServiceProcess(*arguments, "--shutdown-grace", "1s", command=self._command)

@@ -1,4 +1,4 @@
-"""What clients record of every attempt, and the files that it is kept in."""
+"""The record of an attempt, and the files that keep it."""
 
 import json
 import math
@@ -9,48 +9,48 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One attempt as its client saw it. Times are of CLOCK_MONOTONIC, which all processes of a host share."""
+    """One attempt as its client saw it. Times are CLOCK_MONOTONIC, which all processes of a host share."""
 
     client: str
     rpc: str
     """claim, complete or release."""
     transaction_id: str
     token: str
-    """Names the logical call, whose attempts share it; it is also sent as the claimant, so that duplicates show it."""
+    """Shared by the attempts of one logical call. Also sent as the claimant, so that duplicates show it."""
     begin_ns: int
     end_ns: int
     outcome: str
-    """The outcome of the reply without its prefix, or ERROR."""
+    """The outcome without its prefix, or ERROR."""
     ttl_ms: int = 0
-    """How long the claim lives, or a completed transaction is remembered; by the request."""
+    """The requested ttl of the claim, or of the completed transaction."""
     replayed: bool = False
     holder: str = ""
-    """The claimant that the reply shows, and so the token of whoever holds the transaction."""
+    """The claimant in the reply, which is the token of the holder."""
     completed: bool = False
-    """Whether the reply shows the transaction as completed."""
+    """Whether the transaction in the reply is completed."""
     code: str = ""
     reason: str = ""
     applied: str = ""
-    """What an error says, "unknown" where it says nothing; empty for a reply."""
+    """The `applied` of an error, "unknown" if it has none; empty for a reply."""
 
     @property
     def may_have_changed(self) -> bool:
-        """Whether this very attempt did, or may have done, what it asked for."""
+        """Whether this attempt itself took effect, or may have."""
         if self.outcome == "CLAIMED":
             return not self.replayed
         return self.outcome in {"COMPLETED", "RELEASED"} or self.applied == "unknown"
 
     @property
     def latest_ns(self) -> float:
-        """When the attempt took effect at the latest: a command whose caller has left may still be on its way."""
+        """The latest time at which the attempt took effect; without limit if its effect is unknown."""
         return math.inf if self.applied == "unknown" else self.end_ns
 
     def __str__(self) -> str:
-        said = self.outcome if not self.code else f"{self.code} {self.reason} applied={self.applied}"
+        answer = self.outcome if not self.code else f"{self.code} {self.reason} applied={self.applied}"
         shown = f", held by {self.holder}{' and completed' if self.completed else ''}" if self.holder else ""
         replayed = " replayed" if self.replayed else ""
         span = f"{self.begin_ns / 1e9:.4f} to {self.end_ns / 1e9:.4f} s"
-        return f"{self.rpc} {self.transaction_id} by {self.token}: {said}{replayed}{shown} ({span})"
+        return f"{self.rpc} {self.transaction_id} by {self.token}: {answer}{replayed}{shown} ({span})"
 
 
 def to_line(call: Call) -> str:

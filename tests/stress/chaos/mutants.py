@@ -1,16 +1,14 @@
-"""The real service with one protection taken out: `python -m chaos.mutants NAME serve …`.
+"""The service with one protection removed: `python -m tests.stress.chaos.mutants NAME serve …`.
 
-What each mutation shows itself by:
-
-- `any-token-holds`: the token compare of a claim is gone, so that whoever meets work in progress is told to go.
-- `no-token-holds`: the compare never matches, so that a retry is told that it is a duplicate of itself.
-- `any-token-ends`: the token compare of the scripts is gone, so that whoever was refused can end the claim of another.
-- `no-nx`: SET without NX. The store still answers with the holder of before, so all but the first are refused, and the
-  claim of a refused one replaces that of the holder.
-- `check-then-set`: a read, then a write, which is how this service's ancestor paid twice.
-- `client-retries`: a command is sent again after a lost connection, as the Redis client does by default. With the token
-  in the value a resent claim finds itself and is told CLAIMED, if as a replay of nothing; but a resent release finds
-  nothing and says NOT_HELD of a claim that it has just ended.
+- `any-token-holds`: a claim does not compare tokens. Every claim of work in progress receives CLAIMED.
+- `no-token-holds`: the comparison never matches. A retry receives DUPLICATE of its own claim.
+- `any-token-ends`: the scripts do not compare tokens. A duplicate can end the holder's claim.
+- `no-nx`: SET without NX. Redis still returns the previous holder, so later claims are duplicates, but each of them
+  replaces the holder's claim.
+- `check-then-set`: GET, then SET. The service that this one replaces paid twice this way.
+- `client-retries`: a command is resent after a lost connection, which is the Redis client's default. A resent claim
+  finds its own token and receives CLAIMED as a replay without an earlier attempt. A resent release finds nothing and
+  receives NOT_HELD, although the first one released the claim.
 """
 
 import asyncio
@@ -19,8 +17,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from dedup_service import cli
-from dedup_service.claims import Applied, ClaimAnswer, StoreUnavailable, Transaction, service
-from dedup_service.stores.registry import redis_store, stored_value
+from dedup_service.claims import Applied, ClaimAnswer, Expiry, Reason, StoreUnavailable, Transaction, service
+from dedup_service.stores import stored_value
+from dedup_service.stores.redis import scripts
 from dedup_service.stores.redis.scripts import Script
 from dedup_service.stores.redis.store import RedisStore
 
@@ -43,27 +42,26 @@ def _no_token_holds() -> None:
 
 def _any_token_ends() -> None:
     for name in ("COMPLETE", "RELEASE"):
-        text = getattr(redis_store, name).text.replace(b"fields[2] ~= token", b"false")
-        # A name that Redis does not know makes the store send the text.
-        setattr(redis_store, name, Script(text, "0" * 40))
+        text = getattr(scripts, name).text.replace(b"fields[2] ~= token", b"false")
+        # Redis does not know this digest, so the store sends the text.
+        setattr(scripts, name, Script(text, "0" * 40))
 
 
 def _no_nx() -> None:
-    async def claim(self: RedisStore, claim: Transaction, ttl_ms: int | None) -> Transaction | None:
+    async def claim(self: RedisStore, claim: Transaction, expiry: Expiry) -> Transaction | None:
         key = self._key(claim.namespace, claim.transaction_id)
-        expiry = self._expiry(ttl_ms, claim.expire_time_ms)
-        reply = await self._execute(key, "SET", key, stored_value.encode(claim), "GET", *expiry)
+        reply = await self._execute(key, "SET", key, stored_value.encode(claim), "GET", *self._expiry(expiry))
         return reply and stored_value.decode(reply, claim.namespace, claim.transaction_id)
 
     RedisStore.claim = claim  # type: ignore[method-assign]
 
 
 def _check_then_set() -> None:
-    async def claim(self: RedisStore, claim: Transaction, ttl_ms: int | None) -> Transaction | None:
+    async def claim(self: RedisStore, claim: Transaction, expiry: Expiry) -> Transaction | None:
         key = self._key(claim.namespace, claim.transaction_id)
         if reply := await self._execute(key, "GET", key):
             return stored_value.decode(reply, claim.namespace, claim.transaction_id)
-        await self._execute(key, "SET", key, stored_value.encode(claim), *self._expiry(ttl_ms, claim.expire_time_ms))
+        await self._execute(key, "SET", key, stored_value.encode(claim), *self._expiry(expiry))
         return None
 
     RedisStore.claim = claim  # type: ignore[method-assign]
@@ -80,7 +78,7 @@ def _resending(send: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[A
             try:
                 return await send(self, key, *command)
             except StoreUnavailable as failure:
-                if failure.applied is Applied.NO and failure.reason != "STORE_UNREACHABLE":
+                if failure.applied is Applied.NO and failure.reason is not Reason.STORE_UNREACHABLE:
                     raise
             await asyncio.sleep(0.05)
         return await send(self, key, *command)

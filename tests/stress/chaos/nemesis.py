@@ -1,4 +1,4 @@
-"""The faults of a run, in an order and with pauses that the seed decides."""
+"""Injects the faults of a run. The seed decides their order and the pauses between them."""
 
 import asyncio
 import random
@@ -15,7 +15,7 @@ FAULTS = ("pause-server", "pause-redis", "kill-server", "terminate-server", "kil
 
 
 class Nemesis:
-    """Injects faults of the given kinds, each about as often as every other, and each at least once."""
+    """Injects faults of the given kinds about equally often, each at least once."""
 
     def __init__(self, cluster: Cluster, kinds: Sequence[str], rng: random.Random) -> None:
         self._cluster = cluster
@@ -24,7 +24,7 @@ class Nemesis:
         self.injected: Counter[str] = Counter()
 
     async def run(self, until_ns: int) -> None:
-        """Inject one fault after another until the time is up, and leave everything in order."""
+        """Inject one fault after another until `until_ns`; every fault is over on return."""
         while True:
             self._rng.shuffle(self._kinds)
             for kind in self._kinds:
@@ -36,7 +36,7 @@ class Nemesis:
 
     async def _inject(self, kind: str) -> None:
         cluster, rng = self._cluster, self._rng
-        # Drawn for every kind, so that the choices of a seed do not depend on which kinds are asked for.
+        # Drawn for every kind, so that the choices of a seed do not depend on the kinds in use.
         number, seconds = rng.randrange(len(cluster.servers)), rng.uniform(0.2, 1.5)
         if kind == "pause-server":
             cluster.servers[number].signal(signal.SIGSTOP)
@@ -57,7 +57,7 @@ class Nemesis:
             before = struck[kind]
             cluster.proxy.fault = kind
             await asyncio.sleep(seconds)
-            # While the servers reconnect, or on a machine that stands still, nothing may have passed by.
-            while struck[kind] == before:  # noqa: ASYNC110 - it counts, and tells nobody
+            # Servers may have been reconnecting, or the machine may have stalled, so that no traffic met the fault yet.
+            while struck[kind] == before:  # noqa: ASYNC110 - a plain counter, no event
                 await asyncio.sleep(POLL_S)
             cluster.proxy.fault = ""

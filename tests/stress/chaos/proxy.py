@@ -1,4 +1,4 @@
-"""A proxy between servers and Redis that drops and delays by chance, for as long as it is told to."""
+"""A proxy between servers and Redis that randomly drops or delays traffic while a fault is set."""
 
 import asyncio
 import random
@@ -13,7 +13,7 @@ _LONGEST_DELAY_S = 0.3
 
 
 class LossyProxy:
-    """Passes bytes from a free TCP port to the Unix socket of a Redis that may come and go."""
+    """Forwards a free TCP port to the Unix socket of a Redis, which may restart."""
 
     def __init__(self, upstream: Path, rng: random.Random) -> None:
         self._upstream = upstream
@@ -23,7 +23,7 @@ class LossyProxy:
         self.fault = ""
         """One of PROXY_FAULTS, or empty."""
         self.struck: Counter[str] = Counter()
-        """How many chunks each fault has met."""
+        """How many chunks of bytes each fault affected."""
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -38,12 +38,12 @@ class LossyProxy:
 
     @property
     def is_open(self) -> bool:
-        """Whether it listens."""
+        """Whether the proxy has been started."""
         return self._server is not None
 
     @property
     def url(self) -> str:
-        """The Redis URL that leads through the proxy."""
+        """The Redis URL of the proxy."""
         assert self._server is not None
         return f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/0"
 
@@ -60,7 +60,7 @@ class LossyProxy:
                 asyncio.create_task(self._pump("replies", upstream_reader, writer)),
             ]
             try:
-                # The end of either direction is the end of the connection.
+                # When either direction ends, close the connection.
                 await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 for pump in pumps:

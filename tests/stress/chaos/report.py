@@ -1,4 +1,4 @@
-"""What a run came to: numbers, findings, and whether enough happened for the findings to mean something."""
+"""The report of a run: counts, findings, and whether enough happened for a run without findings to count."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -20,18 +20,18 @@ class Report:
     faults: dict[str, int]
     findings: list[Finding]
     history: str
-    """The folder of the history files, which is kept when something was found."""
+    """The folder of the history files, kept if there are findings."""
 
     @property
     def not_shown(self) -> list[str]:
-        """What happened so rarely that the run says nothing about it."""
+        """Events that never happened, so that the run proves nothing about them."""
         wanted = {
             name: self.numbers[name] for name in ("won", "replays", "replays that saved", "duplicates", "unknown")
         }
         return [name for name, number in (wanted | self.faults).items() if number == 0]
 
     def as_json(self) -> dict[str, Any]:
-        """Return it for machines."""
+        """Return the report as a JSON object."""
         return {
             "seed": self.seed,
             "numbers": self.numbers,
@@ -56,12 +56,12 @@ class Report:
         if self.findings:
             lines += ["", f"history: {self.history}"]
         if self.not_shown:
-            lines += ["", f"showed nothing, since there was no: {', '.join(self.not_shown)}"]
+            lines += ["", f"inconclusive, never happened: {', '.join(self.not_shown)}"]
         return "\n".join(lines)
 
 
 def count(calls: Sequence[Call]) -> dict[str, int]:
-    """Return the numbers of a history."""
+    """Return the counts of a history."""
     claims = [call for call in calls if call.rpc == "claim"]
     claimed = [call for call in claims if call.outcome == "CLAIMED"]
     stored = {(call.transaction_id, call.token) for call in claimed if not call.replayed}
@@ -73,7 +73,7 @@ def count(calls: Sequence[Call]) -> dict[str, int]:
         "lives": len({(call.transaction_id, call.token) for call in claimed}),
         "won": len(claimed) - sum(call.replayed for call in claimed),
         "replays": sum(call.replayed for call in claimed),
-        # A claim whose only news of success came with a later try: without replays its work would be done by nobody.
+        # Claims that only a later attempt reported as successful: without replays, nobody would do their work.
         "replays that saved": len(
             {(call.transaction_id, call.token) for call in claimed if call.replayed} & doubtful - stored
         ),
@@ -87,6 +87,6 @@ def count(calls: Sequence[Call]) -> dict[str, int]:
 
 
 def errors_of(calls: Sequence[Call]) -> dict[str, int]:
-    """Return how often each error came, the most frequent first."""
+    """Return the count of each error, the most frequent first."""
     errors = (f"{call.code} {call.reason or '(no reason)'} applied={call.applied}" for call in calls if call.code)
     return dict(Counter(errors).most_common())

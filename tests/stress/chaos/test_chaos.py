@@ -1,4 +1,4 @@
-"""The history check on the real service, and on servers that each lack one protection."""
+"""The history check on the real service, and on servers with one protection removed."""
 
 import shutil
 
@@ -7,8 +7,8 @@ import pytest
 from tests.stress.chaos.mutants import MUTATIONS
 from tests.stress.chaos.run import Plan, run
 
-# How long it takes until each lost protection has surely shown itself, and as what, of which one is enough. Contention
-# and retries need no fault; a resend needs a lost reply, so it is rare.
+# Seconds until each removed protection reliably shows, and the kinds of finding, one of which is enough. Contention and
+# retries need no fault. A resend needs a lost reply, which is rare.
 CAUGHT_AS = {
     "any-token-holds": (6, {"answer-of-another", "two-holders"}),
     "no-token-holds": (6, {"retry-refused"}),
@@ -21,17 +21,17 @@ CAUGHT_AS = {
 
 @pytest.mark.timeout(240)
 def test_the_promises_hold_under_faults() -> None:
-    """Promises 1 and 2: nobody is told what a claim's history forbids, whatever is dropped, paused or killed."""
+    """Promises 1 and 2: no answer contradicts the history of a claim, whatever is dropped, paused or killed."""
     report = run(Plan(seconds=18, seed=1))
     assert not report.findings, str(report)
-    # A run in which too little happened would show nothing.
+    # A run in which too little happened proves nothing.
     assert not report.not_shown, str(report)
 
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_lost_protection_is_found(mutation: str) -> None:
-    """A server without one of its protections does not pass the check."""
+    """A server with one protection removed fails the check."""
     seconds, kinds = CAUGHT_AS[mutation]
     faults = ("drop-replies", "delay-replies")
     report = run(Plan(seconds=seconds, seed=1, servers=2, clients=2, mutation=mutation, faults=faults))

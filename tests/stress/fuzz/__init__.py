@@ -1,1 +1,1 @@
-"""Fuzzing: what any bytes must come to where the service reads bytes, and a guided search for those that do not."""
+"""Fuzzing: the promises about every parser that reads untrusted bytes, and a search for inputs that break them."""

@@ -1,9 +1,9 @@
-"""The readers with one protection taken out each, which a fuzzer has to notice.
+"""The parsers with one protection removed each, which the fuzzer must notice.
 
-- `untyped-fields`: the fields of a stored value are taken as they come.
-- `any-ttl`: the rules of a policy file need not hold together.
-- `deep-toml`: nesting that the parser does not survive is no error of the file.
-- `last-of-a-oneof`: of two members of a oneof the parser's choice counts.
+- `untyped-fields`: the types of the fields of a stored value are not checked.
+- `any-ttl`: contradictions in a policy file are not rejected.
+- `deep-toml`: TOML nested too deep for the parser is not reported as an error of the file.
+- `last-of-a-oneof`: two members of a oneof are accepted, and the parser keeps the last.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,14 +11,15 @@ from typing import Any
 
 from google.protobuf.message import DecodeError, Message
 
-from dedup_service.claims import FieldViolation, InvalidRequest
-from dedup_service.server import policy_file
 from dedup_service.api import decoding
+from dedup_service.claims import FieldViolation, InvalidRequest
+from dedup_service.config import files
+from dedup_service.server import policies
 from dedup_service.stores import stored_value
 
 
 class _Anything:
-    """Equal to every list of types."""
+    """Equal to everything."""
 
     def __eq__(self, other: object) -> bool:
         return True
@@ -34,11 +35,11 @@ def _any_ttl() -> None:
     def contradictions(*_: object) -> Iterator[str]:
         return iter(())
 
-    policy_file._contradictions = contradictions  # type: ignore[assignment]
+    policies._contradictions = contradictions  # type: ignore[assignment]
 
 
 def _deep_toml() -> None:
-    policy_file.RecursionError = KeyError  # type: ignore[attr-defined]
+    files.RecursionError = KeyError  # type: ignore[attr-defined]
 
 
 def _last_of_a_oneof() -> None:
@@ -46,7 +47,7 @@ def _last_of_a_oneof() -> None:
         try:
             return request_type.FromString(raw)
         except DecodeError:
-            raise InvalidRequest(FieldViolation("request", "is no message")) from None
+            raise InvalidRequest(FieldViolation("request", "is not a message")) from None
 
     decoding.decode_request = decode_request
 
@@ -57,4 +58,4 @@ MUTATIONS: dict[str, tuple[str, Callable[[], None]]] = {
     "deep-toml": ("policy-file", _deep_toml),
     "last-of-a-oneof": ("request", _last_of_a_oneof),
 }
-"""The target that has to notice, and how to take the protection out."""
+"""The target that must notice, and the function that removes the protection."""

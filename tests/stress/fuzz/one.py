@@ -1,20 +1,20 @@
-"""Fuzzes one target in this process: `python -m fuzz.one TARGET MUTATION [libFuzzer's options and folders]`.
+"""Fuzzes one target in this process: `python -m tests.stress.fuzz.one TARGET MUTATION [libFuzzer options and folders]`.
 
-It ends with a code that is not 0 at the first input that breaks a promise, after libFuzzer has saved that input.
+MUTATION may be empty. At the first input that breaks a promise, libFuzzer saves it and the exit code is not 0.
 """
 
 import sys
 
 import atheris
 
-# Their branches are what guides the fuzzer, so they are instrumented as they are first imported.
+# The fuzzer is guided by the branches of these modules, which are instrumented on their first import.
 with atheris.instrument_imports(include=["dedup_service", "tomllib"]):
     from tests.stress.fuzz.mutants import MUTATIONS
     from tests.stress.fuzz.targets import TARGETS
 
 
 def main() -> None:
-    """Hand over to libFuzzer, which does not come back."""
+    """Run libFuzzer, which does not return."""
     program, target, mutation, *options = sys.argv
     if mutation:
         MUTATIONS[mutation][1]()

@@ -1,7 +1,7 @@
-"""Fuzzes every target for so long: `python -m fuzz.run --seconds 60 --seed 1`.
+"""Fuzzes every target: `python -m tests.stress.fuzz.run --seconds 60 --seed 1`.
 
-Each target has a process of its own, one after the other, which begins with the inputs of `corpus/` and goes on with
-what libFuzzer makes of them. The same seed, inputs and number of runs repeat a search; seconds cut it where they fall.
+Targets run one after the other, each in its own process. libFuzzer starts from the inputs in `corpus/` and mutates
+them. A search is repeatable with the same seed, corpus and --runs, but not with --seconds.
 """
 
 import asyncio
@@ -27,12 +27,12 @@ from tests.stress.fuzz.targets import TARGETS
 CORPUS = Path(__file__).parent / "corpus"
 FOUND = Path("build/fuzz")
 MAX_INPUT_BYTES = 4_096
-# What one input may take: far more than any does, on a machine that others use as well.
+# Limits for one input: generous, for loaded machines.
 _INPUT_TIMEOUT_S = 20
 _INPUT_MEMORY_MIB = 1_024
 _PROGRESS_S = 5
 _START_AND_END_S = 60
-_TOLD = 30
+_KEPT_LINES = 30
 
 _STATUS = re.compile(r"#(?P<runs>\d+)\s+\w+.*?cov: (?P<edges>\d+)")
 _DONE = re.compile(r"Done (?P<runs>\d+) runs")
@@ -42,30 +42,30 @@ _SAVED = re.compile(r"Test unit written to (?P<path>.+)")
 
 @dataclass
 class Search:
-    """What came of fuzzing one target."""
+    """The result of fuzzing one target."""
 
     target: str
     runs: int = 0
-    """How many inputs it was given."""
+    """Number of inputs."""
     edges: int = 0
-    """How many branches of the code they reached."""
+    """Number of branches reached."""
     seconds: float = 0.0
     found: str | None = None
-    """The file of the input that broke a promise."""
+    """File of the input that broke a promise."""
     error: str = ""
-    """What the process said last, when it found something or failed."""
+    """The last output of a process that found something or failed."""
 
     def __str__(self) -> str:
-        told = f"{self.target:>13}: {self.runs:9,} inputs in {self.seconds:4.0f} s, {self.edges:4} branches reached"
+        summary = f"{self.target:>13}: {self.runs:9,} inputs in {self.seconds:4.0f} s, {self.edges:4} branches reached"
         if not self.error:
-            return f"{told}; nothing found"
-        replay = f'make fuzz ARGS="--replay {self.found}"' if self.found else "nothing was saved"
-        return f"{told}; FOUND\n\n{self.error}\n\nsaved and to be repeated with: {replay}"
+            return f"{summary}; nothing found"
+        replay = f'make fuzz ARGS="--replay {self.found}"' if self.found else "no input was saved"
+        return f"{summary}; FOUND\n\n{self.error}\n\nreplay: {replay}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What to run; `mutation` is a protection to take out, or empty."""
+    """What to run. `mutation` is a protection to remove, or empty."""
 
     seconds: float
     seed: int
@@ -76,24 +76,25 @@ class Plan:
 
 
 async def search(plan: Plan, target: str) -> Search:
-    """Fuzz one target until the time or the number of runs is up, or something is found, and return what came of it."""
+    """Fuzz one target until the time or number of runs is up or an input is found; return the result."""
     result = Search(target)
     begun = time.monotonic()
     saved = plan.found / target
     saved.mkdir(parents=True, exist_ok=True)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("DEDUP_")}
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder, tempfile.TemporaryDirectory(prefix="fuzz-") as grown:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "tests.stress.fuzz.one", target, plan.mutation),
             *(f"-seed={plan.seed}", f"-max_total_time={max(1, round(plan.seconds))}", f"-runs={plan.runs}"),
             *(f"-max_len={MAX_INPUT_BYTES}", f"-timeout={_INPUT_TIMEOUT_S}", f"-rss_limit_mb={_INPUT_MEMORY_MIB}"),
             *(f"-artifact_prefix={saved}/", grown, str(CORPUS / target)),
-            # A set's order would differ from run to run, and with it the search.
-            env=_environment() | {"PYTHONHASHSEED": "0", "TMPDIR": folder},
-            # atheris tells of exceptions on the one, libFuzzer of everything else on the other.
+            # The iteration order of sets must not vary, or the search would.
+            env=clean | {"PYTHONHASHSEED": "0", "TMPDIR": folder},
+            # atheris writes exceptions to one, libFuzzer everything else to the other.
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
-        progress = asyncio.create_task(_tell(result, begun, plan.seconds))
+        progress = asyncio.create_task(_report_progress(result, begun, plan.seconds))
         try:
             async with asyncio.timeout(plan.seconds + _INPUT_TIMEOUT_S + _START_AND_END_S):
                 last = await _read(process, result)
@@ -105,18 +106,13 @@ async def search(plan: Plan, target: str) -> Search:
                 await process.wait()
     result.seconds = round(time.monotonic() - begun, 1)
     if code:
-        result.error = "\n".join(last) or f"the process ended with {code} and said nothing"
+        result.error = "\n".join(last) or f"the process ended with {code} and no output"
     return result
 
 
-def _environment() -> dict[str, str]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("DEDUP_")}
-    return clean | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-
-
 async def _read(process: asyncio.subprocess.Process, result: Search) -> deque[str]:
-    """Follow what libFuzzer says, and return the last of it."""
-    last: deque[str] = deque(maxlen=_TOLD)
+    """Read the output of libFuzzer into `result`, and return its last lines."""
+    last: deque[str] = deque(maxlen=_KEPT_LINES)
     assert process.stdout is not None
     async for raw in process.stdout:
         line = raw.decode(errors="backslashreplace").rstrip()
@@ -132,7 +128,7 @@ async def _read(process: asyncio.subprocess.Process, result: Search) -> deque[st
     return last
 
 
-async def _tell(result: Search, begun: float, seconds: float) -> None:
+async def _report_progress(result: Search, begun: float, seconds: float) -> None:
     while True:
         await asyncio.sleep(_PROGRESS_S)
         left_s = max(0, seconds - (time.monotonic() - begun))
@@ -140,33 +136,33 @@ async def _tell(result: Search, begun: float, seconds: float) -> None:
 
 
 async def run(plan: Plan) -> list[Search]:
-    """Fuzz the targets one after the other, and return what came of each."""
+    """Fuzz the targets one after the other, and return the results."""
     return [await search(plan, target) for target in plan.targets]
 
 
 def replay(path: Path) -> None:
-    """Give a saved input to its target, which is the name of its folder; raise what it raises. Needs no fuzzer."""
+    """Run a saved input, whose folder names its target; raises what the target raises. Needs no fuzzer."""
     TARGETS[path.parent.name](path.read_bytes())
 
 
 def main(
     *,
-    seconds: Annotated[float, typer.Option(min=1, help="How long each target is fuzzed.")] = 60,
-    seed: Annotated[int | None, typer.Option(min=1, help="Decides the inputs.  [default: chance]")] = None,
-    runs: Annotated[int, typer.Option(help="At most so many inputs for each target; -1 for no limit.")] = -1,
-    target: Annotated[str, typer.Option(help=f"Fuzz one alone: {', '.join(TARGETS)}.")] = "",
-    mutation: Annotated[str, typer.Option(help=f"Take a protection out: {', '.join(MUTATIONS)}.")] = "",
-    saved: Annotated[Path | None, typer.Option("--replay", help="Repeat one saved input.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report for machines.")] = False,
+    seconds: Annotated[float, typer.Option(min=1, help="Duration for each target.")] = 60,
+    seed: Annotated[int | None, typer.Option(min=1, help="Decides the inputs.  [default: random]")] = None,
+    runs: Annotated[int, typer.Option(help="Maximum number of inputs for each target; -1 for no limit.")] = -1,
+    target: Annotated[str, typer.Option(help=f"Fuzz only this target: {', '.join(TARGETS)}.")] = "",
+    mutation: Annotated[str, typer.Option(help=f"Remove a protection: {', '.join(MUTATIONS)}.")] = "",
+    saved: Annotated[Path | None, typer.Option("--replay", help="Run one saved input.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Look for inputs that break a promise; the exit code is 0 when there were none."""
+    """Search for inputs that break a promise. The exit code is 0 if there are none."""
     if saved is not None:
         replay(saved)
         return
     if target and target not in TARGETS:
-        raise typer.BadParameter(f"there is no target {target}: take one of {', '.join(TARGETS)}")
+        raise typer.BadParameter(f"unknown target {target!r}: choose one of {', '.join(TARGETS)}")
     if mutation and mutation not in MUTATIONS:
-        raise typer.BadParameter(f"there is no mutation {mutation}: take one of {', '.join(MUTATIONS)}")
+        raise typer.BadParameter(f"unknown mutation {mutation!r}: choose one of {', '.join(MUTATIONS)}")
     if find_spec("atheris") is None:
         raise typer.BadParameter("atheris has no wheel for this platform: run it on Linux with an x86_64 processor")
     seed = 1 + secrets.randbelow(1_000_000) if seed is None else seed

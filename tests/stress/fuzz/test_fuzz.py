@@ -1,4 +1,4 @@
-"""The inputs that are kept come to what they should, and the fuzzer notices a lost protection."""
+"""The corpus passes, and the fuzzer finds every removed protection."""
 
 import asyncio
 from importlib.util import find_spec
@@ -14,23 +14,23 @@ INPUTS = sorted(path.relative_to(CORPUS) for path in CORPUS.glob("*/*"))
 
 
 def test_every_target_has_inputs() -> None:
-    """Each target has inputs to begin with, and no input is without a target."""
+    """Each target has inputs, and each input has a target."""
     assert {path.parent.name for path in INPUTS} == set(TARGETS)
 
 
 @pytest.mark.parametrize("name", INPUTS, ids=str)
-def test_a_kept_input_comes_to_what_it_should(name: Path) -> None:
-    """Whatever the fuzzer begins with, or has found before, breaks no promise."""
+def test_a_corpus_input_passes(name: Path) -> None:
+    """No input that the fuzzer starts from, or found earlier, breaks a promise."""
     replay(CORPUS / name)
 
 
-@pytest.mark.skipif(find_spec("atheris") is None, reason="atheris has wheels for Linux on x86_64 alone")
+@pytest.mark.skipif(find_spec("atheris") is None, reason="atheris has wheels for Linux on x86_64 only")
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_lost_protection_is_found(mutation: str, tmp_path: Path) -> None:
-    """A reader without one of its protections fails, and the input that showed it is saved and shows it again."""
+    """Without the protection the target fails and its input is saved; with it, the input passes."""
     target, _ = MUTATIONS[mutation]
     result = asyncio.run(search(Plan(seconds=30, seed=1, runs=20_000, mutation=mutation, found=tmp_path), target))
     assert result.error
     assert result.found is not None
-    # With the protection in its place there is nothing to see.
+    # This process has the protection.
     replay(Path(result.found))

@@ -1,4 +1,4 @@
-"""A reader of protobuf's wire format that shares nothing with the service or its library, to hold them against."""
+"""An independent reader of the protobuf wire format, to check the service and the protobuf library against."""
 
 from collections.abc import Iterator
 
@@ -6,12 +6,12 @@ _VARINT, _I64, _LENGTH, _I32 = 0, 1, 2, 5
 _FIXED = {_I64: 8, _I32: 4}
 
 
-class NoMessage(ValueError):
-    """The bytes end too early, or have what this reader does not follow, as groups."""
+class NotAMessage(ValueError):
+    """The bytes end too early, or contain something unsupported by this reader, such as groups."""
 
 
 def fields(raw: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield the number and the content of each length-delimited field, in the order of the wire."""
+    """Yield number and content of each length-delimited field, in wire order."""
     position = 0
     while position < len(raw):
         tag, position = _varint(raw, position)
@@ -24,10 +24,10 @@ def fields(raw: bytes) -> Iterator[tuple[int, bytes]]:
         elif kind in _FIXED:
             length = _FIXED[kind]
         else:
-            raise NoMessage(f"the wire type {kind}")
+            raise NotAMessage(f"wire type {kind}")
         end = position + length
         if end > len(raw):
-            raise NoMessage(f"{length} bytes of {len(raw) - position}")
+            raise NotAMessage(f"a length of {length} with {len(raw) - position} bytes left")
         if kind == _LENGTH:
             yield number, raw[position:end]
         position = end
@@ -37,10 +37,10 @@ def _varint(raw: bytes, position: int) -> tuple[int, int]:
     value = 0
     for shift in range(0, 70, 7):
         if position >= len(raw):
-            raise NoMessage("half a varint")
+            raise NotAMessage("truncated varint")
         byte = raw[position]
         position += 1
         value |= (byte & 0x7F) << shift
         if not byte & 0x80:
             return value, position
-    raise NoMessage("a varint that does not end")
+    raise NotAMessage("unterminated varint")

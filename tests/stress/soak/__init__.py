@@ -1,1 +1,1 @@
-"""The soak: a mixed load for minutes on the real service and a real Redis, while its memory has to stay flat."""
+"""The soak: minutes of mixed load on the service and a real Redis, during which memory must stay flat."""

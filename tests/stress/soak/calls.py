@@ -1,4 +1,4 @@
-"""One caller's calls: each is asked again while there is doubt, and every answer is held against the expected one."""
+"""The calls of one caller: retried while their effect is unknown, with every answer checked."""
 
 import asyncio
 import random
@@ -12,7 +12,7 @@ from dedup.v1 import dedup_pb2, dedup_pb2_grpc
 
 TTL_MS = 30_000
 DEADLINE_S = 5.0
-# Longer than Redis is ever away; each try ends after its own deadline at the latest.
+# Outlasts every Redis restart; each attempt ends by its own deadline.
 _TRIES = 60
 _PAUSE_S = 0.1
 DOUBT = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED}
@@ -20,7 +20,7 @@ _MAX_WRONG = 20
 
 
 class Tally:
-    """What all callers saw: how often what was answered, and what should not have been."""
+    """Counts of the answers and scenarios of all callers, and the wrong answers."""
 
     def __init__(self) -> None:
         self.answers: Counter[str] = Counter()
@@ -28,29 +28,29 @@ class Tally:
         self.wrong: list[str] = []
         self.tries = 0
 
-    def is_wrong(self, sentence: str) -> None:
-        """Count a wrong answer; the first few are kept in full."""
+    def add_wrong(self, sentence: str) -> None:
+        """Count a wrong answer, and keep the first few sentences."""
         self.answers["wrong"] += 1
         if len(self.wrong) < _MAX_WRONG:
             self.wrong.append(sentence)
 
 
 class Doubt(Exception):
-    """The service could not be asked for longer than Redis is ever away."""
+    """The service was unavailable for longer than any Redis restart."""
 
 
 class Caller:
-    """Makes the calls of one scenario over a channel, with choices that the seed decides."""
+    """Makes the calls of one scenario over a channel. The seed decides its choices."""
 
     def __init__(self, channel: grpc.aio.Channel, tally: Tally, rng: random.Random) -> None:
         self._stub: Any = dedup_pb2_grpc.DedupServiceStub(channel)
         self._tally = tally
         self.rng = rng
         self.doubted = False
-        """Whether a call was made more than once, so that its outcome may be that of a repetition."""
+        """Whether a call was retried, so that its outcome may be that of a repetition."""
 
     def new_id(self) -> str:
-        """Return an id, or a token, that nobody has used."""
+        """Return an unused id or token."""
         return f"soak-{self.rng.getrandbits(96):024x}"
 
     async def claim(self, transaction_id: str, token: str = "", *, wait_ms: int = 0, fingerprint: bytes = b"") -> Any:
@@ -71,7 +71,7 @@ class Caller:
         return await self.ask(method, request)
 
     async def ask(self, method: str, request: Any) -> Any:
-        """Return the reply to a request that is good, asking again while there is doubt; raise Doubt in the end."""
+        """Return the reply to a valid request, with retries. Raises Doubt when they are used up."""
         for number in range(_TRIES):
             self._tally.tries += 1
             self.doubted |= number > 0
@@ -85,10 +85,10 @@ class Caller:
                 self.count(outcome_of(reply))
                 return reply
             await asyncio.sleep(_PAUSE_S)
-        raise Doubt(f"{method} was answered with doubt {_TRIES} times")
+        raise Doubt(f"{method} failed {_TRIES} times with unknown effect")
 
-    async def refused(self, method: str, request: Any) -> grpc.StatusCode:
-        """Return the code that a request is refused with, asking again while there is doubt."""
+    async def rejected(self, method: str, request: Any) -> grpc.StatusCode:
+        """Return the error code of an invalid request, with retries; OK if it is answered."""
         try:
             await self.ask(method, request)
         except grpc.aio.AioRpcError as error:
@@ -96,7 +96,7 @@ class Caller:
         return grpc.StatusCode.OK
 
     async def try_once(self, request: Any, *, deadline_s: float = DEADLINE_S, cancel_after_s: float = 60) -> None:
-        """Claim once, and give up early by a cancel or a deadline; whatever comes of it is right."""
+        """Claim once, and give up early by a cancel or a deadline. Any outcome is right."""
         self._tally.tries += 1
         call = self._stub.ClaimTransaction(request, timeout=deadline_s)
         handle = asyncio.get_running_loop().call_later(cancel_after_s, call.cancel)
@@ -113,10 +113,10 @@ class Caller:
         finally:
             handle.cancel()
 
-    def expect(self, found: object, wanted: object, what: str) -> None:
-        """Count a wrong answer unless what was found is wanted."""
+    def expect(self, found: object, wanted: object, subject: str) -> None:
+        """Count a wrong answer unless `found` equals `wanted`."""
         if found != wanted:
-            self._tally.is_wrong(f"{what}: {wanted} was expected, and {found} was answered")
+            self._tally.add_wrong(f"{subject}: expected {wanted}, got {found}")
 
     def count(self, answer: str) -> None:
         """Count an answer."""
@@ -124,14 +124,14 @@ class Caller:
 
 
 def of_ms(milliseconds: int) -> Duration:
-    """Return a duration of the contract."""
+    """Return a protobuf duration."""
     duration = Duration()
     duration.FromMilliseconds(milliseconds)
     return duration
 
 
 def outcome_of(reply: Any) -> str:
-    """Return the outcome of a reply by its name, or OK where the reply has none."""
+    """Return the outcome name of a reply, or OK if it has none."""
     field = reply.DESCRIPTOR.fields_by_name.get("outcome")
     if field is None:
         return "OK"

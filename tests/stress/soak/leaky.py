@@ -1,4 +1,4 @@
-"""The real service with a leak: `python -m soak.leaky serve …` keeps the bytes of every request for ever."""
+"""The service with a memory leak: `python -m tests.stress.soak.leaky serve …` keeps the bytes of every request."""
 
 from typing import Any
 

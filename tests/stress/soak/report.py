@@ -1,4 +1,4 @@
-"""What a soak came to, for people and for machines."""
+"""The report of a soak, as text and JSON."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,23 +23,23 @@ class Report:
     """From before the load to after it."""
     verdict: Verdict
     log_errors: Sequence[str]
-    """What the service logged as an error."""
+    """Log lines of level error."""
     unsent: int
-    """How many answers found, as they were sent, that their caller had gone; grpcio logs each as an error."""
+    """Number of answers whose caller had gone before they were sent. grpcio logs each as an error."""
 
     @property
     def not_shown(self) -> list[str]:
-        """What never happened, so that the soak says nothing about it."""
+        """Events that never happened, so that the soak proves nothing about them."""
         wanted = ("CLAIMED", "DUPLICATE", "COMPLETED", "RELEASED", "EXTENDED", "cancelled by the caller")
         return [name for name in wanted if not self.tally.answers[name]]
 
     @property
     def passed(self) -> bool:
-        """Whether every answer was right, the service kept flat, and enough happened to say so."""
+        """Whether every answer was right, resource use stayed flat, and enough happened to prove it."""
         return not (self.tally.answers["wrong"] or self.verdict.findings or self.log_errors or self.not_shown)
 
     def as_json(self) -> dict[str, Any]:
-        """Return it for machines."""
+        """Return the report as a JSON object."""
         return {
             "passed": self.passed,
             "engine": self.engine,
@@ -62,7 +62,7 @@ class Report:
         lines += ["", "  seconds    calls    memory  descriptors  threads  Redis connections"]
         step = -(-len(self.samples) // _ROWS)
         for sample in [*self.samples[:-1:step], self.samples[-1]]:
-            connections = "away" if sample.redis_connections is None else sample.redis_connections
+            connections = "down" if sample.redis_connections is None else sample.redis_connections
             lines.append(
                 f"  {sample.seconds:7.0f} {sample.calls:8,} {sample.rss_bytes / 2**20:5.1f} MiB"
                 f" {sample.file_descriptors:12} {sample.threads:8} {connections:>18}"
@@ -70,10 +70,10 @@ class Report:
         lines += ["", self._memory(), *self.verdict.findings]
         lines += [f"wrong: {sentence}" for sentence in self.tally.wrong]
         if self.unsent:
-            lines.append(f"{self.unsent} answers found their caller gone as they were sent")
+            lines.append(f"{self.unsent} answers were not sent because their caller had gone")
         lines += [f"the service logged: {error}" for error in self.log_errors]
         if self.not_shown:
-            lines.append(f"showed nothing, since there was no: {', '.join(self.not_shown)}")
+            lines.append(f"inconclusive, never happened: {', '.join(self.not_shown)}")
         lines.append("passed" if self.passed else "FAILED")
         return "\n".join(lines)
 
@@ -81,5 +81,5 @@ class Report:
         slope = self.verdict.bytes_a_call
         grows = "no slope" if slope is None else f"{slope:+.1f} bytes a call in the second half"
         if self.verdict.judged:
-            return f"memory: {grows}, at most {MAX_BYTES_A_CALL:.0f} are flat"
-        return f"memory: {grows}; not judged with fewer than {JUDGED_CALLS:,} calls there"
+            return f"memory: {grows}; the limit is {MAX_BYTES_A_CALL:.0f}"
+        return f"memory: {grows}; not judged, which takes {JUDGED_CALLS:,} calls in the second half"

@@ -1,12 +1,11 @@
-"""One soak: `python -m soak.run --seconds 600 --engine grpcio --seed 1`, on Linux.
+"""Runs one soak: `python -m tests.stress.soak.run --seconds 600 --engine grpcio --seed 1`. Linux only.
 
-One service over one Redis that keeps what it acknowledged; callers that go through the scenarios; and a Redis that is
-killed and started again twice. The seed decides the scenarios and their choices, not how processes interleave.
+Callers run the scenarios against one service over one Redis with persistence, which is killed and restarted twice. The
+seed decides the scenarios and their choices, not how processes interleave.
 """
 
 import asyncio
 import json
-import os
 import random
 import secrets
 import sys
@@ -22,26 +21,26 @@ import redis
 import typer
 
 from dedup_service.config.settings import EngineName
-from tests.support.polling import eventually
-from tests.support.processes import RedisProcess, ServiceProcess
 from tests.stress.soak.calls import Caller, Doubt, Tally
 from tests.stress.soak.report import Report
-from tests.stress.soak.samples import Sample, look
+from tests.stress.soak.samples import Sample, take_sample
 from tests.stress.soak.scenarios import SCENARIOS
 from tests.stress.soak.verdict import judge, kept
+from tests.support.polling import eventually
+from tests.support.processes import RedisProcess, ServiceProcess
 
 CALLERS = 8
 MOST_SAMPLES = 300
 _LEAST_SAMPLE_S = 1.0
 _PROGRESS_S = 5
 _AWAY_S = 0.5
-# How many of the scenarios have a connection of their own.
+# Share of scenarios on a connection of their own.
 _CHURN = 0.1
 _PAUSE_S = 0.03
 _WARM_UP = 20
-# grpcio's words for an answer whose caller had gone by the time that it was sent: once in half a million calls here.
+# grpcio's log line for an answer whose caller had gone: about once in half a million calls here.
 _UNSENT = "ExecuteBatchError raised in core"
-# Else the channels of one process to one address share a connection.
+# Otherwise channels of one process to one address share a connection.
 _CHANNEL_OPTIONS = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0))
 
 
@@ -56,7 +55,7 @@ class Plan:
 
 
 class Soak:
-    """The load on one service, and the looks at it."""
+    """The load on one service, and the samples of its resource use."""
 
     def __init__(self, plan: Plan, service: ServiceProcess, server: RedisProcess, client: redis.Redis) -> None:
         self._plan = plan
@@ -70,17 +69,18 @@ class Soak:
         self.restarts = 0
 
     async def run(self) -> tuple[Sample, Sample]:
-        """Load the service until the time is up, and return what it took before the load and after it."""
+        """Load the service until the time is up, and return a sample from before the load and one from after it."""
         warm = random.Random(f"{self._plan.seed}-warm")
         for _ in range(_WARM_UP):
             await self._one_scenario(warm, None)
         before = await self._quiet(None)
-        helpers = [asyncio.create_task(work) for work in (self._tell(), self._restart_redis())]
-        looks = asyncio.create_task(self._look())
+        helpers = [
+            asyncio.create_task(work) for work in (self._report_progress(), self._restart_redis(), self._take_samples())
+        ]
         async with asyncio.TaskGroup() as group:
             for number in range(CALLERS):
                 group.create_task(self._call(random.Random(f"{self._plan.seed}-{number}")))
-        for helper in (*helpers, looks):
+        for helper in helpers:
             helper.cancel()
             with suppress(asyncio.CancelledError):
                 await helper
@@ -102,25 +102,25 @@ class Soak:
             try:
                 await scenario(Caller(channel, self.tally, rng))
             except grpc.aio.AioRpcError as error:
-                self.tally.is_wrong(f"{scenario.__name__}: {error.code().name}, {error.details()}")
+                self.tally.add_wrong(f"{scenario.__name__}: {error.code().name}, {error.details()}")
             except Doubt as doubt:
-                self.tally.is_wrong(f"{scenario.__name__}: {doubt}")
+                self.tally.add_wrong(f"{scenario.__name__}: {doubt}")
 
     async def _sample(self) -> Sample:
         seconds = time.monotonic() - self._begun
-        return await asyncio.to_thread(look, self._service, self._client, seconds, self.tally.tries)
+        return await asyncio.to_thread(take_sample, self._service, self._client, seconds, self.tally.tries)
 
-    async def _look(self) -> None:
+    async def _take_samples(self) -> None:
         pause = max(_LEAST_SAMPLE_S, self._plan.seconds / MOST_SAMPLES)
         while True:
             self.samples.append(await self._sample())
             await asyncio.sleep(pause)
 
     async def _quiet(self, before: Sample | None) -> Sample:
-        """Return a sample once what the callers took is given back, or when it was not for long."""
+        """Return a sample once resource use is stable or back to `before`, or at a timeout."""
         taken = [await self._sample()]
 
-        async def given_back() -> bool:
+        async def settled() -> bool:
             taken.append(await self._sample())
             last, now = taken[-2:]
             if before is None:
@@ -128,7 +128,7 @@ class Soak:
             return not kept(before, self.samples, now)
 
         with suppress(AssertionError):
-            await eventually(given_back)
+            await eventually(settled)
         return taken[-1]
 
     async def _restart_redis(self) -> None:
@@ -140,7 +140,7 @@ class Soak:
             await asyncio.to_thread(self._redis.start, port)
             self.restarts += 1
 
-    async def _tell(self) -> None:
+    async def _report_progress(self) -> None:
         while True:
             await asyncio.sleep(_PROGRESS_S)
             now = self.samples[-1]
@@ -151,15 +151,15 @@ class Soak:
 
 
 def run(plan: Plan) -> Report:
-    """Load a service, and return what it answered and what it took. All that it starts has ended when it returns."""
+    """Load a service and return the report. Ends every process it starts."""
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-        # Written before each answer, though not to the disk: that is what a killed process keeps.
+        # A killed process keeps its writes without fsync.
         server = RedisProcess(Path(folder), "--appendonly", "yes", "--appendfsync", "no").start()
         arguments = ("--store-url", server.url, "--engine", plan.engine, "--metrics-listen", "127.0.0.1:0")
         service = ServiceProcess(
             *arguments,
-            # The log of every call would be kept here, line by line.
-            environment={"DEDUP_LOG_SAMPLE": "0", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            # ServiceProcess would keep the log line of every call.
+            environment={"DEDUP_LOG_SAMPLE": "0"},
             command=("tests.stress.soak.leaky",) if plan.leak else ("dedup_service",),
         )
         try:
@@ -183,15 +183,17 @@ def run(plan: Plan) -> Report:
 
 def main(
     *,
-    seconds: Annotated[float, typer.Option(min=5, help="How long the callers call.")] = 600,
-    seed: Annotated[int | None, typer.Option(help="Decides what they call.  [default: chance]")] = None,
+    seconds: Annotated[float, typer.Option(min=5, help="Duration of the load.")] = 600,
+    seed: Annotated[int | None, typer.Option(help="Decides the scenarios.  [default: random]")] = None,
     engine: Annotated[EngineName, typer.Option()] = "grpcio",
-    leak: Annotated[bool, typer.Option("--leak", help="Keep every request for ever, which has to be found.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report for machines.")] = False,
+    leak: Annotated[
+        bool, typer.Option("--leak", help="Run a service that leaks every request, which the soak must find.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Load the service with a bit of everything; the exit code is 0 when all answers were right and it kept flat."""
+    """Run a mixed load. The exit code is 0 if all answers were right and resource use stayed flat."""
     if sys.platform != "linux":
-        raise typer.BadParameter("the soak reads the memory of a process from /proc: run it on Linux")
+        raise typer.BadParameter("the soak reads process memory from /proc: run it on Linux")
     seed = secrets.randbelow(1_000_000) if seed is None else seed
     sys.stderr.write(f"seed {seed}\n")
     report = run(Plan(seconds=seconds, seed=seed, engine=engine, leak=leak))

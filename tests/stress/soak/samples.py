@@ -1,4 +1,4 @@
-"""What a service takes of its machine at one moment, as Linux and Redis say it."""
+"""The resource use of a service at one moment, from Linux and Redis."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.support.scrapes import scraped_text
 
 @dataclass(frozen=True)
 class Sample:
-    """One look at the service; `calls` is how many had been made by then."""
+    """Resource use after `calls` calls."""
 
     seconds: float
     calls: int
@@ -19,11 +19,11 @@ class Sample:
     file_descriptors: int
     threads: int
     redis_connections: int | None
-    """None while Redis is away."""
+    """None while Redis is down."""
 
 
-def look(service: ServiceProcess, client: redis.Redis, seconds: float, calls: int) -> Sample:
-    """Return a sample of a service that runs, on Linux; its metrics are read as well, since operators do."""
+def take_sample(service: ServiceProcess, client: redis.Redis, seconds: float, calls: int) -> Sample:
+    """Return a sample. Linux only. Also scrapes the metrics, as operators do."""
     scraped_text(service)
     process = Path(f"/proc/{service.pid}")
     status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
@@ -39,7 +39,7 @@ def look(service: ServiceProcess, client: redis.Redis, seconds: float, calls: in
 
 def _connections(client: redis.Redis) -> int | None:
     try:
-        # One of them is the connection that asks.
+        # Without this client's own connection.
         return len(client.client_list()) - 1
     except redis.RedisError:
         return None

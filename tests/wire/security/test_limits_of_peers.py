@@ -10,10 +10,10 @@ import pytest
 from hyperframe.frame import PingFrame
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
-from dedup_service.claims.limits import MAX_CLAIMANT_BYTES, MAX_FINGERPRINT_BYTES, MAX_TRANSACTION_ID_BYTES
-from dedup_service.server import engines
 from dedup_service.api.servicer import MAX_BATCH
+from dedup_service.claims.limits import MAX_CLAIMANT_BYTES, MAX_FINGERPRINT_BYTES, MAX_TRANSACTION_ID_BYTES
 from dedup_service.config.settings import EngineName
+from dedup_service.server import engines
 from tests.support.errors import refused
 from tests.support.hostile_peer import HostilePeer
 from tests.support.polling import eventually
@@ -107,7 +107,7 @@ def test_a_peer_that_pings_too_often_is_hung_up_on(start_grpcio: Start, tmp_path
 @asynccontextmanager
 async def an_engine(name: EngineName) -> AsyncIterator[str]:
     """Yield the address of an engine without any service."""
-    engine = engines.make_engine(name, lambda _: None, max_streams=10)
+    engine = engines.make_engine(name, lambda _: None, engines.EngineOptions(max_streams=10))
     address = engine.listen("127.0.0.1:0")
     await engine.start()
     try:

@@ -15,8 +15,8 @@ from grpc_status import rpc_status
 
 from dedup.v1 import dedup_pb2
 from dedup_service.config.settings import EngineName
-from dedup_service.stores.registry import StoreConfig, make_store
 from dedup_service.stores.redis.store import RedisStore
+from dedup_service.stores.registry import StoreConfig, make_store
 from tests.support.in_process import serving
 from tests.support.polling import eventually
 from tests.support.scripted_redis import Behaviour, ScriptedRedis, says, says_and_hangs_up

@@ -307,7 +307,9 @@ def test_a_worker_that_cannot_start_again_is_tried_again(start_workers: StartWor
 
 def test_the_supervisor_loads_no_grpc_and_no_driver() -> None:
     """What supervises the workers imports neither gRPC nor protobuf, a driver, the settings or the metrics library."""
-    script = "import dedup_service.supervisor.__main__, json, sys; print(json.dumps(sorted(sys.modules)))"
+    script = (
+        "import dedup_service.cli, dedup_service.supervisor.process, json, sys; print(json.dumps(sorted(sys.modules)))"
+    )
     command = [sys.executable, "-c", script]
     modules = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
     heavy = {"grpc", "google.protobuf", "redis", "hiredis", "msgpack", "pydantic", "prometheus_client", "dedup"}

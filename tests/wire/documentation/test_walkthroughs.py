@@ -15,7 +15,7 @@ from tests.support.processes import RedisProcess, ServiceProcess, run_command
 from tests.support.sentinel import SentinelDeployment
 from tests.support.walkthrough import Reader, runs_here, sections
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PAGES = [
     ROOT / "README.md",
     *(ROOT / "docs" / f"{name}.md" for name in ("command-line", "configuration", "errors", "runbook")),

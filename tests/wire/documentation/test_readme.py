@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.processes import ServiceProcess
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PROGRAM = re.compile(r"```python\n(.+?)```\n\nRun twice it prints\n\n```\n(.+?)```", re.DOTALL)
 
 

@@ -26,7 +26,7 @@ def grpcurl(*arguments: str) -> str:
 
 
 def test_list_and_describe(service: ServiceProcess) -> None:
-    """Reflection lists the service and describes the claim rpc."""
+    """Reflection lets grpcurl list the service and describe the claim rpc."""
     assert "dedup.v1.DedupService" in grpcurl(service.target, "list").splitlines()
     described = grpcurl(service.target, "describe", "dedup.v1.DedupService")
     assert "rpc ClaimTransaction ( .dedup.v1.ClaimTransactionRequest )" in described

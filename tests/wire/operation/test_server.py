@@ -17,8 +17,8 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from grpc_status import rpc_status
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
-from dedup_service.server import app
 from dedup_service.config.settings import EngineName
+from dedup_service.server.life_cycle import LAME_DUCK_S
 from tests.support.errors import refused
 from tests.support.fault_proxy import FaultProxy
 from tests.support.polling import eventually, wait_until
@@ -207,7 +207,7 @@ async def test_calls_under_way_at_the_shutdown_get_the_grace(
             service.signal(signal.SIGTERM)
             assert (await health.read()).status == NOT_SERVING
             begun = time.monotonic()
-            while time.monotonic() < begun + 2 * app._LAME_DUCK_S:
+            while time.monotonic() < begun + 2 * LAME_DUCK_S:
                 with pytest.raises(grpc.aio.AioRpcError, match="shutting down"):
                     await dedup_pb2_grpc.DedupServiceStub(channel).ClaimTransaction(Claim(transaction_id=unique))
                 assert not call.done()

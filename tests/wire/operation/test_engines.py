@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +12,28 @@ import pytest
 import structlog
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
-from dedup_service.server.engines import make_engine
-from dedup_service.server.listeners import StartRefused
-from dedup_service.api.admission import Admission
+from dedup_service.api.endpoint import Admission, Endpoint
 from dedup_service.api.servicer import SERVICE_NAME
-from dedup_service.api.endpoint import Endpoint
+from dedup_service.config.errors import FatalError
 from dedup_service.config.settings import EngineName
-from dedup_service.observability.call_log import CallLog
-from dedup_service.observability.logged_ids import LoggedIds
+from dedup_service.observability.calls import Call, CallLog
+from dedup_service.observability.logs import LoggedIds
+from dedup_service.server.engines import EngineOptions, make_engine
 from tests.support.polling import wait_until
 from tests.support.processes import ServiceProcess, run_command
 
 
-def test_the_log_names_the_engine(service: ServiceProcess, engine: EngineName) -> None:
-    """Operators read in the log of the start which engine serves."""
+def test_the_log_names_the_engine(
+    start_service: Callable[..., ServiceProcess], engine: EngineName, tmp_path: Path
+) -> None:
+    """The log line of the start names the engine that serves."""
+    service = start_service("--store-url", f"sqlite://{tmp_path / 'claims.db'}")
     assert service.events("server_started")[0]["engine"] == engine
 
 
 def test_grpcio_is_the_default_and_needs_no_other() -> None:
     """Without the setting grpcio serves, and the other engine is not even loaded."""
-    code = "import sys, dedup_service.cli, dedup_service.server.app as app; print('pygrpc_native' in sys.modules)"
+    code = "import sys, dedup_service.cli, dedup_service.server.life_cycle; print('pygrpc_native' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "False\n"
 
@@ -39,8 +42,8 @@ def test_an_engine_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPa
     """The refusal names the package to install and the setting to change."""
     monkeypatch.setitem(sys.modules, "pygrpc_native", None)
     monkeypatch.delitem(sys.modules, "dedup_service.server.engines.native", raising=False)
-    with pytest.raises(StartRefused, match=r"install dedup-service\[native\], or set DEDUP_ENGINE=grpcio"):
-        make_engine("native", lambda _: None, max_streams=1)
+    with pytest.raises(FatalError, match="install the extra `native`, or set DEDUP_ENGINE=grpcio"):
+        make_engine("native", lambda _: None, EngineOptions(max_streams=1))
 
 
 def test_an_engine_that_does_not_exist_is_refused() -> None:
@@ -76,11 +79,11 @@ async def test_several_processes_share_a_port_only_when_they_say_so(engine: Engi
 
     Protections: grpc.so_reuseport, and the probe that asks in the same way.
     """
-    sharing = [make_engine(engine, lambda _: None, max_streams=1, reuse_port=True) for _ in range(2)]
+    sharing = [make_engine(engine, lambda _: None, EngineOptions(max_streams=1, reuse_port=True)) for _ in range(2)]
     address = sharing[0].listen("127.0.0.1:0")
     assert sharing[1].listen(address) == address
-    alone = make_engine(engine, lambda _: None, max_streams=1)
-    with pytest.raises(StartRefused, match="does another server listen there"):
+    alone = make_engine(engine, lambda _: None, EngineOptions(max_streams=1))
+    with pytest.raises(FatalError, match="does another server listen there"):
         alone.listen(address)
     for server in sharing:
         await server.start()
@@ -95,7 +98,9 @@ async def test_only_a_call_with_a_deadline_has_one(engine: EngineName, timeout_s
     """
     budgets: list[float | None] = []
 
-    async def look(_: dedup_pb2.GetTransactionRequest, budget_s: float | None) -> dedup_pb2.GetTransactionResponse:
+    async def look(
+        _: dedup_pb2.GetTransactionRequest, __: Call, budget_s: float | None
+    ) -> dedup_pb2.GetTransactionResponse:
         budgets.append(budget_s)
         return dedup_pb2.GetTransactionResponse()
 
@@ -103,8 +108,7 @@ async def test_only_a_call_with_a_deadline_has_one(engine: EngineName, timeout_s
         method="GetTransaction",
         request_type=dedup_pb2.GetTransactionRequest,
         handler=look,
-        outcome_of=lambda _: "",
-        call_log=CallLog(structlog.wrap_logger(structlog.ReturnLogger()), LoggedIds(plain=False)),
+        observer=CallLog(structlog.wrap_logger(structlog.ReturnLogger()), LoggedIds(plain=False)),
         admission=Admission(1),
     )
 
@@ -115,7 +119,7 @@ async def test_only_a_call_with_a_deadline_has_one(engine: EngineName, timeout_s
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, methods),))
         server.add_registered_method_handlers(SERVICE_NAME, methods)
 
-    server = make_engine(engine, register, max_streams=1)
+    server = make_engine(engine, register, EngineOptions(max_streams=1))
     address = server.listen("127.0.0.1:0")
     await server.start()
     async with grpc.aio.insecure_channel(address) as channel:

@@ -221,7 +221,7 @@ def test_without_the_package_traces_are_refused() -> None:
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
     assert run.returncode == 1
     assert "DEDUP_TRACES (--traces): OpenTelemetry cannot be loaded" in run.stderr
-    assert "install dedup-service[otel], or set DEDUP_TRACES=off" in run.stderr
+    assert "install the extra `otel`, or set DEDUP_TRACES=off" in run.stderr
     assert "Traceback" not in run.stderr
 
 

@@ -254,7 +254,7 @@ def test_many_hangups_end_with_the_last_file(start_with: StartWithPolicies, poli
     ("broken", "words"),
     [
         ('[namespaces.short]\ndefault_ttl = "9d"\n', "namespace 'short': default_ttl (9d) is longer than max_ttl"),
-        ("[namespaces", "is not TOML"),
+        ("[namespaces", "is not valid TOML"),
         (None, "No such file or directory"),
     ],
 )

@@ -11,10 +11,13 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from dedup.v1 import dedup_pb2
+from dedup_service.api.errors import RETRY_AFTER_MS
 from dedup_service.claims import (
     Applied,
     Completion,
+    Expiry,
     Extension,
+    Reason,
     Release,
     StoreNotice,
     StoreRefused,
@@ -22,7 +25,6 @@ from dedup_service.claims import (
     Transaction,
     UnreadableValue,
 )
-from dedup_service.api.errors import RETRY_AFTER_MS
 from dedup_service.config.settings import EngineName
 from tests.support.claims import a_claim
 from tests.support.in_process import serving
@@ -48,45 +50,45 @@ class FailingStore:
         """Notice nothing."""
         return ()
 
-    async def claim(self, _: Transaction, __: int | None) -> Transaction | None:
+    async def claim(self, _: Transaction, __: Expiry) -> Transaction | None:
         """Raise or answer."""
         if isinstance(self._answer, Exception):
             raise self._answer
         return self._answer
 
-    async def claim_all(self, claims: Sequence[tuple[Transaction, int | None]]) -> list[Transaction | Exception | None]:
+    async def claim_all(self, claims: Sequence[tuple[Transaction, Expiry]]) -> list[Transaction | Exception | None]:
         """Answer each."""
         return [self._answer for _ in claims]
 
     async def complete(self, _: Completion) -> Transaction | None:
         """Raise or answer."""
-        return await self.claim(a_claim("x"), None)
+        return await self.claim(a_claim("x"), Expiry(0))
 
     async def release(self, _: Release) -> bool:
         """Raise or answer."""
-        return await self.claim(a_claim("x"), None) is not None
+        return await self.claim(a_claim("x"), Expiry(0)) is not None
 
     async def extend(self, _: Extension) -> Transaction | None:
         """Raise or answer."""
-        return await self.claim(a_claim("x"), None)
+        return await self.claim(a_claim("x"), Expiry(0))
 
     async def get(self, _: str, __: str) -> Transaction | None:
         """Raise or answer."""
-        return await self.claim(a_claim("x"), None)
+        return await self.claim(a_claim("x"), Expiry(0))
 
 
 CASES: dict[str, tuple[Callable[[], Exception], grpc.StatusCode, str, str, bool]] = {
     "unavailable, not applied": (
-        lambda: StoreUnavailable("STORE_LOADING", "loading", Applied.NO),
+        lambda: StoreUnavailable(Reason.STORE_LOADING, "loading", Applied.NO),
         *(grpc.StatusCode.UNAVAILABLE, "STORE_LOADING", "no", True),
     ),
     "unavailable, unknown": (
-        lambda: StoreUnavailable("STORE_TIMEOUT", "late", Applied.UNKNOWN),
+        lambda: StoreUnavailable(Reason.STORE_TIMEOUT, "late", Applied.UNKNOWN),
         *(grpc.StatusCode.UNAVAILABLE, "STORE_TIMEOUT", "unknown", True),
     ),
     "refused": (lambda: StoreRefused("too old"), grpc.StatusCode.UNAVAILABLE, "STORE_REFUSED", "no", False),
     "unreadable": (
-        lambda: UnreadableValue("VALUE_DAMAGED", "damaged"),
+        lambda: UnreadableValue(Reason.VALUE_DAMAGED, "damaged"),
         *(grpc.StatusCode.FAILED_PRECONDITION, "VALUE_DAMAGED", "no", False),
     ),
     "a bug": (lambda: RuntimeError(SECRET), grpc.StatusCode.INTERNAL, "INTERNAL", "unknown", False),

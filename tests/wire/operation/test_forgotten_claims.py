@@ -100,7 +100,7 @@ def test_an_older_state_is_noticed(start_redis: StartRedis, start_service: Start
     redis_server.stop()
     redis_server.start(redis_server.port)
     forgotten(service)
-    assert "back at a state before" in service.events("claims_forgotten")[0]["message"]
+    assert "its state is older than" in service.events("claims_forgotten")[0]["message"]
 
 
 def test_every_instance_notices(start_redis: StartRedis, start_service: StartService) -> None:

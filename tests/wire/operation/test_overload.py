@@ -5,7 +5,7 @@ import io
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import grpc
@@ -102,21 +102,34 @@ async def test_a_store_that_is_late_is_doubt_before_the_deadline(
                 stub.ClaimTransaction(Claim(transaction_id=f"{unique}-{step}"), timeout=deadline_s)
                 for step, deadline_s in enumerate(deadlines_s)
             ]
-            look = stub.GetTransaction(dedup_pb2.GetTransactionRequest(transaction_id=unique), timeout=0.5)
-            results = await asyncio.gather(*calls, look, return_exceptions=True)
+            results = await asyncio.gather(*calls, return_exceptions=True)
             errors = [told(error) for error in results if isinstance(error, grpc.aio.AioRpcError)]
             assert len(errors) == len(results)
             assert {code for code, _, _ in errors} == {grpc.StatusCode.DEADLINE_EXCEEDED}
-            assert {error[1:] for error in errors[:-1]} <= {
+            assert {error[1:] for error in errors} <= {
                 *(("", ""), ("DEADLINE_TOO_NEAR", "no"), ("DEADLINE_PASSED", "unknown")),
             }
-            assert errors[-2][1:] == ("DEADLINE_PASSED", "unknown")
-            assert errors[-1][1:] == ("DEADLINE_PASSED", "no")
+            claim, look = Claim(transaction_id=unique), dedup_pb2.GetTransactionRequest(transaction_id=unique)
+            assert await first_told(lambda: stub.ClaimTransaction(claim, timeout=0.7)) == ("DEADLINE_PASSED", "unknown")
+            assert await first_told(lambda: stub.GetTransaction(look, timeout=0.5)) == ("DEADLINE_PASSED", "no")
             proxy.hold_replies.set()
             reply = await stub.ClaimTransaction(Claim(transaction_id=f"{unique}-after"), timeout=20)
             assert reply.outcome == dedup_pb2.CLAIM_OUTCOME_CLAIMED
         await store.close()
         assert proxy.connections == 1
+
+
+async def first_told(call: Callable[[], Awaitable[object]]) -> tuple[str, str]:
+    """Return reason and applied of the first failed call that has them.
+
+    On a busy machine the caller's own deadline can pass before the reply arrives; then it calls again.
+    """
+    for _ in range(50):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call()
+        if (found := told(caught.value)[1:]) != ("", ""):
+            return found
+    raise AssertionError("every call was ended by its own deadline")
 
 
 def memory_kib(pid: int) -> int:
@@ -126,11 +139,13 @@ def memory_kib(pid: int) -> int:
 
 
 async def test_ten_thousand_random_cancels(
-    start_service: StartService, redis_server: RedisProcess, unique: str
+    start_service: StartService, redis_server: RedisProcess, unique: str, engine: EngineName
 ) -> None:
-    """Of 10,000 calls under load a random part is cancelled: every answer carries its own token, over one connection.
+    """Of 10,000 calls under load a random part is cancelled: every answer carries its own token.
 
-    Protection: replies of callers that have gone are read in their turn. The service's memory stays flat.
+    Protection: replies to cancelled callers are read in their turn, over one Redis connection, and the memory of the
+    service stays flat. The engine native may close the caller's connection meanwhile (docs/engines.md): its calls then
+    end as UNAVAILABLE, and none receives a wrong answer.
     """
     async with FaultProxy(redis_server.port) as proxy:
         service = await asyncio.to_thread(start_service, "--store-url", proxy.url, "--store-timeout", "20s")
@@ -153,6 +168,9 @@ async def test_ten_thousand_random_cancels(
                 except asyncio.CancelledError:
                     ends["cancelled"] += 1
                     return
+                except grpc.aio.AioRpcError as error:
+                    ends[f"{engine}: {error.code().name}"] += 1
+                    return
                 ends["answered"] += 1
                 assert (reply.outcome, reply.claim_token, reply.transaction.claimant) == (
                     *(dedup_pb2.CLAIM_OUTCOME_CLAIMED, token, f"caller {number}"),
@@ -168,6 +186,7 @@ async def test_ten_thousand_random_cancels(
                 await asyncio.gather(*(caller(begin + step * 50, begin + step * 50 + 50) for step in range(100)))
                 if sys.platform == "linux":
                     memory.append(memory_kib(service.pid))
+        assert set(ends) <= {"cancelled", "answered", "native: UNAVAILABLE"}, ends
         assert ends["cancelled"] > 1_000
         assert ends["answered"] > 1_000
         assert proxy.connections == connections

@@ -115,7 +115,7 @@ RAW: dict[str, tuple[bytes, str, str]] = {
         field_of(1, b"x") + field_of(4, b"\x08\x80\x80\x80\x80\x08") + field_of(3, b"\x08\x05"),
         *("ttl", "together with expire_time"),
     ),
-    "no message": (b"\xff\xff\xff", "request", "no message of the type dedup.v1.ClaimTransactionRequest"),
+    "no message": (b"\xff\xff\xff", "request", "is not a dedup.v1.ClaimTransactionRequest message"),
 }
 
 

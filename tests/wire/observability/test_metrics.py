@@ -249,7 +249,7 @@ def test_a_taken_metrics_port_is_refused_clearly(redis_server: RedisProcess, wor
 
 def test_without_metrics_their_library_is_not_loaded(start_service: StartService, redis_server: RedisProcess) -> None:
     """Neither the command line nor the server imports prometheus_client unless metrics are asked for."""
-    script = "import dedup_service.cli, dedup_service.server.worker, sys; sys.exit('prometheus_client' in sys.modules)"
+    script = "import dedup_service.cli, dedup_service.server.process, sys; sys.exit('prometheus_client' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
     service: Any = start_service("--store-url", redis_server.url)
     assert not service.events("metrics_listener_started")
