@@ -24,6 +24,8 @@ from dedup_service.cli.commands import app
 from tests.support.polling import wait_until
 from tests.support.processes import ServiceProcess
 
+pytestmark = pytest.mark.one_store
+
 TOKEN = "token-of-sixteen"
 END_S = 20.0
 
