@@ -20,7 +20,7 @@ import (
 const (
 	defaultBudget         = 2 * time.Second
 	defaultAttemptTimeout = time.Second
-	defaultBackoffBase    = 25 * time.Millisecond
+	defaultBackoffBase    = 50 * time.Millisecond
 	defaultBackoffMax     = time.Second
 
 	// maxBatchEntries is the most that the contract allows for a batch.
@@ -105,7 +105,7 @@ func WithAttemptTimeout(d time.Duration) Option {
 }
 
 // WithBackoff sets the pause between attempts: random, up to base doubled with each attempt, and at most maximum. What
-// the service asks for comes on top. The defaults are 25 ms and 1 s.
+// the service asks for comes on top. The defaults are 50 ms and 1 s.
 func WithBackoff(base, maximum time.Duration) Option {
 	return func(s *settings) { s.backoffBase, s.backoffMax = base, maximum }
 }
