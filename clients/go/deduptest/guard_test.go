@@ -12,7 +12,7 @@ import (
 
 // The tests of package dedup run against both this service and the real one.
 
-func TestClaimsExpireByTheClockOfTheTest(t *testing.T) {
+func TestClaimsExpireByTheTestClock(t *testing.T) {
 	ctx := context.Background()
 	now := time.Date(2025, 11, 28, 12, 0, 0, 0, time.UTC)
 	guard := deduptest.NewGuard()
@@ -34,7 +34,7 @@ func TestClaimsExpireByTheClockOfTheTest(t *testing.T) {
 	}
 }
 
-func TestAWaitEndsByTheClockOfTheTest(t *testing.T) {
+func TestWaitEndsByTheTestClock(t *testing.T) {
 	ctx := context.Background()
 	guard := deduptest.NewGuard()
 	if _, err := guard.Claim(ctx, "x", dedup.TTL(time.Hour)); err != nil {
