@@ -18,8 +18,8 @@ type Claim struct {
 	Token string
 	// Replayed reports that an earlier attempt with the same token made the claim and its reply was lost.
 	Replayed bool
-	// ShadowDuplicate reports that the namespace is in shadow mode and enforce mode would have rejected the claim. The
-	// claim is not held: Complete, Release and Extend change nothing and return no error.
+	// ShadowDuplicate reports that the namespace is in shadow mode and enforce mode would have rejected the claim.
+	// Complete, Release and Extend change nothing and return no error.
 	ShadowDuplicate bool
 	// FailOpen reports that the service was unavailable and [Allow] granted the claim, which may be a duplicate.
 	// Complete, Release and Extend write a log line, change nothing and return no error.
@@ -31,8 +31,7 @@ type Claim struct {
 
 // Complete marks the work as done and stores the result for later duplicates.
 //
-// The error matches ErrNotHeld if the claim is no longer held; nothing was changed. It is safe to repeat Complete with
-// the same result.
+// The error matches ErrNotHeld if the claim is no longer held. Repeating Complete with the same result is safe.
 func (c *Claim) Complete(ctx context.Context, result []byte, opts ...CompleteOption) error {
 	if c.FailOpen {
 		c.skipped(ctx, "complete")
@@ -64,8 +63,8 @@ func (c *Claim) Complete(ctx context.Context, result []byte, opts ...CompleteOpt
 
 // Release gives up the claim, so the next caller may claim at once. Release only work that certainly had no effect.
 //
-// The error matches ErrNotHeld if the claim is no longer held. If the reply of an earlier attempt was lost, Release
-// returns nil instead, because that attempt may have released the claim.
+// The error matches ErrNotHeld if the claim is no longer held. If the reply of an earlier attempt was lost, the error
+// is nil, because that attempt may have released the claim.
 func (c *Claim) Release(ctx context.Context) error {
 	if c.FailOpen {
 		c.skipped(ctx, "release")

@@ -47,8 +47,8 @@ func New(target string, opts ...Option) (*Client, error) {
 	return c, nil
 }
 
-// NewFromStub returns a client that uses the caller's stub and connection. Disable gRPC's own retries and hedging on that
-// connection, because this client retries itself. Connection options have no effect.
+// NewFromStub returns a client that uses the caller's stub. Disable gRPC's own retries and hedging on its connection,
+// because the client retries itself. Connection options have no effect.
 func NewFromStub(stub dedupv1.DedupServiceClient, opts ...Option) (*Client, error) {
 	s, err := newSettings(opts)
 	if err != nil {
@@ -75,9 +75,8 @@ func (c *Client) Close() error {
 
 // Claim claims a transaction. Start the work only if the error is nil.
 //
-// The error is a [*DuplicateError] if another caller holds or completed the transaction, a [*PayloadMismatchError] if the
-// fingerprint differs, and otherwise an [*Error]: the transaction may or may not be a duplicate. All attempts of one
-// Claim have the same token, so a retry after a lost reply is not taken for a duplicate.
+// The error is a [*DuplicateError] if another caller holds or completed the transaction and a [*PayloadMismatchError]
+// if the fingerprint differs. After any other [*Error] the transaction may or may not be a duplicate.
 func (c *Client) Claim(ctx context.Context, id string, opts ...CallOption) (*Claim, error) {
 	var call callSettings
 	c.apply(&call, opts)

@@ -70,7 +70,7 @@ func (c *coalescer) flush() {
 	c.send(batch)
 }
 
-// take removes and returns the pending claims; the lock is held. A timer that has already fired sends the next batch early.
+// take removes and returns the pending claims; the lock is held. A timer that already fired sends the next batch early.
 func (c *coalescer) take() []*entry {
 	batch := c.pending
 	c.pending = nil
@@ -137,8 +137,8 @@ func (c *coalescer) answered(claims int) {
 	c.claims -= claims
 }
 
-// untilAllLeft returns a context that ends once no caller waits for the batch. It derives from no caller's context, so
-// one caller that leaves does not cancel the others.
+// untilAllLeft returns a context that ends once no caller waits for the batch. One caller that leaves does not cancel
+// it.
 func untilAllLeft(entries []*entry) (context.Context, context.CancelFunc) {
 	var latest time.Time
 	for _, e := range entries {

@@ -14,8 +14,7 @@
 //	err = claim.Complete(ctx, result)
 //
 // Each call uses one fresh claim token for all its attempts, so a retry after a lost reply is never mistaken for a
-// duplicate. Start the work only if the error is nil. A reply without an outcome is an error. A claim the service did
-// not grant is returned only with [OnUnavailable] and [Allow].
+// duplicate. A reply without an outcome is an error. Only [Allow] grants claims without the service.
 //
 // The service logs a call under the x-correlation-id in the outgoing metadata of its context. It returns the id in the
 // trailing metadata only for calls that get a log line, so a quick success usually has none.

@@ -18,15 +18,13 @@ var (
 	ErrPayloadMismatch = errors.New("dedup: the transaction was claimed with a different payload fingerprint")
 	// ErrUnavailable matches an [*Error] without an answer from the service. Do not start the work. It is not a duplicate.
 	ErrUnavailable = errors.New("dedup: service unavailable")
-	// ErrNotHeld means that the claim expired, was released, was taken by another caller or is already completed. The
-	// call changed nothing.
+	// ErrNotHeld means that the claim expired or was released, completed or taken by another caller. Nothing changed.
 	ErrNotHeld = errors.New("dedup: the claim is not held")
 	// ErrNotFound matches the [*Error] of a Get if the transaction is not claimed.
 	ErrNotFound = errors.New("dedup: transaction not found")
 )
 
-// ReasonOutcomeUnspecified is the reason of an [*Error] for a reply whose outcome this client does not know. The client
-// sets it, not the service. No [Policy] grants such a claim.
+// ReasonOutcomeUnspecified is set by the client for a reply with an unknown outcome. No [Policy] grants such a claim.
 const ReasonOutcomeUnspecified = "OUTCOME_UNSPECIFIED"
 
 // errorDomain is the domain of the service in google.rpc.ErrorInfo.
@@ -38,7 +36,7 @@ type DuplicateError struct {
 	Transaction Transaction
 }
 
-// Error returns a text with the state of the transaction. It omits the id, which may identify a user.
+// Error returns the state of the transaction and omits the id, which may identify a user.
 func (e *DuplicateError) Error() string {
 	return fmt.Sprintf("%v, %v", ErrDuplicate, e.Transaction.State)
 }
@@ -78,10 +76,9 @@ type Violation struct {
 
 // Error is a failed call, after all retries. It neither grants the claim nor reports a duplicate.
 //
-// Depending on its code, errors.Is matches it with ErrUnavailable, ErrNotFound, context.Canceled and
-// context.DeadlineExceeded. A call cancelled by the service matches ErrUnavailable, not context.Canceled.
-// status.FromError returns the gRPC status of the last attempt. The correlation id of the call is not part of the error;
-// it is in the trailing metadata, as x-correlation-id.
+// It matches ErrUnavailable, ErrNotFound, context.Canceled and context.DeadlineExceeded by its code. A call cancelled
+// by the service matches ErrUnavailable, not context.Canceled. status.FromError returns the gRPC status of the last
+// attempt. The call's correlation id is only in the trailing metadata; see [WithDialOptions].
 type Error struct {
 	// Code is the gRPC code of the last attempt.
 	Code codes.Code
@@ -136,8 +133,8 @@ func (e *Error) unavailable() bool {
 	return e.Code == codes.Unavailable || e.Code == codes.DeadlineExceeded || e.Code == codes.ResourceExhausted || e.cutOff
 }
 
-// retryable reports whether another attempt may succeed: after a timeout, after an error of gRPC itself (which has no
-// ErrorInfo), and after an error of the service with RetryInfo. The budget ends the retries.
+// retryable reports whether another attempt may succeed: after a timeout, an error of gRPC itself (without ErrorInfo)
+// or an error of the service with RetryInfo.
 func (e *Error) retryable() bool {
 	return e.unavailable() && (e.Code == codes.DeadlineExceeded || e.Reason == "" || e.retryInfo)
 }

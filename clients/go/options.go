@@ -69,7 +69,7 @@ func newSettings(opts []Option) (settings, error) {
 func (s *settings) dial() []grpc.DialOption {
 	return append([]grpc.DialOption{
 		grpc.WithTransportCredentials(s.credentials),
-		// The client retries itself, with one token and one budget. A service config from DNS must not add retries.
+		// The client retries itself. A service config from DNS must not add retries.
 		grpc.WithDisableRetry(),
 		grpc.WithDisableServiceConfig(),
 		// gRPC reconnects after one second by default. A restarted sidecar is back sooner.
@@ -87,27 +87,25 @@ func WithTransportCredentials(c credentials.TransportCredentials) Option {
 	return func(s *settings) { s.credentials = c }
 }
 
-// WithDialOptions adds options of the gRPC connection, such as interceptors.
-//
-// An interceptor can read the correlation id of a call from its trailing metadata, as x-correlation-id. The service
-// returns it only for calls that get a log line, so a quick success usually has none.
+// WithDialOptions adds options of the gRPC connection, such as interceptors. An interceptor that reads x-correlation-id
+// from the trailing metadata finds it only for calls that get a log line; a quick success usually has none.
 func WithDialOptions(opts ...grpc.DialOption) Option {
 	return func(s *settings) { s.dialOptions = append(s.dialOptions, opts...) }
 }
 
-// WithBudget limits each call with all its attempts. The default is the deadline of the context, or 2 s without one. No
-// call outlasts the deadline of its context. A [Wait] is added to the budget.
+// WithBudget limits each call with all its attempts; a [Wait] is added. The default is the deadline of the context,
+// which always applies, or 2 s without one.
 func WithBudget(d time.Duration) Option {
 	return func(s *settings) { s.budget = d }
 }
 
-// WithAttemptTimeout limits each attempt of a call. The default is 1 s. A [Wait] is added to it.
+// WithAttemptTimeout limits each attempt; a [Wait] is added. The default is 1 s.
 func WithAttemptTimeout(d time.Duration) Option {
 	return func(s *settings) { s.attemptTimeout = d }
 }
 
-// WithBackoff limits the random backoff between attempts: base, doubled after each attempt, up to maximum. The delay the
-// service asks for is added to it. The defaults are 50 ms and 1 s.
+// WithBackoff limits the random backoff: base, doubled after each attempt, up to maximum. The delay the service asks
+// for is added. The defaults are 50 ms and 1 s.
 func WithBackoff(base, maximum time.Duration) Option {
 	return func(s *settings) { s.backoffBase, s.backoffMax = base, maximum }
 }
@@ -117,14 +115,14 @@ func WithLogger(l *slog.Logger) Option {
 	return func(s *settings) { s.logger = l }
 }
 
-// WithDefaults sets options for every call. The call's own options override them.
+// WithDefaults sets options for every call. Options of the call override them.
 func WithDefaults(opts ...CallOption) Option {
 	return func(s *settings) { s.defaults = append(s.defaults, opts...) }
 }
 
-// WithCoalescing sends up to maxBatch concurrent claims in one BatchClaimTransactions. A claim waits at most maxDelay for
-// others. Each claim keeps its own token, context, retries and error. gRPC metadata of its context, such as
-// x-correlation-id, is not sent. Claims with [Wait] are sent alone.
+// WithCoalescing sends up to maxBatch concurrent claims in one batch. A claim waits at most maxDelay for others. It
+// keeps its own token, context, retries and error, but gRPC metadata of its context is not sent. Claims with [Wait] are
+// sent alone.
 func WithCoalescing(maxBatch int, maxDelay time.Duration) Option {
 	return func(s *settings) { s.maxBatch, s.maxDelay = maxBatch, maxDelay }
 }
@@ -147,7 +145,7 @@ type callSettings struct {
 	policy  Policy
 }
 
-// TTL sets the lifetime of the claim, truncated to milliseconds. It replaces [ExpireTime]. The default is the
+// TTL sets the lifetime of the claim, truncated to milliseconds, and replaces [ExpireTime]. The default is the
 // namespace's.
 func TTL(d time.Duration) CallOption {
 	return func(s *callSettings) {
@@ -155,7 +153,7 @@ func TTL(d time.Duration) CallOption {
 	}
 }
 
-// ExpireTime sets the end of the claim, truncated to milliseconds. It replaces [TTL].
+// ExpireTime sets the end of the claim, truncated to milliseconds, and replaces [TTL].
 func ExpireTime(t time.Time) CallOption {
 	return func(s *callSettings) {
 		s.request.Expiry = &dedupv1.ClaimTransactionRequest_ExpireTime{
@@ -180,14 +178,14 @@ func Fingerprint(digest []byte) CallOption {
 	return func(s *callSettings) { s.request.PayloadFingerprint = digest }
 }
 
-// Wait makes a duplicate wait, at most 5 minutes, until the work in progress ends. It is added to the budget and the
-// attempt timeout. The deadline of the context still applies.
+// Wait makes a duplicate wait, at most 5 minutes, until the work in progress ends. It extends the budget and the
+// attempt timeout, not the deadline of the context.
 func Wait(d time.Duration) CallOption {
 	return func(s *callSettings) { s.request.Wait = durationOf(d) }
 }
 
-// Token sets the claim token, to repeat a claim whose reply was lost. The default is a fresh one. Two workers must never
-// share a token: both would receive the claim.
+// Token sets the claim token, to repeat a claim whose reply was lost. Two workers must never share a token: both would
+// receive the claim.
 func Token(token string) CallOption {
 	return func(s *callSettings) { s.request.ClaimToken = token }
 }
@@ -200,7 +198,7 @@ func OnUnavailable(p Policy) CallOption {
 // CompleteOption configures [Claim.Complete].
 type CompleteOption func(*dedupv1.CompleteTransactionRequest)
 
-// RetainFor sets how long the completed transaction is kept. The default is the retention of the namespace.
+// RetainFor sets how long the completed transaction is kept. The default is the namespace's.
 func RetainFor(d time.Duration) CompleteOption {
 	return func(r *dedupv1.CompleteTransactionRequest) {
 		r.Retention = &dedupv1.CompleteTransactionRequest_Ttl{Ttl: durationOf(d)}

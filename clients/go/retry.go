@@ -47,8 +47,7 @@ func (c *Client) call(ctx context.Context, wait time.Duration, attempt func(cont
 	}
 }
 
-// closed reports whether the client was closed, which cancels in-flight calls. It is always false for NewFromStub, whose
-// calls are retried until their budget is spent.
+// closed reports whether the client was closed, which cancels in-flight calls. It is always false for NewFromStub.
 func (c *Client) closed() bool {
 	return c.conn != nil && c.conn.GetState() == connectivity.Shutdown
 }

@@ -3,9 +3,8 @@
 //	guard := deduptest.NewGuard()
 //	claim, err := guard.Claim(ctx, "order-1234")
 //
-// The guard is a real [dedup.Client] over an in-memory [Service] that keeps the contract: it checks tokens, expires claims
-// by a clock the test controls, returns the result of completed transactions to duplicates, and grants a repeated claim
-// with the same token again.
+// The guard is a real [dedup.Client] over an in-memory [Service] that keeps the contract. The test controls the clock
+// by which claims expire.
 package deduptest
 
 import (

@@ -10,8 +10,8 @@
 //   - The same key with a different request receives INVALID_ARGUMENT.
 //   - While the dedup service is unavailable, calls receive UNAVAILABLE.
 //
-// Calls without the metadata are not guarded. The caller chooses the key. If callers must not receive each other's
-// replies, include the authenticated caller in the transaction id with [WithKey].
+// Calls without the metadata are not guarded. If callers must not receive each other's replies, include the
+// authenticated caller in the transaction id with [WithKey], because callers choose their keys.
 package grpcguard
 
 import (
@@ -63,8 +63,8 @@ func WithKey(key KeyFunc) Option { return func(g *guard) { g.key = key } }
 // WithMaxResultBytes sets the size limit of a stored reply. The default is 4,096, as in the service.
 func WithMaxResultBytes(n int) Option { return func(g *guard) { g.maxResultBytes = n } }
 
-// ReleaseOnFailure releases the claim if the handler panics or returns an error that is not about the request, so a retry
-// runs at once. Use it only if such a failure means that the work had no effect. By default the claim expires.
+// ReleaseOnFailure releases the claim if the handler panics or returns an error that is not about the request. A retry
+// then runs at once. Use it only if such a failure means that the work had no effect. By default the claim expires.
 func ReleaseOnFailure() Option { return func(g *guard) { g.releaseOnFailure = true } }
 
 // WithCallOptions adds options of each claim, such as dedup.TTL, dedup.Wait and dedup.OnUnavailable.
@@ -72,8 +72,7 @@ func WithCallOptions(opts ...dedup.CallOption) Option {
 	return func(g *guard) { g.callOptions = append(g.callOptions, opts...) }
 }
 
-// WithLogger sets the logger for replies that were not recorded and claims that were not released. The default is
-// slog.Default().
+// WithLogger sets the logger for failed completions and releases. The default is slog.Default().
 func WithLogger(l *slog.Logger) Option { return func(g *guard) { g.logger = l } }
 
 type guard struct {
@@ -157,14 +156,13 @@ func (g *guard) run(ctx context.Context, request any, handler grpc.UnaryHandler,
 		return reply, err
 	}
 	if completeErr := claim.Complete(after, encode(reply, err, g.maxResultBytes)); completeErr != nil {
-		// The work is done, so return its reply. Later calls are rejected as duplicates until the claim expires.
+		// The work is done. Later calls are rejected as duplicates until the claim expires.
 		g.logger.WarnContext(ctx, "dedup: the reply was not recorded", slog.Any("error", completeErr))
 	}
 	return reply, err
 }
 
-// failedItself reports whether an error is about the handler and not about the request, like a 5xx over HTTP. Such an
-// error is not replayed, because the next call may succeed.
+// failedItself reports whether an error is not about the request, like a 5xx over HTTP. Such an error is not replayed.
 func failedItself(code codes.Code) bool {
 	switch code {
 	case codes.OK, codes.InvalidArgument, codes.NotFound, codes.AlreadyExists, codes.PermissionDenied,

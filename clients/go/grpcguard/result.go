@@ -9,8 +9,7 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 )
 
-// A stored result is one of these lines followed by a google.protobuf.Any with the reply or the google.rpc.Status of the
-// error.
+// A stored result is one of these lines followed by the reply as google.protobuf.Any or the error as google.rpc.Status.
 var (
 	lineReply   = []byte("dedup-grpc/1 reply\n")
 	lineError   = []byte("dedup-grpc/1 error\n")

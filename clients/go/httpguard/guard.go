@@ -10,8 +10,8 @@
 //   - The same key with a different body receives 422.
 //   - While the dedup service is unavailable, requests receive 503.
 //
-// Requests without the header are not guarded unless [RequireKey] is set. The caller chooses the key. If callers must not
-// receive each other's responses, include the authenticated caller in the transaction id with [WithKey].
+// Requests without the header are not guarded unless [RequireKey] is set. If callers must not receive each other's
+// responses, include the authenticated caller in the transaction id with [WithKey], because callers choose their keys.
 package httpguard
 
 import (
@@ -39,8 +39,8 @@ const (
 // Option configures the middleware.
 type Option func(*guard)
 
-// KeyFunc returns the transaction id of a request; build it with dedup.TransactionID. An empty id means that the request
-// has no key. An error is answered with 400.
+// KeyFunc returns the transaction id of a request; build it with dedup.TransactionID. An empty id means no key. An
+// error is answered with 400.
 type KeyFunc func(*http.Request) (id string, err error)
 
 // WithKey sets the transaction id of a request. The default consists of the method, the path and the header
@@ -54,12 +54,12 @@ func RequireKey() Option { return func(g *guard) { g.requireKey = true } }
 // 4,096, as in the service. A larger response is not stored; later requests with its key receive 409.
 func WithMaxResultBytes(n int) Option { return func(g *guard) { g.maxResultBytes = n } }
 
-// WithMaxBodyBytes sets the size limit of a guarded request's body, which is read before the handler runs. The default
-// is 1 MiB. A larger body is rejected with 413.
+// WithMaxBodyBytes sets the size limit of a guarded request's body. The default is 1 MiB. A larger body is answered
+// with 413.
 func WithMaxBodyBytes(n int64) Option { return func(g *guard) { g.maxBodyBytes = n } }
 
-// ReleaseOnFailure releases the claim if the handler panics or answers 5xx, so a retry runs at once. Use it only if such
-// a failure means that the work had no effect. By default the claim expires, and retries receive 409 until then.
+// ReleaseOnFailure releases the claim if the handler panics or answers 5xx, so a retry runs at once. Use it only if
+// such a failure means that the work had no effect. By default the claim expires, and retries receive 409 until then.
 func ReleaseOnFailure() Option { return func(g *guard) { g.releaseOnFailure = true } }
 
 // WithCallOptions adds options of each claim, such as dedup.TTL, dedup.Wait and dedup.OnUnavailable.
@@ -67,8 +67,7 @@ func WithCallOptions(opts ...dedup.CallOption) Option {
 	return func(g *guard) { g.callOptions = append(g.callOptions, opts...) }
 }
 
-// WithLogger sets the logger for responses that were not recorded and claims that were not released. The default is
-// slog.Default().
+// WithLogger sets the logger for failed completions and releases. The default is slog.Default().
 func WithLogger(l *slog.Logger) Option { return func(g *guard) { g.logger = l } }
 
 type guard struct {
@@ -160,7 +159,7 @@ func (g *guard) run(w http.ResponseWriter, r *http.Request, claim *dedup.Claim) 
 	if recorder.status >= http.StatusInternalServerError {
 		g.failed(ctx, claim)
 	} else if err := claim.Complete(ctx, recorder.result()); err != nil {
-		// The work is done, so send its response. Later requests receive 409 until the claim expires.
+		// The work is done. Later requests receive 409 until the claim expires.
 		g.logger.WarnContext(ctx, "dedup: the response was not recorded", slog.Any("error", err))
 	}
 	recorder.flush()

@@ -35,8 +35,8 @@ func NewLuckyBox(guard dedup.Guard) *LuckyBox {
 	return &LuckyBox{guard: guard}
 }
 
-// CheckDuplicatedClick returns nil for the first click of a device on a box within a minute and ErrMultipleClick for later
-// ones. After any other error the click may be a duplicate: pay nothing and answer 503.
+// CheckDuplicatedClick returns nil for the first click of a device on a box within a minute, and ErrMultipleClick for
+// later ones. After any other error the click may be a duplicate: pay nothing and answer 503.
 func (b *LuckyBox) CheckDuplicatedClick(ctx context.Context, device, unit int64, event, date string) error {
 	id, err := dedup.TransactionID("lucky_box", strconv.FormatInt(device, 10), strconv.FormatInt(unit, 10), event, date)
 	if err != nil {

@@ -1,4 +1,4 @@
-// Package servertest starts the real service, a real Redis and a proxy that can drop replies, for the tests of this module.
+// Package servertest starts the real service, a real Redis and a proxy that can drop replies.
 package servertest
 
 import (
@@ -37,8 +37,7 @@ func Start(tb testing.TB, storeURL string, arguments ...string) *Server {
 	return s
 }
 
-// Launch starts the service on a free port. DEDUP_TEST_PYTHON names the Python that has the service installed; the default
-// is the repository's .venv.
+// Launch starts the service on a free port. DEDUP_TEST_PYTHON names its Python; the default is the repository's .venv.
 func Launch(storeURL string, arguments ...string) (*Server, error) {
 	python := os.Getenv("DEDUP_TEST_PYTHON")
 	if python == "" {
