@@ -9,7 +9,7 @@ import (
 	"github.com/dedup-service/dedup-service/clients/go/dedupv1"
 )
 
-// Claim is the exclusive right to do the work of a transaction until it expires, is completed or is released.
+// Claim is the right to do the work of a transaction until it expires, is completed or is released.
 type Claim struct {
 	// Transaction is the stored transaction. With ShadowDuplicate it is the holder's. With FailOpen it has only an ID
 	// and a Namespace.

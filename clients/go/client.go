@@ -76,7 +76,7 @@ func (c *Client) Close() error {
 // Claim claims a transaction. Start the work only if the error is nil.
 //
 // The error is a [*DuplicateError] if another caller holds or completed the transaction and a [*PayloadMismatchError]
-// if the fingerprint differs. After any other [*Error] the transaction may or may not be a duplicate.
+// if the fingerprint differs. After any other error the transaction may or may not be a duplicate.
 func (c *Client) Claim(ctx context.Context, id string, opts ...CallOption) (*Claim, error) {
 	var call callSettings
 	c.apply(&call, opts)
