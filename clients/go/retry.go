@@ -76,14 +76,21 @@ func (c *Client) attempt(ctx context.Context, wait time.Duration, attempt func(c
 	return attempt(ctx)
 }
 
-// jitter returns a random pause between 0 and the backoff ("full jitter"), which spreads the retries of many callers.
+// jitter returns a random pause up to the backoff ("full jitter"), so that callers that failed together retry apart.
 func (c *Client) jitter(attempts int) time.Duration {
-	limit := c.settings.backoffMax
-	// More than 30 doublings exceed any sensible limit and would overflow.
-	if shift := attempts - 1; shift < 30 {
-		limit = min(limit, c.settings.backoffBase<<shift)
+	return rand.N(c.backoff(attempts))
+}
+
+// backoff returns the longest pause after so many attempts, without the delay that the service asks for.
+func (c *Client) backoff(attempts int) time.Duration {
+	limit := c.settings.backoffBase
+	for range attempts - 1 {
+		if limit > c.settings.backoffMax/2 {
+			return c.settings.backoffMax
+		}
+		limit *= 2
 	}
-	return rand.N(limit)
+	return limit
 }
 
 // sleep waits, unless the context ends first.
