@@ -2,12 +2,14 @@ import { randomBytes } from "node:crypto";
 import { status } from "@grpc/grpc-js";
 import { Channel, type Budget } from "./channel.js";
 import { Claim, type Grant } from "./claim.js";
+import { ATTEMPT_TIMEOUT_MS, BUDGET_MS } from "./defaults.js";
 import { encodeBytes, encodeDuration, encodeExpiry, encodeText } from "./encoding.js";
 import { InvalidRequestError, UnavailableError } from "./errors.js";
 import { isOutage } from "./failure.js";
 import { ClaimTransactionRequest, DedupServiceService, GetTransactionRequest } from "./gen/dedup/v1/dedup.js";
 import type { CallOptions, ClaimOptions, ClientOptions, GetOptions, Logger } from "./options.js";
 import { requireClaimed } from "./outcome.js";
+import { loggedId } from "./transaction-id.js";
 import { transactionFrom, type Transaction } from "./transaction.js";
 
 /** Asks the dedup service; one client is enough for a process. */
@@ -49,7 +51,8 @@ export class Client {
     } catch (error) {
       if (!this.mayGoOn(error, options)) throw error;
       const { code, reason, applied } = error;
-      this.logger.warn("dedup service unavailable: going on without a claim", { transactionId, code, reason, applied });
+      const transaction = loggedId(transactionId);
+      this.logger.warn("dedup service unavailable: proceeding without a claim", { transaction, code, reason, applied });
       return this.handle({ ...grant, failOpen: true, transaction: undefined });
     }
   }
@@ -124,8 +127,8 @@ export class Client {
     try {
       await claim.release();
     } catch (error) {
-      // The error of the work is what the caller has to hear of; the claim expires by itself.
-      this.logger.warn("the claim could not be released", { transactionId: claim.transactionId, error });
+      // The caller receives the error of the work, and the claim expires.
+      this.logger.warn("dedup claim not released", { transaction: loggedId(claim.transactionId), ...summary(error) });
     }
   }
 
@@ -133,9 +136,16 @@ export class Client {
     return new Claim(this.channel, this.budget({}), grant);
   }
 
-  private budget({ timeoutMs = this.options.timeoutMs ?? 2000, signal }: CallOptions): Budget {
-    return { timeoutMs, attemptTimeoutMs: this.options.attemptTimeoutMs ?? 750, signal };
+  private budget({ timeoutMs = this.options.timeoutMs ?? BUDGET_MS, signal }: CallOptions): Budget {
+    return { timeoutMs, attemptTimeoutMs: this.options.attemptTimeoutMs ?? ATTEMPT_TIMEOUT_MS, signal };
   }
+}
+
+/** Returns what a log may contain of an error: its message may contain the transaction id. */
+function summary(error: unknown): object {
+  if (!(error instanceof Error)) return { error: typeof error };
+  if (!(error instanceof UnavailableError)) return { error: error.name };
+  return { error: error.name, code: error.code, reason: error.reason, applied: error.applied };
 }
 
 /** Makes the name of one logical call: 128 random bits, which nobody else ever makes. */

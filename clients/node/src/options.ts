@@ -20,7 +20,7 @@ export interface ClientOptions {
   claimant?: string | undefined;
   /** How long a logical call may take with its retries, and without its wait; default 2000. */
   timeoutMs?: number | undefined;
-  /** How long one attempt may take; default 750. */
+  /** How long one attempt may take; default 1000. */
   attemptTimeoutMs?: number | undefined;
   /** Default "deny". */
   onUnavailable?: OnUnavailable | undefined;

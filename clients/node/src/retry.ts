@@ -1,9 +1,7 @@
 import { setTimeout as sleepFor } from "node:timers/promises";
+import { BACKOFF_MULTIPLIER, FIRST_BACKOFF_MS, LONGEST_BACKOFF_MS } from "./defaults.js";
 import { UnavailableError, type Applied } from "./errors.js";
 import { isRetryable } from "./failure.js";
-
-const FIRST_BACKOFF_MS = 50;
-const MAX_BACKOFF_MS = 1000;
 
 /** Time and chance, which tests bring along themselves. */
 export interface Clock {
@@ -43,7 +41,7 @@ export async function withRetries<T>(
   const end = clock.now() + budgetMs;
   let leftMs = budgetMs;
   let applied: Applied = "no";
-  for (let backoffMs = FIRST_BACKOFF_MS; ; backoffMs = Math.min(backoffMs * 2, MAX_BACKOFF_MS)) {
+  for (let backoffMs = FIRST_BACKOFF_MS; ; backoffMs = Math.min(backoffMs * BACKOFF_MULTIPLIER, LONGEST_BACKOFF_MS)) {
     signal?.throwIfAborted();
     try {
       return await attempt({ leftMs, doubt: applied === "unknown" });

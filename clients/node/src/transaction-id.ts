@@ -1,3 +1,4 @@
+import { createHash } from "node:crypto";
 import { InvalidRequestError } from "./errors.js";
 
 const MAX_BYTES = 512;
@@ -27,6 +28,11 @@ function escapePart(part: string): string {
   return part.replace(/[%:\u0000-\u001f\u007f-\u009f]/g, (character) =>
     Array.from(Buffer.from(character), (byte) => "%" + byte.toString(16).toUpperCase().padStart(2, "0")).join(""),
   );
+}
+
+/** Returns the name of a transaction in logs: 16 hexadecimal digits of a SHA-256, since an id may be personal data. */
+export function loggedId(transactionId: string): string {
+  return createHash("sha256").update(transactionId).digest("hex").slice(0, 16);
 }
 
 /**

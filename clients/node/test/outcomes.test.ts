@@ -96,8 +96,8 @@ test('with "allow" the grant is marked, logged, and holds nothing', async () => 
     await claim.complete("done");
     await claim.release();
     assert.equal(service.requests.length, 1);
-    const details = { transactionId: "order", code: status.UNAVAILABLE, reason: "STORE_UNREACHABLE", applied: "no" };
-    assert.deepEqual(warnings, [["dedup service unavailable: going on without a claim", details]]);
+    const details = { transaction: "3eeb7e96e59ce40f", code: status.UNAVAILABLE, reason: "STORE_UNREACHABLE", applied: "no" };
+    assert.deepEqual(warnings, [["dedup service unavailable: proceeding without a claim", details]]);
     await assert.rejects(client.claim("order", { onUnavailable: "deny" }), UnavailableError);
   });
 });
