@@ -12,12 +12,12 @@ import { requireClaimed } from "./outcome.js";
 import { loggedId } from "./transaction-id.js";
 import { transactionFrom, type Transaction } from "./transaction.js";
 
-/** Asks the dedup service; one client is enough for a process. */
+/** A client of the dedup service. Use one per process. */
 export class Client {
   private readonly channel: Channel;
   private readonly logger: Logger;
 
-  /** Connects with the first call, to `host:port` or `unix:///path`. */
+  /** Create a client of `host:port` or `unix:///path`; it connects on the first call. */
   constructor(
     target: string,
     private readonly options: ClientOptions = {},
@@ -27,13 +27,13 @@ export class Client {
   }
 
   /**
-   * Claims a transaction: of all callers exactly one gets a handle, until its claim expires or is released.
+   * Claim a transaction: exactly one caller gets a handle, until its claim expires or is released.
    *
-   * Retries what may have been lost, always with the same token, so a retry is never taken for a duplicate. Throws
-   * DuplicateTransactionError, PayloadMismatchError, InvalidRequestError, or UnavailableError when nobody knows.
+   * All attempts send one token, so a retry is never mistaken for a duplicate. Throws DuplicateTransactionError,
+   * PayloadMismatchError, InvalidRequestError, or UnavailableError if the outcome is unknown.
    */
   async claim(transactionId: string, options: ClaimOptions = {}): Promise<Claim> {
-    // One fresh token for this logical call: every attempt repeats it, and nobody else ever uses it.
+    // Every attempt of this logical call sends this token, and no other call does.
     const token = options.token ?? newToken();
     const namespace = options.namespace ?? this.options.namespace ?? "";
     const request = this.claimRequest(transactionId, namespace, token, options);
@@ -58,11 +58,11 @@ export class Client {
   }
 
   /**
-   * Claims a transaction, does the work, and completes it; when the work throws, releases it and throws the same.
+   * Claim a transaction, do the work and complete it; if the work throws, release it and rethrow the error.
    *
-   * The work may complete the claim itself, to keep a result. Use `claim` where work that throws may have been done.
-   * The signal is for the claim alone. Throws what `claim`, `work` and `complete` throw: an error of `complete` means
-   * that the work is done, and is not recorded.
+   * The work may complete the claim itself, to keep a result. Use `claim` if work that throws may have taken effect.
+   * The signal applies to the claim only. Throws the errors of `claim`, `work` and `complete`: after an error of
+   * `complete`, the work is done but not recorded.
    */
   async once<T>(
     transactionId: string,
@@ -74,7 +74,7 @@ export class Client {
     try {
       value = await work(claim);
     } catch (error) {
-      // A completion that failed is no reason to release: the work is done.
+      // After a failed completion the work is done, so the claim must not be released.
       if (!claim.ended) await this.giveBack(claim);
       throw error;
     }
@@ -82,7 +82,7 @@ export class Client {
     return value;
   }
 
-  /** Looks a transaction up and changes nothing; undefined when nobody holds it. Throws UnavailableError. */
+  /** Read a transaction without changing it; undefined if nobody holds it. Throws UnavailableError. */
   async get(transactionId: string, options: GetOptions = {}): Promise<Transaction | undefined> {
     const request = GetTransactionRequest.fromPartial({
       transactionId: encodeText("transaction_id", transactionId),
@@ -98,13 +98,13 @@ export class Client {
     }
   }
 
-  /** Ends the connection; calls under way fail. */
+  /** Close the connection; in-flight calls fail. */
   close(): void {
     this.channel.close();
   }
 
   private claimRequest(transactionId: string, namespace: string, token: string, options: ClaimOptions) {
-    // The service would make a token of its own for every attempt, and the second would be a duplicate of the first.
+    // For an empty token the service would create one per attempt, and a retry would be a duplicate.
     if (token === "") throw InvalidRequestError.of("claim_token", "must not be empty");
     if (options.waitMs !== undefined && options.waitMs < 0) throw InvalidRequestError.of("wait", "must not be negative");
     encodeDuration("wait", options.waitMs ?? 0);
@@ -141,14 +141,14 @@ export class Client {
   }
 }
 
-/** Returns what a log may contain of an error: its message may contain the transaction id. */
+/** Return the loggable fields of an error; its message may contain the transaction id. */
 function summary(error: unknown): object {
   if (!(error instanceof Error)) return { error: typeof error };
   if (!(error instanceof UnavailableError)) return { error: error.name };
   return { error: error.name, code: error.code, reason: error.reason, applied: error.applied };
 }
 
-/** Makes the name of one logical call: 128 random bits, which nobody else ever makes. */
+/** Return a token for one logical call: 128 random bits. */
 export function newToken(): string {
   return randomBytes(16).toString("base64url");
 }
