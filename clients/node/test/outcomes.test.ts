@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { test } from "node:test";
-import { status } from "@grpc/grpc-js";
+import { status, type ServiceError } from "@grpc/grpc-js";
 import { Client, DuplicateTransactionError, UnavailableError, type ClientOptions } from "../src/index.js";
 import { ClaimOutcome } from "../src/gen/dedup/v1/dedup.js";
 import { ScriptedService, type Refusal, type Scripted } from "./harness/scripted-service.js";
@@ -121,6 +121,14 @@ for (const refusal of [
 test("a call that failed in gRPC itself may have been applied", () =>
   against([{ code: status.UNIMPLEMENTED }], {}, async (client) => {
     await assert.rejects(client.claim("order"), { name: "UnavailableError", reason: "", applied: "unknown" });
+  }));
+
+test("the cause of an error has the correlation id", () =>
+  against([{ code: status.INTERNAL, reason: "INTERNAL", correlationId: "click-4711" }], {}, async (client) => {
+    await assert.rejects(client.claim("order"), ({ cause }: { cause: ServiceError }) => {
+      assert.equal(cause.metadata.get("x-correlation-id")[0], "click-4711");
+      return true;
+    });
   }));
 
 test("a shadow duplicate proceeds and holds nothing", () =>

@@ -17,6 +17,7 @@ export interface Refusal {
   reason?: string;
   applied?: string;
   retryAfterMs?: number;
+  correlationId?: string;
 }
 
 /** A service with scripted answers that the real one rarely gives; the last answer repeats. */
@@ -54,8 +55,9 @@ export class ScriptedService implements Disposable {
   }
 }
 
-function detailsOf({ code, reason, applied = "no", retryAfterMs }: Refusal): Metadata {
+function detailsOf({ code, reason, applied = "no", retryAfterMs, correlationId }: Refusal): Metadata {
   const metadata = new Metadata();
+  if (correlationId !== undefined) metadata.set("x-correlation-id", correlationId);
   if (reason === undefined) return metadata;
   const info = ErrorInfo.fromPartial({ reason, domain: "dedup.v1", metadata: { applied } });
   const details = [{ typeUrl: "type.googleapis.com/google.rpc.ErrorInfo", value: bytes(ErrorInfo.encode(info)) }];
