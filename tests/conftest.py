@@ -75,23 +75,35 @@ def store_url(kind: str, redis_server: RedisProcess, folder: Path) -> str:
     return redis_server.url if kind == "redis" else f"sqlite://{folder / 'claims.db'}"
 
 
-@pytest.fixture(scope="session", params=get_args(EngineName))
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run tests marked `every_engine` on each engine, the others on the default one.
+
+    Tests with the shared service run over both stores, or over Redis alone where they are marked `one_store`.
+    """
+    marked = metafunc.definition.get_closest_marker
+    if "engine" in metafunc.fixturenames:
+        engines = get_args(EngineName) if marked("every_engine") else ["grpcio"]
+        metafunc.parametrize("engine", engines, indirect=True, scope="session")
+    if "service" in metafunc.fixturenames:
+        services = ["grpcio-redis"] if marked("one_store") else ["grpcio-redis", "grpcio-sqlite"]
+        # The other engine once: it cannot see which store is behind it.
+        services += ["native-redis"] if marked("every_engine") else []
+        metafunc.parametrize("service", services, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
 def engine(request: pytest.FixtureRequest) -> EngineName:
-    """Each engine, for tests in which the engine can matter."""
+    """The engine of the services and servers this test starts."""
     name: EngineName = request.param
     return name
 
 
-# Every store on the default engine, and the other engine once: it cannot see which store is behind it.
-_SERVICES = [("grpcio", "redis"), ("grpcio", "sqlite"), ("native", "redis")]
-
-
-@pytest.fixture(scope="session", params=_SERVICES, ids=["grpcio-redis", "grpcio-sqlite", "native-redis"])
+@pytest.fixture(scope="session")
 def service(
     request: pytest.FixtureRequest, redis_server: RedisProcess, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServiceProcess]:
     """The real service in a second process, shared by the tests of a worker."""
-    engine, store = request.param
+    engine, _, store = request.param.partition("-")
     url = store_url(store, redis_server, tmp_path_factory.mktemp("service"))
     process = ServiceProcess("--engine", engine, "--store-url", url, "--log-level", "debug").start()
     yield process

@@ -9,10 +9,10 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 )
 
-// caller makes one call, and says what is wrong with its answer, if anything is.
+// caller makes one call. bad describes a wrong answer and is empty for a correct one.
 type caller func(context.Context) (bad string, err error)
 
-// newCaller returns a caller whose ids begin with prefix, which no other caller has.
+// newCaller returns a caller whose ids begin with prefix, which must be unique to it.
 func newCaller(s settings, connection *grpc.ClientConn, prefix string) (caller, error) {
 	stub := dedupv1.NewDedupServiceClient(connection)
 	count := 0
@@ -47,20 +47,20 @@ func newCaller(s settings, connection *grpc.ClientConn, prefix string) (caller, 
 			return notAllClaimed(batch, reply), nil
 		}, nil
 	}
-	return nil, fmt.Errorf("there is no mode %q: take noop, fresh or batch", s.mode)
+	return nil, fmt.Errorf("mode %q is unknown; use noop, fresh or batch", s.mode)
 }
 
 func notClaimed(request *dedupv1.ClaimTransactionRequest, reply *dedupv1.ClaimTransactionResponse) string {
 	claimed := reply.GetOutcome() == dedupv1.ClaimOutcome_CLAIM_OUTCOME_CLAIMED
 	if !claimed || reply.GetReplayed() || reply.GetTransaction().GetTransactionId() != request.GetTransactionId() {
-		return fmt.Sprintf("the first claim of %s was told %v", request.GetTransactionId(), reply)
+		return fmt.Sprintf("the first claim of %s received %v", request.GetTransactionId(), reply)
 	}
 	return ""
 }
 
 func notAllClaimed(batch *dedupv1.BatchClaimTransactionsRequest, reply *dedupv1.BatchClaimTransactionsResponse) string {
 	if len(reply.GetEntries()) != len(batch.GetRequests()) {
-		return fmt.Sprintf("%d claims had %d answers", len(batch.GetRequests()), len(reply.GetEntries()))
+		return fmt.Sprintf("a batch of %d claims received %d answers", len(batch.GetRequests()), len(reply.GetEntries()))
 	}
 	for i, entry := range reply.GetEntries() {
 		if entry.GetResponse() == nil {

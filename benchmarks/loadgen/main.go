@@ -1,7 +1,7 @@
-// Loadgen calls a server for a while with a fixed number of callers, checks every answer, and prints one JSON object.
+// Loadgen calls a server with a fixed number of callers, checks every answer and prints one JSON object.
 //
-// It is for what h2load cannot do, which sends one body over and over: claims of fresh ids and batches. Each caller
-// sends its next call when the last one is answered.
+// Unlike h2load, which repeats one body, it claims fresh ids and batches. Each caller sends its next call after the answer
+// to the previous one.
 package main
 
 import (
@@ -18,7 +18,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 )
 
-// As long as a caller of the service might wait.
+// callTimeout is about the longest a caller would wait.
 const callTimeout = 5 * time.Second
 
 type settings struct {
@@ -31,8 +31,8 @@ type settings struct {
 	batch       int
 }
 
-// report is what one run found. A wrong answer is one that a correct server cannot give; failed calls are counted
-// beside them by the text of their status. Latencies are exact, in microseconds, from every call that was answered.
+// report is the result of a run. Wrong counts answers a correct server cannot give. Failed counts failed calls by error
+// text. Latencies has the microseconds of every answered call.
 type report struct {
 	Calls     int            `json:"calls"`
 	Seconds   float64        `json:"seconds"`
@@ -45,11 +45,11 @@ type report struct {
 func main() {
 	var s settings
 	flag.StringVar(&s.target, "target", "", "host:port or unix:///path")
-	flag.StringVar(&s.mode, "mode", "", "noop, fresh, batch")
-	flag.StringVar(&s.run, "run", "", "what the ids of this run begin with, unlike those of any other")
-	flag.IntVar(&s.concurrency, "concurrency", 1, "callers")
-	flag.IntVar(&s.connections, "connections", 1, "connections that the callers share")
-	flag.Float64Var(&s.seconds, "seconds", 1, "how long to call")
+	flag.StringVar(&s.mode, "mode", "", "noop, fresh or batch")
+	flag.StringVar(&s.run, "run", "", "prefix of the ids; must be new for each run")
+	flag.IntVar(&s.concurrency, "concurrency", 1, "number of callers")
+	flag.IntVar(&s.connections, "connections", 1, "number of connections the callers share")
+	flag.Float64Var(&s.seconds, "seconds", 1, "duration of the run")
 	flag.IntVar(&s.batch, "batch", 100, "claims in a batch")
 	flag.Parse()
 	if err := run(s); err != nil {
@@ -87,7 +87,7 @@ func run(s settings) error {
 	return json.NewEncoder(os.Stdout).Encode(total)
 }
 
-// dial connects before the clock starts.
+// dial connects in advance, so a run does not measure connecting.
 func dial(target string, count int) ([]*grpc.ClientConn, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), callTimeout)
 	defer cancel()
@@ -100,7 +100,7 @@ func dial(target string, count int) ([]*grpc.ClientConn, error) {
 		connection.Connect()
 		for state := connection.GetState(); state.String() != "READY"; state = connection.GetState() {
 			if !connection.WaitForStateChange(ctx, state) {
-				return nil, fmt.Errorf("no connection to %s within %s", target, callTimeout)
+				return nil, fmt.Errorf("no connection to %s after %s", target, callTimeout)
 			}
 		}
 		connections = append(connections, connection)

@@ -9,30 +9,29 @@ import (
 	"github.com/dedup-service/dedup-service/clients/go/dedupv1"
 )
 
-// Claim is the right to do the work of one transaction, until it expires, is completed or is released.
+// Claim is the right to do the work of a transaction until it expires, is completed or is released.
 type Claim struct {
-	// Transaction is as the service holds it. When ShadowDuplicate is set it is that of the holder, and when FailOpen
-	// is set only its id and namespace are known.
+	// Transaction is the stored transaction. With ShadowDuplicate it is the holder's. With FailOpen it has only an ID
+	// and a Namespace.
 	Transaction Transaction
-	// Token authorises completing, releasing and extending. Do not show it to others.
+	// Token authorises Complete, Release and Extend. Keep it secret.
 	Token string
-	// Replayed means that an earlier attempt with the same token made the claim, and its answer was lost.
+	// Replayed reports that an earlier attempt with the same token made the claim and its reply was lost.
 	Replayed bool
-	// ShadowDuplicate means that the namespace runs in shadow mode, and would have refused the claim in enforce mode.
-	// There is then nothing to hold: Complete, Release and Extend change nothing and return no error.
+	// ShadowDuplicate reports that the namespace is in shadow mode and enforce mode would have rejected the claim.
+	// Complete, Release and Extend change nothing and return no error.
 	ShadowDuplicate bool
-	// FailOpen means that the service was unavailable and the caller asked for [Allow]: this may be a duplicate.
-	// Complete, Release and Extend then do nothing, log that, and return no error.
+	// FailOpen reports that the service was unavailable and [Allow] granted the claim, which may be a duplicate.
+	// Complete, Release and Extend write a log line, change nothing and return no error.
 	FailOpen bool
 
 	client        *Client
 	id, namespace string
 }
 
-// Complete reports the work as done, and keeps the result for later duplicates.
+// Complete marks the work as done and stores the result for later duplicates.
 //
-// The error matches ErrNotHeld when the claim is no longer held, and nothing was changed then. Repeating it with the
-// same result is safe.
+// The error matches ErrNotHeld if the claim is no longer held. Repeating Complete with the same result is safe.
 func (c *Claim) Complete(ctx context.Context, result []byte, opts ...CompleteOption) error {
 	if c.FailOpen {
 		c.skipped(ctx, "complete")
@@ -62,10 +61,10 @@ func (c *Claim) Complete(ctx context.Context, result []byte, opts ...CompleteOpt
 	}
 }
 
-// Release gives the claim back, so that the next caller may claim at once. Release only what certainly did not happen.
+// Release gives up the claim, so the next caller may claim at once. Release only work that certainly had no effect.
 //
-// The error matches ErrNotHeld when the claim is no longer held. When the answer of an earlier attempt was lost that
-// counts as released, since that attempt may be what released it.
+// The error matches ErrNotHeld if the claim is no longer held. If the reply of an earlier attempt was lost, the error
+// is nil, because that attempt may have released the claim.
 func (c *Claim) Release(ctx context.Context) error {
 	if c.FailOpen {
 		c.skipped(ctx, "release")
@@ -93,9 +92,9 @@ func (c *Claim) Release(ctx context.Context) error {
 	}
 }
 
-// Extend moves the end of the claim to ttl from now, and returns the new end. It never moves it nearer.
+// Extend moves the end of the claim to ttl from now and returns the new end. It never shortens a claim.
 //
-// The error matches ErrNotHeld when the claim is no longer held: stop the work then, another caller may do it.
+// The error matches ErrNotHeld if the claim is no longer held. Stop the work then: another caller may do it.
 func (c *Claim) Extend(ctx context.Context, ttl time.Duration) (time.Time, error) {
 	if c.FailOpen {
 		c.skipped(ctx, "extend")
@@ -123,7 +122,7 @@ func (c *Claim) Extend(ctx context.Context, ttl time.Duration) (time.Time, error
 	}
 }
 
-// notHeld is no error in shadow mode, where a duplicate was let through on purpose and never held anything.
+// notHeld returns nil for a shadow duplicate, which never held the claim.
 func (c *Claim) notHeld(call string) error {
 	if c.ShadowDuplicate {
 		return nil
@@ -131,7 +130,7 @@ func (c *Claim) notHeld(call string) error {
 	return fmt.Errorf("%s: %w", call, ErrNotHeld)
 }
 
-// skipped says that there was nothing to do for a claim that the service knows nothing of.
+// skipped logs a call on a fail-open claim, which the service does not know.
 func (c *Claim) skipped(ctx context.Context, call string) {
 	c.client.settings.logger.LogAttrs(ctx, slog.LevelInfo, "dedup: nothing to "+call+", claim granted without the service",
 		slog.String("transaction", hashed(c.id)))

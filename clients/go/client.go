@@ -12,28 +12,27 @@ import (
 	"github.com/dedup-service/dedup-service/clients/go/dedupv1"
 )
 
-// Guard is what guarded code needs of a [Client]; package deduptest has one for tests.
+// Guard is the part of [Client] that guarded code needs. Package deduptest has an in-memory one for tests.
 type Guard interface {
-	// Claim asks for the right to do the work of a transaction, as [Client.Claim] does.
+	// Claim claims a transaction; see [Client.Claim].
 	Claim(ctx context.Context, id string, opts ...CallOption) (*Claim, error)
-	// Get looks a transaction up, as [Client.Get] does.
+	// Get returns a transaction; see [Client.Get].
 	Get(ctx context.Context, id string, opts ...CallOption) (*Transaction, error)
 }
 
 var _ Guard = (*Client)(nil)
 
-// Client calls the dedup service. It is safe for concurrent use; make one for each target and keep it.
+// Client calls the dedup service. It is safe for concurrent use. Create one per target and reuse it.
 type Client struct {
 	settings  settings
 	stub      dedupv1.DedupServiceClient
-	conn      *grpc.ClientConn // nil when the stub is the caller's own
-	coalescer *coalescer       // nil unless claims travel together
+	conn      *grpc.ClientConn // nil for NewFromStub
+	coalescer *coalescer       // nil unless WithCoalescing is set
 }
 
-// New returns a client of the service at target: "host:port", "unix:///path" or any other gRPC name.
+// New returns a client for the service at target: "host:port", "unix:///path" or any other gRPC target.
 //
-// It does not connect before the first call, and fails only on a target or an option that can never work. Close it
-// when it is no longer needed.
+// The client connects on the first call. New fails only for an invalid target or option. Close the client after use.
 func New(target string, opts ...Option) (*Client, error) {
 	s, err := newSettings(opts)
 	if err != nil {
@@ -48,8 +47,8 @@ func New(target string, opts ...Option) (*Client, error) {
 	return c, nil
 }
 
-// NewFromStub returns a client over a stub of the caller's own, who sees to its connection: gRPC's own retries and
-// hedging should be off, since this client makes its own. Options of the connection have no effect.
+// NewFromStub returns a client that uses the caller's stub. Disable gRPC's own retries and hedging on its connection,
+// because the client retries itself. Connection options have no effect.
 func NewFromStub(stub dedupv1.DedupServiceClient, opts ...Option) (*Client, error) {
 	s, err := newSettings(opts)
 	if err != nil {
@@ -66,7 +65,7 @@ func newClient(stub dedupv1.DedupServiceClient, s settings) *Client {
 	return c
 }
 
-// Close ends the connection; calls under way fail.
+// Close closes the connection; in-flight calls fail.
 func (c *Client) Close() error {
 	if c.conn == nil {
 		return nil
@@ -74,11 +73,10 @@ func (c *Client) Close() error {
 	return c.conn.Close()
 }
 
-// Claim asks for the right to do the work of a transaction: start the work only when the error is nil.
+// Claim claims a transaction. Start the work only if the error is nil.
 //
-// The error matches ErrDuplicate when somebody else holds or completed the transaction, ErrPayloadMismatch when its
-// fingerprint is another, and otherwise is an [*Error]: nobody knows whether this is a duplicate. Every attempt of one
-// Claim has the same token, so a lost reply is asked for again and is not taken for a duplicate.
+// The error is a [*DuplicateError] if another caller holds or completed the transaction and a [*PayloadMismatchError]
+// if the fingerprint differs. After any other error the transaction may or may not be a duplicate.
 func (c *Client) Claim(ctx context.Context, id string, opts ...CallOption) (*Claim, error) {
 	var call callSettings
 	c.apply(&call, opts)
@@ -127,7 +125,7 @@ func (c *Client) Claim(ctx context.Context, id string, opts ...CallOption) (*Cla
 	}
 }
 
-// Get looks a transaction up and changes nothing. The error matches ErrNotFound when nobody holds it.
+// Get returns a transaction without changing it. The error matches ErrNotFound if the transaction is not claimed.
 func (c *Client) Get(ctx context.Context, id string, opts ...CallOption) (*Transaction, error) {
 	var call callSettings
 	c.apply(&call, opts)
@@ -160,7 +158,7 @@ func (c *Client) claimAlone(ctx context.Context, r *dedupv1.ClaimTransactionRequ
 	return c.stub.ClaimTransaction(ctx, r)
 }
 
-// failOpen grants a claim that the service could not be asked about.
+// failOpen grants a claim without the service.
 func (c *Client) failOpen(ctx context.Context, r *dedupv1.ClaimTransactionRequest, cause *Error) *Claim {
 	claim := &Claim{
 		Transaction: Transaction{ID: r.GetTransactionId(), Namespace: r.GetNamespace()},
@@ -170,19 +168,19 @@ func (c *Client) failOpen(ctx context.Context, r *dedupv1.ClaimTransactionReques
 		id:          r.GetTransactionId(),
 		namespace:   r.GetNamespace(),
 	}
-	c.settings.logger.LogAttrs(ctx, slog.LevelWarn, "dedup: service unavailable, claim granted without it",
+	c.settings.logger.LogAttrs(ctx, slog.LevelWarn, "dedup: service unavailable, claim granted without it (fail open)",
 		slog.String("transaction", hashed(claim.id)), slog.String("code", cause.Code.String()),
 		slog.String("reason", cause.Reason), slog.String("applied", string(cause.Applied)))
 	return claim
 }
 
-// hashed is how logs name a transaction, here as in the service: an id may be personal.
+// hashed returns the hash that stands for a transaction id in logs, as in the service's: an id may identify a user.
 func hashed(id string) string {
 	sum := sha256.Sum256([]byte(id))
 	return hex.EncodeToString(sum[:8])
 }
 
-// checkText refuses what cannot be encoded: in a batch it would fail the claims of others as well.
+// checkText rejects text that protobuf cannot encode, which would fail every claim of a batch.
 func checkText(r *dedupv1.ClaimTransactionRequest) error {
 	for _, text := range []struct{ field, value string }{
 		{"transaction_id", r.GetTransactionId()},

@@ -11,7 +11,7 @@ import (
 	"github.com/dedup-service/dedup-service/clients/go/dedupv1"
 )
 
-// coalescer gathers concurrent claims and sends them together. It has no goroutine of its own between batches.
+// coalescer sends concurrent claims in batches. It has no goroutine between batches.
 type coalescer struct {
 	stub     dedupv1.DedupServiceClient
 	maxBatch int
@@ -19,18 +19,18 @@ type coalescer struct {
 
 	mu      sync.Mutex
 	pending []*entry
-	timer   *time.Timer // sends what is pending; nil when nothing is
+	timer   *time.Timer // sends the pending claims; nil if there are none
 
-	batches  int // under way
+	batches  int // in flight
 	claims   int // in those batches
-	expected int // how many claims were pending or under way when a batch was last answered; maxBatch at first
+	expected int // claims pending or in flight when the last batch was answered; maxBatch at first
 }
 
 // entry is one claim of a batch. Its caller may leave before the answer.
 type entry struct {
 	ctx     context.Context
 	request *dedupv1.ClaimTransactionRequest
-	answer  chan answer // holds one, so that nobody waits for a caller who left
+	answer  chan answer // has room for one, so send never blocks on a caller that has left
 }
 
 type answer struct {
@@ -38,7 +38,7 @@ type answer struct {
 	err   error
 }
 
-// claim sends the request with others, and returns its own answer, or the end of its own context.
+// claim sends the request in a batch. It returns the request's own answer, or an error if its context ends first.
 func (c *coalescer) claim(ctx context.Context, request *dedupv1.ClaimTransactionRequest) (*dedupv1.ClaimTransactionResponse, error) {
 	e := &entry{ctx: ctx, request: request, answer: make(chan answer, 1)}
 	c.add(e)
@@ -54,9 +54,9 @@ func (c *coalescer) add(e *entry) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.pending = append(c.pending, e)
-	// Who was answered together mostly claims again together. Once all of them are back, nobody else may come soon.
-	everybodyIsBack := c.batches == 0 && len(c.pending) >= c.expected
-	if len(c.pending) >= c.maxBatch || everybodyIsBack {
+	// Callers answered together usually claim again together. Once all are back, waiting for more gains nothing.
+	allBack := c.batches == 0 && len(c.pending) >= c.expected
+	if len(c.pending) >= c.maxBatch || allBack {
 		go c.send(c.take())
 	} else if c.timer == nil {
 		c.timer = time.AfterFunc(c.maxDelay, c.flush)
@@ -70,7 +70,7 @@ func (c *coalescer) flush() {
 	c.send(batch)
 }
 
-// take empties what is pending; the lock is held. A timer that fired meanwhile finds the next batch, sooner than due.
+// take removes and returns the pending claims; the lock is held. A timer that already fired sends the next batch early.
 func (c *coalescer) take() []*entry {
 	batch := c.pending
 	c.pending = nil
@@ -85,12 +85,12 @@ func (c *coalescer) take() []*entry {
 	return batch
 }
 
-// send asks for a batch and hands out its answers.
+// send sends a batch and distributes the answers.
 func (c *coalescer) send(batch []*entry) {
 	if len(batch) == 0 {
 		return
 	}
-	// Who left before it was sent has not claimed, and must not: nobody would hold that claim.
+	// Do not claim for callers that have left: nobody would hold those claims.
 	present := make([]*entry, 0, len(batch))
 	for _, e := range batch {
 		if e.ctx.Err() == nil {
@@ -110,7 +110,7 @@ func (c *coalescer) send(batch []*entry) {
 	reply, err := c.stub.BatchClaimTransactions(ctx, request)
 	c.answered(len(batch))
 	if err == nil && len(reply.GetEntries()) != len(present) {
-		err = status.Error(codes.Internal, "the service answered a batch with another number of entries")
+		err = status.Error(codes.Internal, "the service answered a batch with a wrong number of entries")
 	}
 	for i, e := range present {
 		if err != nil {
@@ -122,13 +122,13 @@ func (c *coalescer) send(batch []*entry) {
 			e.answer <- answer{reply: result.Response}
 		case *dedupv1.BatchClaimEntry_Error:
 			e.answer <- answer{err: status.ErrorProto(result.Error)}
-		default: // An entry that says nothing has no outcome, and is refused as such.
+		default: // An empty entry has no outcome, which is an error.
 			e.answer <- answer{reply: &dedupv1.ClaimTransactionResponse{}}
 		}
 	}
 }
 
-// answered notes the end of a batch, before its callers come back.
+// answered records the end of a batch before its callers return.
 func (c *coalescer) answered(claims int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -137,12 +137,12 @@ func (c *coalescer) answered(claims int) {
 	c.claims -= claims
 }
 
-// untilAllLeft returns a context that lasts as long as anybody waits for the batch. It belongs to none of the callers,
-// so that the end of one does not cut the others.
+// untilAllLeft returns a context that ends once no caller waits for the batch. One caller that leaves does not cancel
+// it.
 func untilAllLeft(entries []*entry) (context.Context, context.CancelFunc) {
 	var latest time.Time
 	for _, e := range entries {
-		// Each has one: every attempt is bounded.
+		// Every attempt has a deadline.
 		if deadline, ok := e.ctx.Deadline(); ok && deadline.After(latest) {
 			latest = deadline
 		}

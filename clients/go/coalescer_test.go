@@ -10,7 +10,7 @@ import (
 	"github.com/dedup-service/dedup-service/clients/go/dedupv1"
 )
 
-// counting answers batches with nothing, and counts their claims.
+// counting answers batches with empty entries and records their sizes.
 type counting struct {
 	dedupv1.DedupServiceClient
 	sizes []int
@@ -21,8 +21,8 @@ func (c *counting) BatchClaimTransactions(_ context.Context, r *dedupv1.BatchCla
 	return &dedupv1.BatchClaimTransactionsResponse{Entries: make([]*dedupv1.BatchClaimEntry, len(r.GetRequests()))}, nil
 }
 
-// As many as were answered together travel together at once, however long the delay is: nobody else is to come.
-func TestABatchLeavesWhenThoseWhoWereAnsweredAreBack(t *testing.T) {
+// Once all callers of the last batch are back, the next batch is sent without the delay.
+func TestBatchIsSentOnceAllAnsweredCallersAreBack(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
 	stub := &counting{}
@@ -43,7 +43,7 @@ func TestABatchLeavesWhenThoseWhoWereAnsweredAreBack(t *testing.T) {
 	}
 	for _, size := range stub.sizes {
 		if size != 2 {
-			t.Errorf("the batches have the sizes %v", stub.sizes)
+			t.Errorf("batch sizes are %v, want 2 each", stub.sizes)
 		}
 	}
 }

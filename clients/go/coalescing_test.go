@@ -16,7 +16,7 @@ import (
 	"github.com/dedup-service/dedup-service/clients/go/dedupv1"
 )
 
-// batches is a service that answers batches as a test says.
+// batches is a service that answers batches with the functions of a test.
 type batches struct {
 	dedupv1.DedupServiceClient
 
@@ -106,7 +106,7 @@ func TestEachClaimOfABatchHasItsOwnAnswerAndToken(t *testing.T) {
 	}
 }
 
-func TestAFullBatchDoesNotWait(t *testing.T) {
+func TestFullBatchIsSentAtOnce(t *testing.T) {
 	const n = 5
 	b := &batches{answer: grantAll}
 	var ids []string
@@ -123,7 +123,7 @@ func TestAFullBatchDoesNotWait(t *testing.T) {
 	}
 }
 
-func TestOneWhoLeavesDoesNotCutTheOthers(t *testing.T) {
+func TestCancelledClaimDoesNotCancelTheOthersOfItsBatch(t *testing.T) {
 	sent, proceed := make(chan struct{}), make(chan struct{})
 	b := &batches{answer: grantAll, before: func(ctx context.Context) error {
 		close(sent)
@@ -149,15 +149,15 @@ func TestOneWhoLeavesDoesNotCutTheOthers(t *testing.T) {
 	<-sent
 	leave()
 	if err := <-leaves; !errors.Is(err, context.Canceled) {
-		t.Errorf("who left: %v", err)
+		t.Errorf("cancelled claim: %v", err)
 	}
 	close(proceed)
 	if err := <-stays; err != nil {
-		t.Errorf("who stayed: %v", err)
+		t.Errorf("other claim: %v", err)
 	}
 }
 
-func TestABatchThatAllLeftIsEnded(t *testing.T) {
+func TestBatchIsCancelledOnceAllItsClaimsAre(t *testing.T) {
 	sent, ended := make(chan struct{}), make(chan struct{})
 	b := &batches{answer: grantAll, before: func(ctx context.Context) error {
 		close(sent)
@@ -176,7 +176,7 @@ func TestABatchThatAllLeftIsEnded(t *testing.T) {
 	<-ended
 }
 
-func TestWhoLeftBeforeTheBatchWasSentIsNotInIt(t *testing.T) {
+func TestClaimCancelledBeforeItsBatchIsNotSent(t *testing.T) {
 	b := &batches{answer: grantAll}
 	client := coalescing(t, b, 2, time.Hour)
 	gone, leave := context.WithCancel(ctx)
@@ -190,7 +190,7 @@ func TestWhoLeftBeforeTheBatchWasSentIsNotInIt(t *testing.T) {
 	}
 }
 
-func TestWhatCannotBeEncodedDoesNotSpoilTheBatch(t *testing.T) {
+func TestInvalidUTF8FailsOnlyItsOwnClaim(t *testing.T) {
 	client := newClient(t, embeddedServer(t).Target, dedup.WithCoalescing(2, 10*time.Millisecond))
 	good, bad := newID(), "\xff"
 	errs := claimAll(client, []string{good, bad})
@@ -199,7 +199,7 @@ func TestWhatCannotBeEncodedDoesNotSpoilTheBatch(t *testing.T) {
 	}
 }
 
-func TestABatchWithTooFewAnswersAnswersNobody(t *testing.T) {
+func TestBatchWithTooFewAnswersFailsAllItsClaims(t *testing.T) {
 	short := &shortAnswers{}
 	client, err := dedup.NewFromStub(short, dedup.WithCoalescing(2, time.Hour))
 	if err != nil {
@@ -226,7 +226,7 @@ func grantAll(context.Context, *dedupv1.ClaimTransactionRequest, int) (*dedupv1.
 	return granted()
 }
 
-// claimAll claims the ids at once, and returns the error of each.
+// claimAll claims the ids concurrently and returns the error of each.
 func claimAll(guard dedup.Guard, ids []string) map[string]error {
 	var mu sync.Mutex
 	errs := map[string]error{}

@@ -12,33 +12,31 @@ import (
 )
 
 var (
-	// ErrDuplicate matches the [*DuplicateError] of a claim whose transaction somebody else holds, or completed.
+	// ErrDuplicate matches a [*DuplicateError]: another caller holds or completed the transaction.
 	ErrDuplicate = errors.New("dedup: duplicate transaction")
-	// ErrPayloadMismatch matches the [*PayloadMismatchError] of a claim whose id is known with another fingerprint.
-	ErrPayloadMismatch = errors.New("dedup: the transaction is known with another payload fingerprint")
-	// ErrUnavailable matches an [*Error] when the service did not answer the question: it is no duplicate, and no go.
+	// ErrPayloadMismatch matches a [*PayloadMismatchError]: the transaction was claimed with a different fingerprint.
+	ErrPayloadMismatch = errors.New("dedup: the transaction was claimed with a different payload fingerprint")
+	// ErrUnavailable matches an [*Error] without an answer from the service. Do not start the work. It is not a duplicate.
 	ErrUnavailable = errors.New("dedup: service unavailable")
-	// ErrNotHeld means that the claim expired, was released, was taken by another caller or is completed already.
-	// Nothing was changed.
+	// ErrNotHeld means that the claim expired or was released, completed or taken by another caller. Nothing changed.
 	ErrNotHeld = errors.New("dedup: the claim is not held")
-	// ErrNotFound matches an [*Error] of a look-up when nobody holds the transaction.
+	// ErrNotFound matches the [*Error] of a Get if the transaction is not claimed.
 	ErrNotFound = errors.New("dedup: transaction not found")
 )
 
-// ReasonOutcomeUnspecified is the reason of an [*Error] when the service answered without an outcome that this client
-// knows. It is the one reason that the client gives itself, and it is never a go, whatever the [Policy].
+// ReasonOutcomeUnspecified is set by the client for a reply with an unknown outcome. No [Policy] grants such a claim.
 const ReasonOutcomeUnspecified = "OUTCOME_UNSPECIFIED"
 
 // errorDomain is the domain of the service in google.rpc.ErrorInfo.
 const errorDomain = "dedup.v1"
 
-// DuplicateError says that a transaction is held by somebody else or completed; errors.Is(err, ErrDuplicate) is true.
+// DuplicateError reports a transaction that another caller holds or completed. It matches [ErrDuplicate].
 type DuplicateError struct {
-	// Transaction is that of the holder, with the result once it is completed.
+	// Transaction is the holder's, with the result if it is completed.
 	Transaction Transaction
 }
 
-// Error says in what state the transaction is; it leaves out the id, which may be personal.
+// Error returns the state of the transaction and omits the id, which may identify a user.
 func (e *DuplicateError) Error() string {
 	return fmt.Sprintf("%v, %v", ErrDuplicate, e.Transaction.State)
 }
@@ -46,63 +44,64 @@ func (e *DuplicateError) Error() string {
 // Is matches ErrDuplicate.
 func (e *DuplicateError) Is(target error) bool { return target == ErrDuplicate }
 
-// PayloadMismatchError says that an id was reused for different work; errors.Is(err, ErrPayloadMismatch) is true.
+// PayloadMismatchError reports an id that was reused for different work. It matches [ErrPayloadMismatch].
 type PayloadMismatchError struct {
-	// Transaction is that of the holder.
+	// Transaction is the holder's.
 	Transaction Transaction
 }
 
-// Error says what is wrong.
+// Error returns the text of [ErrPayloadMismatch].
 func (e *PayloadMismatchError) Error() string { return ErrPayloadMismatch.Error() }
 
 // Is matches ErrPayloadMismatch.
 func (e *PayloadMismatchError) Is(target error) bool { return target == ErrPayloadMismatch }
 
-// Applied says whether a failed call may have changed something.
+// Applied reports whether a failed call may have changed anything.
 type Applied string
 
 const (
-	// AppliedNo means that none of the attempts changed anything.
+	// AppliedNo means that no attempt changed anything.
 	AppliedNo Applied = "no"
-	// AppliedUnknown means that the call may have been applied.
+	// AppliedUnknown means that an attempt may have been applied.
 	AppliedUnknown Applied = "unknown"
 )
 
-// Violation is one field that breaks the contract.
+// Violation is an invalid request field.
 type Violation struct {
-	// Field is the name of the field in the contract.
+	// Field is its name in the contract.
 	Field string
-	// Description says what is wrong with it.
+	// Description explains why it is invalid.
 	Description string
 }
 
-// Error is a question that the service did not answer, after all retries. Treat it as neither a go nor a duplicate.
+// Error is a failed call, after all retries. It neither grants the claim nor reports a duplicate.
 //
-// errors.Is matches it with ErrUnavailable, with ErrNotFound, and with context.Canceled or context.DeadlineExceeded as
-// its code says, but for a call that the service and not the caller cancelled, which is ErrUnavailable. errors.As and status.FromError find the gRPC status of the last attempt.
+// It matches ErrUnavailable, ErrNotFound, context.Canceled and context.DeadlineExceeded by its code. A call cancelled
+// by the service matches ErrUnavailable, not context.Canceled. status.FromError returns the gRPC status of the last
+// attempt. The call's correlation id is only in the trailing metadata; see [WithDialOptions].
 type Error struct {
 	// Code is the gRPC code of the last attempt.
 	Code codes.Code
-	// Reason is the stable reason of the service, and empty when gRPC itself made the error.
+	// Reason is the service's stable reason. It is empty if gRPC itself made the error.
 	Reason string
-	// Applied says whether any of the attempts may have been applied.
+	// Applied reports whether any attempt may have been applied.
 	Applied Applied
-	// Message is the text of the last attempt.
+	// Message is the error text of the last attempt.
 	Message string
-	// Attempts is how many attempts were made.
+	// Attempts is the number of attempts.
 	Attempts int
-	// Violations names the fields that break the contract, for codes.InvalidArgument.
+	// Violations lists the invalid fields, for codes.InvalidArgument.
 	Violations []Violation
 
 	status *status.Status
-	// retryDelay is how long the service asks to wait; mendable is whether it asks for a retry at all.
+	// retryDelay is the pause the service asks for; retryInfo reports whether it asks for a retry.
 	retryDelay time.Duration
-	mendable   bool
-	// cutOff is whether a server cancelled the call, as one does that ends, and not the caller.
+	retryInfo  bool
+	// cutOff reports that the server, not the caller, cancelled the call, as it does during its shutdown.
 	cutOff bool
 }
 
-// Error describes the last attempt.
+// Error returns a text about the last attempt, without the transaction id and the token.
 func (e *Error) Error() string {
 	reason := e.Reason
 	if reason == "" {
@@ -111,7 +110,7 @@ func (e *Error) Error() string {
 	return fmt.Sprintf("dedup: %v (%s, applied: %s, attempts: %d): %s", e.Code, reason, e.Applied, e.Attempts, e.Message)
 }
 
-// Is matches the sentinel errors of this package and of package context.
+// Is matches ErrUnavailable, ErrNotFound, context.Canceled and context.DeadlineExceeded.
 func (e *Error) Is(target error) bool {
 	switch target {
 	case ErrUnavailable:
@@ -129,18 +128,18 @@ func (e *Error) Is(target error) bool {
 // GRPCStatus returns the status of the last attempt, with its details.
 func (e *Error) GRPCStatus() *status.Status { return e.status }
 
-// unavailable reports whether the service could not answer, or not in time.
+// unavailable reports whether the service did not answer in time.
 func (e *Error) unavailable() bool {
 	return e.Code == codes.Unavailable || e.Code == codes.DeadlineExceeded || e.Code == codes.ResourceExhausted || e.cutOff
 }
 
-// retryable reports whether another attempt may get an answer. A time-out may always: the budget of the call ends
-// that. Otherwise the service says so by RetryInfo, and an error without ErrorInfo comes from gRPC, which cannot say.
+// retryable reports whether another attempt may succeed: after a timeout, an error of gRPC itself (without ErrorInfo)
+// or an error of the service with RetryInfo.
 func (e *Error) retryable() bool {
-	return e.unavailable() && (e.Code == codes.DeadlineExceeded || e.Reason == "" || e.mendable)
+	return e.unavailable() && (e.Code == codes.DeadlineExceeded || e.Reason == "" || e.retryInfo)
 }
 
-// newError reads what the service says about an error. What says nothing may have been applied.
+// newError reads the details of a gRPC error. Without ErrorInfo the call may have been applied.
 func newError(err error) *Error {
 	s, ok := status.FromError(err)
 	if !ok {
@@ -157,7 +156,7 @@ func newError(err error) *Error {
 				}
 			}
 		case *errdetails.RetryInfo:
-			e.mendable = true
+			e.retryInfo = true
 			e.retryDelay = max(0, detail.GetRetryDelay().AsDuration())
 		case *errdetails.BadRequest:
 			for _, v := range detail.GetFieldViolations() {
@@ -168,7 +167,7 @@ func newError(err error) *Error {
 	return e
 }
 
-// invalid is the error of a field that cannot even be sent.
+// invalid returns the error for a field that cannot be sent.
 func invalid(field, description string) *Error {
 	message := field + ": " + description
 	return &Error{
@@ -178,9 +177,9 @@ func invalid(field, description string) *Error {
 	}
 }
 
-// unspecified is the error of a reply whose outcome this client does not know.
+// unspecified returns the error for a reply whose outcome this client does not know.
 func unspecified(call string, outcome fmt.Stringer) *Error {
-	message := fmt.Sprintf("the service answered %s with the outcome %v", call, outcome)
+	message := fmt.Sprintf("the service answered %s with the unknown outcome %v", call, outcome)
 	return &Error{
 		Code: codes.Unknown, Reason: ReasonOutcomeUnspecified, Applied: AppliedUnknown, Message: message,
 		status: status.New(codes.Unknown, message),

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
 
 	dedup "github.com/dedup-service/dedup-service/clients/go"
 	"github.com/dedup-service/dedup-service/clients/go/deduptest"
@@ -53,11 +54,11 @@ func pay(ctx context.Context, guard dedup.Guard, device string) ([]byte, error) 
 	case errors.As(err, &duplicate):
 		return duplicate.Transaction.Result, err // Answer 409.
 	case err != nil:
-		return nil, err // Answer 503: nobody knows whether this is a duplicate.
+		return nil, err // Answer 503: this may or may not be a duplicate.
 	}
 	result, err := []byte("paid 5"), error(nil) // The work.
 	if err != nil {
-		// Only where it certainly was not done. Otherwise leave the claim to expire.
+		// Release only if the work certainly had no effect. Otherwise let the claim expire.
 		return nil, errors.Join(err, claim.Release(ctx))
 	}
 	return result, claim.Complete(ctx, result)
@@ -70,9 +71,9 @@ func ExampleOnUnavailable() {
 
 	claim, err := guard.Claim(ctx, "banner:431593247", dedup.OnUnavailable(dedup.Allow))
 	if err == nil && claim.FailOpen {
-		fmt.Println("granted without the service: this may be a duplicate")
+		fmt.Println("granted without the service: may be a duplicate")
 	}
-	// Output: granted without the service: this may be a duplicate
+	// Output: granted without the service: may be a duplicate
 }
 
 func ExampleWithCoalescing() {
@@ -101,7 +102,7 @@ func Example_middleware() {
 		if key == "" {
 			return "", nil
 		}
-		// The caller is part of the id, so that nobody is shown the response of somebody else.
+		// The account is part of the id, so no caller receives the response of another.
 		return dedup.TransactionID("pay", r.Header.Get("X-Account"), key)
 	}))
 	mux.Handle("POST /pay", guarded(http.HandlerFunc(pay)))
@@ -116,6 +117,17 @@ func Example_middleware() {
 	// Output:
 	// 200 paid 5, replayed: ""
 	// 200 paid 5, replayed: "true"
+}
+
+func Example_correlationID() {
+	ctx := context.Background()
+	guard := deduptest.NewGuard()
+
+	ctx = metadata.AppendToOutgoingContext(ctx, "x-correlation-id", "click-4711")
+
+	_, err := guard.Claim(ctx, "order-1234")
+	fmt.Println(err)
+	// Output: <nil>
 }
 
 func Example_interceptor() {
@@ -144,7 +156,7 @@ func Example_fake() {
 	// true
 }
 
-// exampleServer serves the service in memory, as long as the process lives.
+// exampleServer starts the in-memory service and returns its address. The service runs until the process exits.
 func exampleServer() string {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -156,8 +168,8 @@ func exampleServer() string {
 	return listener.Addr().String()
 }
 
-// The snippets of the README are parts of the examples above, which run.
-func TestSnippetsOfTheReadmeRun(t *testing.T) {
+// Every Go snippet of the README must be part of an example above.
+func TestReadmeSnippetsArePartsOfExamples(t *testing.T) {
 	readme, err := os.ReadFile("README.md")
 	if err != nil {
 		t.Fatal(err)

@@ -15,7 +15,7 @@ import (
 	"github.com/dedup-service/dedup-service/clients/go/internal/servertest"
 )
 
-// held waits until the server, asked past the proxy, holds the transaction.
+// held waits until the server holds the transaction. direct bypasses the proxy.
 func held(t *testing.T, direct dedup.Guard, id string) {
 	t.Helper()
 	servertest.Eventually(t, "the server holds "+id, func() bool {
@@ -30,7 +30,7 @@ func onEachStore(t *testing.T, test func(*testing.T, *servertest.Server)) {
 	t.Run("redis", func(t *testing.T) { test(t, redisServer(t)) })
 }
 
-func TestALostReplyIsAskedForAgain(t *testing.T) {
+func TestRetryAfterALostReplyGetsTheClaim(t *testing.T) {
 	onEachStore(t, func(t *testing.T, server *servertest.Server) {
 		for name, opts := range map[string][]dedup.Option{
 			"alone":      nil,
@@ -40,7 +40,7 @@ func TestALostReplyIsAskedForAgain(t *testing.T) {
 				proxy := servertest.StartProxy(t, server.Target)
 				client := newClient(t, proxy.Target, opts...)
 				direct := newClient(t, server.Target)
-				mustClaim(t, client, newID()) // The connection stands.
+				mustClaim(t, client, newID()) // Connect.
 
 				id := newID()
 				proxy.SwallowReplies(true)
@@ -52,7 +52,7 @@ func TestALostReplyIsAskedForAgain(t *testing.T) {
 					failure <- err
 				}()
 				held(t, direct, id)
-				// The claim is made and its answer is lost: now the connection ends, and the next one is sound.
+				// The claim is made and its reply is lost. Close this connection; the next one works.
 				proxy.SwallowReplies(false)
 				proxy.Cut()
 				claim, err := <-answer, <-failure
@@ -70,7 +70,7 @@ func TestALostReplyIsAskedForAgain(t *testing.T) {
 	})
 }
 
-func TestASilentServerIsAskedAgainAfterTheTimeOutOfAnAttempt(t *testing.T) {
+func TestTimedOutAttemptIsRetried(t *testing.T) {
 	server := embeddedServer(t)
 	proxy := servertest.StartProxy(t, server.Target)
 	var attempts atomic.Int32
@@ -81,7 +81,7 @@ func TestASilentServerIsAskedAgainAfterTheTimeOutOfAnAttempt(t *testing.T) {
 			return invoke(ctx, method, req, reply, conn, opts...)
 		})))
 	direct := newClient(t, server.Target)
-	mustClaim(t, client, newID()) // The connection stands.
+	mustClaim(t, client, newID()) // Connect.
 	attempts.Store(0)
 
 	id := newID()
@@ -97,7 +97,7 @@ func TestASilentServerIsAskedAgainAfterTheTimeOutOfAnAttempt(t *testing.T) {
 	held(t, direct, id)
 	servertest.Eventually(t, "a second attempt", func() bool { return attempts.Load() > 1 })
 	proxy.SwallowReplies(false)
-	proxy.Cut() // What was swallowed belongs to this connection, which is of no use any more.
+	proxy.Cut() // The connection lost bytes and is unusable.
 	if claim := <-answer; claim != nil && !claim.Replayed {
 		t.Errorf("the retry: %+v", claim)
 	}
@@ -106,7 +106,7 @@ func TestASilentServerIsAskedAgainAfterTheTimeOutOfAnAttempt(t *testing.T) {
 	}
 }
 
-func TestALostCompletionAndReleaseAreAskedForAgain(t *testing.T) {
+func TestRetryAfterALostReplyCompletesAndReleases(t *testing.T) {
 	onEachStore(t, func(t *testing.T, server *servertest.Server) {
 		proxy := servertest.StartProxy(t, server.Target)
 		client := newClient(t, proxy.Target)
@@ -139,7 +139,7 @@ func TestALostCompletionAndReleaseAreAskedForAgain(t *testing.T) {
 	})
 }
 
-func TestAServerThatIsKilledAndReplacedLosesNoClaim(t *testing.T) {
+func TestKilledAndReplacedServerLosesNoClaim(t *testing.T) {
 	url := "sqlite:///" + filepath.Join(t.TempDir(), "claims.db")
 	first := servertest.Start(t, url)
 	proxy := servertest.StartProxy(t, first.Target)
@@ -156,7 +156,7 @@ func TestAServerThatIsKilledAndReplacedLosesNoClaim(t *testing.T) {
 			defer all.Done()
 			for i := range ids {
 				if i == ids/2 {
-					<-replaced // So that there is work left for the second server.
+					<-replaced // Leaves work for the second server.
 				}
 				_, err := client.Claim(ctx, newIDFor(t, i))
 				answered.Add(1)
@@ -189,7 +189,7 @@ func newIDFor(t *testing.T, i int) string {
 	return id
 }
 
-func TestNobodyListening(t *testing.T) {
+func TestUnreachableServerIsUnavailable(t *testing.T) {
 	server := servertest.Start(t, "sqlite:///"+filepath.Join(t.TempDir(), "claims.db"))
 	proxy := servertest.StartProxy(t, server.Target)
 	server.Kill()
@@ -204,7 +204,7 @@ func TestNobodyListening(t *testing.T) {
 	}
 }
 
-func TestAShadowDuplicateIsLetThrough(t *testing.T) {
+func TestShadowDuplicateIsGranted(t *testing.T) {
 	folder := t.TempDir()
 	policy := filepath.Join(folder, "policy.toml")
 	writeFile(t, policy, "[namespaces.trial]\nmode = \"shadow\"\n")
@@ -222,7 +222,7 @@ func TestAShadowDuplicateIsLetThrough(t *testing.T) {
 }
 
 func TestUnixSocket(t *testing.T) {
-	// A socket path must be short, which that of a test's folder is not everywhere.
+	// t.TempDir() may exceed the length limit of a socket path.
 	path := filepath.Join(shared.folder, "s")
 	server := servertest.Start(t, "sqlite:///"+filepath.Join(t.TempDir(), "claims.db"), "--listen", "unix://"+path)
 	client := newClient(t, "unix://"+path)

@@ -1,10 +1,10 @@
 #!/bin/sh
-# Makes the checked-in stubs of dedupv1/ from protos/ with pinned generators.
+# Generates the checked-in stubs in dedupv1/ from protos/ with pinned generators.
 #
-#   ./generate.sh          write them
-#   ./generate.sh --check  fail, with a diff, when they are not current
+#   ./generate.sh          write the stubs
+#   ./generate.sh --check  print a diff and fail if the stubs are stale
 #
-# PROTOC names the compiler; by default it is the one of grpcio-tools in the repository's .venv.
+# PROTOC is the compiler command. The default is grpcio-tools in the repository's .venv.
 set -eu
 
 protoc_gen_go=v1.36.12
@@ -20,7 +20,7 @@ GOBIN=$work/bin go install "google.golang.org/protobuf/cmd/protoc-gen-go@$protoc
 GOBIN=$work/bin go install "google.golang.org/grpc/cmd/protoc-gen-go-grpc@$protoc_gen_go_grpc"
 
 mkdir "$work/out"
-# $protoc is split on purpose: it may be a command with arguments.
+# Unquoted, because $protoc may be a command with arguments.
 # shellcheck disable=SC2086
 PATH=$work/bin:$PATH $protoc -I ../../protos \
     --go_out="$work/out" --go_opt="module=$module" \

@@ -16,7 +16,7 @@ import (
 
 var ctx = context.Background()
 
-func TestSecondClaimIsADuplicateThatExplainsItself(t *testing.T) {
+func TestSecondClaimIsADuplicateWithTheHolder(t *testing.T) {
 	onEach(t, func(t *testing.T, guard dedup.Guard) {
 		id := newID()
 		first := mustClaim(t, guard, id, dedup.Claimant("anna"), dedup.TTL(time.Minute))
@@ -38,7 +38,7 @@ func TestSecondClaimIsADuplicateThatExplainsItself(t *testing.T) {
 	})
 }
 
-func TestSameTokenIsToldThatItHoldsTheClaim(t *testing.T) {
+func TestSameTokenReceivesTheClaimAgain(t *testing.T) {
 	onEach(t, func(t *testing.T, guard dedup.Guard) {
 		id := newID()
 		first := mustClaim(t, guard, id)
@@ -97,10 +97,10 @@ func TestReleasedMayBeClaimedAgain(t *testing.T) {
 			t.Error("two claims share a token")
 		}
 		if err := first.Release(ctx); !errors.Is(err, dedup.ErrNotHeld) {
-			t.Errorf("release of the claim of another: %v", err)
+			t.Errorf("release of another caller's claim: %v", err)
 		}
 		if err := first.Complete(ctx, nil); !errors.Is(err, dedup.ErrNotHeld) {
-			t.Errorf("completion of the claim of another: %v", err)
+			t.Errorf("completion of another caller's claim: %v", err)
 		}
 		if _, err := guard.Get(ctx, id); err != nil {
 			t.Errorf("the second claim is gone: %v", err)
@@ -108,7 +108,7 @@ func TestReleasedMayBeClaimedAgain(t *testing.T) {
 	})
 }
 
-func TestExtendMovesTheEndAndNeverNearer(t *testing.T) {
+func TestExtendMovesTheEndAndNeverShortens(t *testing.T) {
 	onEach(t, func(t *testing.T, guard dedup.Guard) {
 		claim := mustClaim(t, guard, newID(), dedup.TTL(time.Minute))
 		later, err := claim.Extend(ctx, time.Hour)
@@ -139,18 +139,18 @@ func TestExpiredIsNotHeld(t *testing.T) {
 	})
 }
 
-func TestAnotherFingerprintIsAMismatch(t *testing.T) {
+func TestDifferentFingerprintIsAMismatch(t *testing.T) {
 	onEach(t, func(t *testing.T, guard dedup.Guard) {
 		id := newID()
 		first := mustClaim(t, guard, id, dedup.Fingerprint([]byte("a")), dedup.Claimant("anna"))
 		_, err := guard.Claim(ctx, id, dedup.Fingerprint([]byte("b")))
 		var mismatch *dedup.PayloadMismatchError
 		if !errors.Is(err, dedup.ErrPayloadMismatch) || !errors.As(err, &mismatch) || mismatch.Transaction.Claimant != "anna" {
-			t.Errorf("another fingerprint: %v", err)
+			t.Errorf("different fingerprint: %v", err)
 		}
 		_, err = guard.Claim(ctx, id, dedup.Fingerprint([]byte("b")), dedup.Token(first.Token))
 		if !errors.Is(err, dedup.ErrPayloadMismatch) {
-			t.Errorf("another fingerprint with the same token: %v", err)
+			t.Errorf("different fingerprint with the same token: %v", err)
 		}
 		for _, fingerprint := range [][]byte{[]byte("a"), nil} {
 			if _, err := guard.Claim(ctx, id, dedup.Fingerprint(fingerprint)); !errors.Is(err, dedup.ErrDuplicate) {
@@ -160,11 +160,11 @@ func TestAnotherFingerprintIsAMismatch(t *testing.T) {
 	})
 }
 
-func TestGetLooksAndChangesNothing(t *testing.T) {
+func TestGetChangesNothing(t *testing.T) {
 	onEach(t, func(t *testing.T, guard dedup.Guard) {
 		id := newID()
 		if _, err := guard.Get(ctx, id); !errors.Is(err, dedup.ErrNotFound) {
-			t.Errorf("nobody holds it: %v", err)
+			t.Errorf("not claimed: %v", err)
 		}
 		mustClaim(t, guard, id, dedup.Namespace("pay"), dedup.ExpireTime(time.Now().Add(time.Hour)))
 		if got, err := guard.Get(ctx, id, dedup.Namespace("pay")); err != nil || got.ID != id || got.Namespace != "pay" {
@@ -174,7 +174,7 @@ func TestGetLooksAndChangesNothing(t *testing.T) {
 	})
 }
 
-func TestInvalidRequestsSayWhatIsWrong(t *testing.T) {
+func TestInvalidRequestsNameTheField(t *testing.T) {
 	onEach(t, func(t *testing.T, guard dedup.Guard) {
 		for field, claim := range map[string]func() (*dedup.Claim, error){
 			"transaction_id":      func() (*dedup.Claim, error) { return guard.Claim(ctx, "") },
@@ -200,7 +200,7 @@ func TestInvalidRequestsSayWhatIsWrong(t *testing.T) {
 	})
 }
 
-func TestWaitIsAnsweredByTheEndOfTheWork(t *testing.T) {
+func TestWaitEndsWithTheWork(t *testing.T) {
 	onEach(t, func(t *testing.T, guard dedup.Guard) {
 		for name, end := range map[string]struct {
 			work func(*dedup.Claim) error
@@ -226,7 +226,7 @@ func TestWaitIsAnsweredByTheEndOfTheWork(t *testing.T) {
 	})
 }
 
-func TestOfAHundredConcurrentClaimsOneIsGranted(t *testing.T) {
+func TestOneOfAHundredConcurrentClaimsIsGranted(t *testing.T) {
 	onEach(t, func(t *testing.T, guard dedup.Guard) {
 		id := newID()
 		errs := make([]error, 100)

@@ -7,13 +7,13 @@ import (
 	"unicode/utf8"
 )
 
-// maxIDBytes is the most that the contract allows for a transaction id.
+// maxIDBytes is the contract's limit for a transaction id.
 const maxIDBytes = 512
 
-// TransactionID joins parts with ':' into a transaction id, so that different parts never make the same id.
+// TransactionID joins parts with ':' into a transaction id. Different parts never produce the same id.
 //
-// In a part '%', ':' and control characters become %XX for each of their bytes; everything else is kept byte for byte.
-// It fails when the id would be empty or longer than 512 bytes, or when a part is not valid UTF-8.
+// In each part, the bytes of '%', ':' and control characters become %XX. Everything else is kept byte for byte.
+// TransactionID fails if the id is empty or longer than 512 bytes, or if a part is not valid UTF-8.
 func TransactionID(parts ...string) (string, error) {
 	var id strings.Builder
 	for i, part := range parts {
@@ -37,12 +37,12 @@ func TransactionID(parts ...string) (string, error) {
 	case n == 0:
 		return "", errors.New("dedup: the transaction id is empty")
 	case n > maxIDBytes:
-		return "", fmt.Errorf("dedup: the transaction id has %d bytes, more than %d", n, maxIDBytes)
+		return "", fmt.Errorf("dedup: the transaction id has %d bytes; the limit is %d", n, maxIDBytes)
 	}
 	return id.String(), nil
 }
 
-// isControl reports whether the contract counts r among the control characters.
+// isControl reports whether r is a control character by the contract.
 func isControl(r rune) bool {
 	return r < 0x20 || r >= 0x7F && r <= 0x9F
 }

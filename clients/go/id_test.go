@@ -8,7 +8,7 @@ import (
 	dedup "github.com/dedup-service/dedup-service/clients/go"
 )
 
-func TestTransactionIDKeepsTheGoldenVectors(t *testing.T) {
+func TestTransactionIDMatchesTheGoldenVectors(t *testing.T) {
 	data, err := os.ReadFile("../golden_vectors.json")
 	if err != nil {
 		t.Fatal(err)
@@ -43,7 +43,7 @@ func TestTransactionIDKeepsTheGoldenVectors(t *testing.T) {
 	}
 }
 
-func TestTransactionIDRefusesInvalidUTF8(t *testing.T) {
+func TestTransactionIDRejectsInvalidUTF8(t *testing.T) {
 	if id, err := dedup.TransactionID("a", "\xff"); err == nil {
 		t.Errorf("got %q, want an error", id)
 	}

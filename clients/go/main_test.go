@@ -14,7 +14,7 @@ import (
 	"github.com/dedup-service/dedup-service/clients/go/internal/servertest"
 )
 
-// shared holds what the tests of this package share, since starting it takes longer than most of them.
+// shared holds the servers of all tests of this package, because starting one takes longer than most tests.
 var shared struct {
 	folder            string
 	redis             *servertest.Redis
@@ -42,7 +42,7 @@ func run(m *testing.M) int {
 	return m.Run()
 }
 
-// embeddedServer is the real service on its embedded store.
+// embeddedServer returns the real service with its embedded store.
 func embeddedServer(t *testing.T) *servertest.Server {
 	t.Helper()
 	return shared.embedded.Get(t, func() (string, error) {
@@ -50,7 +50,7 @@ func embeddedServer(t *testing.T) *servertest.Server {
 	})
 }
 
-// redisServer is the real service on a real Redis.
+// redisServer returns the real service with a real Redis.
 func redisServer(t *testing.T) *servertest.Server {
 	t.Helper()
 	servertest.RequireRedis(t)
@@ -62,7 +62,7 @@ func redisServer(t *testing.T) *servertest.Server {
 	})
 }
 
-// newClient returns a client with a budget that a busy machine does not outlast.
+// newClient returns a client whose budget is long enough for a busy machine.
 func newClient(t *testing.T, target string, opts ...dedup.Option) *dedup.Client {
 	t.Helper()
 	client, err := dedup.New(target, append([]dedup.Option{dedup.WithBudget(20 * time.Second), dedup.WithAttemptTimeout(10 * time.Second)}, opts...)...)
@@ -73,7 +73,7 @@ func newClient(t *testing.T, target string, opts ...dedup.Option) *dedup.Client 
 	return client
 }
 
-// onEach runs a test against the service on each store, alone and in batches, and against the fake.
+// onEach runs a test against the fake, against the service with each store, and with coalescing.
 func onEach(t *testing.T, test func(*testing.T, dedup.Guard)) {
 	t.Run("fake", func(t *testing.T) { test(t, deduptest.NewGuard()) })
 	t.Run("embedded", func(t *testing.T) { test(t, newClient(t, embeddedServer(t).Target)) })
@@ -85,7 +85,7 @@ func onEach(t *testing.T, test func(*testing.T, dedup.Guard)) {
 
 var lastID atomic.Int64
 
-// newID returns an id that no other test has.
+// newID returns a unique id.
 func newID() string {
 	return fmt.Sprintf("test:%d", lastID.Add(1))
 }

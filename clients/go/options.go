@@ -20,14 +20,14 @@ import (
 const (
 	defaultBudget         = 2 * time.Second
 	defaultAttemptTimeout = time.Second
-	defaultBackoffBase    = 25 * time.Millisecond
+	defaultBackoffBase    = 50 * time.Millisecond
 	defaultBackoffMax     = time.Second
 
-	// maxBatchEntries is the most that the contract allows for a batch.
+	// maxBatchEntries is the contract's limit for a batch.
 	maxBatchEntries = 1000
 )
 
-// Option sets how a [Client] calls the service.
+// Option configures a [Client].
 type Option func(*settings)
 
 type settings struct {
@@ -56,11 +56,11 @@ func newSettings(opts []Option) (settings, error) {
 	}
 	switch {
 	case s.budget < 0 || s.attemptTimeout <= 0:
-		return s, errors.New("dedup: the budget and the attempt time-out must be positive")
+		return s, errors.New("dedup: the budget and the attempt timeout must be positive")
 	case s.backoffBase <= 0 || s.backoffMax < s.backoffBase:
-		return s, errors.New("dedup: the backoff must be positive, and its maximum no less than its base")
+		return s, errors.New("dedup: the backoff must be positive and its maximum at least its base")
 	case s.maxBatch < 0 || s.maxBatch > maxBatchEntries || s.maxDelay < 0:
-		return s, fmt.Errorf("dedup: coalescing takes 1 to %d claims and a delay that is not negative", maxBatchEntries)
+		return s, fmt.Errorf("dedup: coalescing needs 1 to %d claims and a delay of at least 0", maxBatchEntries)
 	}
 	return s, nil
 }
@@ -69,75 +69,75 @@ func newSettings(opts []Option) (settings, error) {
 func (s *settings) dial() []grpc.DialOption {
 	return append([]grpc.DialOption{
 		grpc.WithTransportCredentials(s.credentials),
-		// Retries are this client's own, so that each has the same token and counts against one budget. A service
-		// config from DNS must not add retries or hedging of its own.
+		// The client retries itself. A service config from DNS must not add retries.
 		grpc.WithDisableRetry(),
 		grpc.WithDisableServiceConfig(),
-		// gRPC waits a second before it connects again, by default. A restarted sidecar is back sooner.
+		// gRPC reconnects after one second by default. A restarted sidecar is back sooner.
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second},
 			MinConnectTimeout: 5 * time.Second,
 		}),
-		// A batch of duplicates carries up to 1,000 results, which together outgrow the 4 MiB of the default.
+		// The results of 1,000 duplicates exceed gRPC's default of 4 MiB.
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(math.MaxInt32)),
 	}, s.dialOptions...)
 }
 
-// WithTransportCredentials sets TLS; without it the connection is plaintext.
+// WithTransportCredentials sets the transport credentials, such as TLS. The default is plaintext.
 func WithTransportCredentials(c credentials.TransportCredentials) Option {
 	return func(s *settings) { s.credentials = c }
 }
 
-// WithDialOptions adds options of the gRPC connection, such as interceptors.
+// WithDialOptions adds options of the gRPC connection, such as interceptors. An interceptor that reads x-correlation-id
+// from the trailing metadata finds it only for calls that get a log line; a quick success usually has none.
 func WithDialOptions(opts ...grpc.DialOption) Option {
 	return func(s *settings) { s.dialOptions = append(s.dialOptions, opts...) }
 }
 
-// WithBudget bounds each call with all its attempts. Without it a call lasts until the deadline of its context, or 2 s
-// if that has none. A call never goes past the deadline of its context. A [Wait] comes on top of the budget.
+// WithBudget limits each call with all its attempts; a [Wait] is added. The default is the deadline of the context,
+// which always applies, or 2 s without one.
 func WithBudget(d time.Duration) Option {
 	return func(s *settings) { s.budget = d }
 }
 
-// WithAttemptTimeout bounds each attempt of a call; the default is 1 s. A [Wait] comes on top of it.
+// WithAttemptTimeout limits each attempt; a [Wait] is added. The default is 1 s.
 func WithAttemptTimeout(d time.Duration) Option {
 	return func(s *settings) { s.attemptTimeout = d }
 }
 
-// WithBackoff sets the pause between attempts: random, up to base doubled with each attempt, and at most maximum. What
-// the service asks for comes on top. The defaults are 25 ms and 1 s.
+// WithBackoff limits the random backoff: base, doubled after each attempt, up to maximum. The delay the service asks
+// for is added. The defaults are 50 ms and 1 s.
 func WithBackoff(base, maximum time.Duration) Option {
 	return func(s *settings) { s.backoffBase, s.backoffMax = base, maximum }
 }
 
-// WithLogger sets where claims that were granted without the service are logged; the default is slog.Default().
+// WithLogger sets the logger for fail-open claims. The default is slog.Default().
 func WithLogger(l *slog.Logger) Option {
 	return func(s *settings) { s.logger = l }
 }
 
-// WithDefaults sets options that apply to every call, before its own.
+// WithDefaults sets options for every call. Options of the call override them.
 func WithDefaults(opts ...CallOption) Option {
 	return func(s *settings) { s.defaults = append(s.defaults, opts...) }
 }
 
-// WithCoalescing lets concurrent claims travel together, up to maxBatch of them in one BatchClaimTransactions. A claim
-// waits at most maxDelay for others. Each keeps its own token, context, retries and error; gRPC metadata of its context
-// is not sent. Claims that [Wait] travel alone.
+// WithCoalescing sends up to maxBatch concurrent claims in one batch. A claim waits at most maxDelay for others. It
+// keeps its own token, context, retries and error, but gRPC metadata of its context is not sent. Claims with [Wait] are
+// sent alone.
 func WithCoalescing(maxBatch int, maxDelay time.Duration) Option {
 	return func(s *settings) { s.maxBatch, s.maxDelay = maxBatch, maxDelay }
 }
 
-// Policy says what becomes of a claim when the service is unavailable.
+// Policy selects the result of a claim while the service is unavailable.
 type Policy int
 
 const (
 	// Deny returns the error. It is the default.
 	Deny Policy = iota
-	// Allow grants the claim without the service, so that duplicates get through: the claim says FailOpen.
+	// Allow grants the claim with FailOpen set. It may be a duplicate.
 	Allow
 )
 
-// CallOption sets what one call asks for. Of them only [Namespace] concerns a look-up.
+// CallOption configures one call. Get uses only [Namespace].
 type CallOption func(*callSettings)
 
 type callSettings struct {
@@ -145,15 +145,15 @@ type callSettings struct {
 	policy  Policy
 }
 
-// TTL sets how long the claim lives, in whole milliseconds; it replaces [ExpireTime]. The default is that of the
-// namespace.
+// TTL sets the lifetime of the claim, truncated to milliseconds, and replaces [ExpireTime]. The default is the
+// namespace's.
 func TTL(d time.Duration) CallOption {
 	return func(s *callSettings) {
 		s.request.Expiry = &dedupv1.ClaimTransactionRequest_Ttl{Ttl: durationOf(d)}
 	}
 }
 
-// ExpireTime sets until when the claim lives, in whole milliseconds; it replaces [TTL].
+// ExpireTime sets the end of the claim, truncated to milliseconds, and replaces [TTL].
 func ExpireTime(t time.Time) CallOption {
 	return func(s *callSettings) {
 		s.request.Expiry = &dedupv1.ClaimTransactionRequest_ExpireTime{
@@ -162,50 +162,50 @@ func ExpireTime(t time.Time) CallOption {
 	}
 }
 
-// Namespace keeps the ids of different uses apart; the default is "default".
+// Namespace separates the ids of different uses. The default is "default".
 func Namespace(name string) CallOption {
 	return func(s *callSettings) { s.request.Namespace = name }
 }
 
-// Claimant says who claims; duplicates are shown it.
+// Claimant identifies the caller. Duplicates receive it.
 func Claimant(name string) CallOption {
 	return func(s *callSettings) { s.request.Claimant = name }
 }
 
-// Fingerprint is a digest of what the transaction is about, at most 64 bytes: the same id with another fingerprint is
+// Fingerprint sets a digest of the transaction's payload, at most 64 bytes. The same id with a different fingerprint is
 // an [ErrPayloadMismatch].
 func Fingerprint(digest []byte) CallOption {
 	return func(s *callSettings) { s.request.PayloadFingerprint = digest }
 }
 
-// Wait lets a duplicate of work in progress wait for its end before it is answered, at most 5 minutes. It comes on top
-// of the budget and of the time-out of an attempt, and never goes past the deadline of the context.
+// Wait makes a duplicate wait, at most 5 minutes, until the work in progress ends. It extends the budget and the
+// attempt timeout, not the deadline of the context.
 func Wait(d time.Duration) CallOption {
 	return func(s *callSettings) { s.request.Wait = durationOf(d) }
 }
 
-// Token claims with this token instead of a fresh one, to repeat a claim of which the answer was lost. Two workers must
-// never share one: both would be granted the claim.
+// Token sets the claim token, to repeat a claim whose reply was lost. Two workers must never share a token: both would
+// receive the claim.
 func Token(token string) CallOption {
 	return func(s *callSettings) { s.request.ClaimToken = token }
 }
 
-// OnUnavailable sets what becomes of the claim when the service is unavailable; the default is [Deny].
+// OnUnavailable sets the policy while the service is unavailable. The default is [Deny].
 func OnUnavailable(p Policy) CallOption {
 	return func(s *callSettings) { s.policy = p }
 }
 
-// CompleteOption sets how a completed transaction is remembered.
+// CompleteOption configures [Claim.Complete].
 type CompleteOption func(*dedupv1.CompleteTransactionRequest)
 
-// RetainFor sets how long the completed transaction is remembered; the default is the retention of the namespace.
+// RetainFor sets how long the completed transaction is kept. The default is the namespace's.
 func RetainFor(d time.Duration) CompleteOption {
 	return func(r *dedupv1.CompleteTransactionRequest) {
 		r.Retention = &dedupv1.CompleteTransactionRequest_Ttl{Ttl: durationOf(d)}
 	}
 }
 
-// RetainUntil sets until when the completed transaction is remembered.
+// RetainUntil sets when the completed transaction expires.
 func RetainUntil(t time.Time) CompleteOption {
 	return func(r *dedupv1.CompleteTransactionRequest) {
 		r.Retention = &dedupv1.CompleteTransactionRequest_ExpireTime{
@@ -214,7 +214,7 @@ func RetainUntil(t time.Time) CompleteOption {
 	}
 }
 
-// durationOf drops what is finer than the millisecond of the contract, which the service would refuse.
+// durationOf truncates to milliseconds; the service rejects a finer duration.
 func durationOf(d time.Duration) *durationpb.Duration {
 	return durationpb.New(d.Truncate(time.Millisecond))
 }

@@ -11,9 +11,9 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// call makes attempts until one is answered, the error is beyond mending, or the budget is spent.
+// call repeats an attempt until it succeeds, its error is not retryable, or the budget is spent.
 //
-// It returns how many attempts before the answer may have been applied unheard.
+// It returns the number of failed attempts that may have been applied.
 func (c *Client) call(ctx context.Context, wait time.Duration, attempt func(context.Context) error) (unheard int, failure *Error) {
 	ctx, cancel := c.withBudget(ctx, wait)
 	defer cancel()
@@ -24,7 +24,7 @@ func (c *Client) call(ctx context.Context, wait time.Duration, attempt func(cont
 		}
 		e := newError(err)
 		e.Attempts = n
-		// Whether it was the caller shows below: then there is no time for another attempt.
+		// If the caller cancelled, the check below corrects this.
 		e.cutOff = e.Code == codes.Canceled && !c.closed()
 		if e.Applied == AppliedUnknown {
 			unheard++
@@ -39,7 +39,7 @@ func (c *Client) call(ctx context.Context, wait time.Duration, attempt func(cont
 			continue
 		}
 		if errors.Is(ctx.Err(), context.Canceled) {
-			// The caller wants no answer any more, which is not the same as a service that has none.
+			// A call cancelled by its caller is not an unavailable service.
 			e.status = status.FromContextError(ctx.Err())
 			e.Code, e.Message, e.cutOff = e.status.Code(), e.status.Message(), false
 		}
@@ -47,19 +47,18 @@ func (c *Client) call(ctx context.Context, wait time.Duration, attempt func(cont
 	}
 }
 
-// closed reports whether the client was closed, which cancels the calls under way. Of a stub of the caller's own it
-// cannot know: their calls then go on until their budget is spent.
+// closed reports whether the client was closed, which cancels in-flight calls. It is always false for NewFromStub.
 func (c *Client) closed() bool {
 	return c.conn != nil && c.conn.GetState() == connectivity.Shutdown
 }
 
-// fits reports whether the context lasts longer than the pause: otherwise waiting would only delay the error.
+// fits reports whether the context outlasts the pause. If not, waiting would only delay the error.
 func fits(ctx context.Context, pause time.Duration) bool {
 	deadline, ok := ctx.Deadline()
 	return !ok || time.Until(deadline) > pause
 }
 
-// withBudget bounds a call: by what the caller set, else by the deadline of its context, else by the default.
+// withBudget limits a call by the budget, else by the deadline of its context, else by the default budget.
 func (c *Client) withBudget(ctx context.Context, wait time.Duration) (context.Context, context.CancelFunc) {
 	budget := c.settings.budget
 	if budget == 0 {
@@ -77,14 +76,21 @@ func (c *Client) attempt(ctx context.Context, wait time.Duration, attempt func(c
 	return attempt(ctx)
 }
 
-// jitter is a random pause ("full jitter"), so that callers who failed together do not come back together.
+// jitter returns a random pause up to the backoff ("full jitter"), so that callers that failed together retry apart.
 func (c *Client) jitter(attempts int) time.Duration {
-	limit := c.settings.backoffMax
-	// Beyond 30 doublings any base has outgrown any sensible limit, and would soon overflow.
-	if shift := attempts - 1; shift < 30 {
-		limit = min(limit, c.settings.backoffBase<<shift)
+	return rand.N(c.backoff(attempts))
+}
+
+// backoff returns the longest pause after so many attempts, without the delay that the service asks for.
+func (c *Client) backoff(attempts int) time.Duration {
+	limit := c.settings.backoffBase
+	for range attempts - 1 {
+		if limit > c.settings.backoffMax/2 {
+			return c.settings.backoffMax
+		}
+		limit *= 2
 	}
-	return rand.N(limit)
+	return limit
 }
 
 // sleep waits, unless the context ends first.
@@ -95,6 +101,6 @@ func sleep(ctx context.Context, d time.Duration) error {
 	case <-timer.C:
 	case <-ctx.Done():
 	}
-	// Where both happened, the end of the context counts.
+	// If both happened, the end of the context counts.
 	return ctx.Err()
 }

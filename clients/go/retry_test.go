@@ -23,7 +23,7 @@ import (
 	"github.com/dedup-service/dedup-service/clients/go/dedupv1"
 )
 
-// script is a service that answers as a test says, and notes what it was asked.
+// script is a service that answers with the functions of a test and records the claims.
 type script struct {
 	dedupv1.DedupServiceClient
 
@@ -37,7 +37,7 @@ type script struct {
 
 func (s *script) ClaimTransaction(ctx context.Context, r *dedupv1.ClaimTransactionRequest, _ ...grpc.CallOption) (*dedupv1.ClaimTransactionResponse, error) {
 	s.mu.Lock()
-	s.requests = append(s.requests, proto.Clone(r).(*dedupv1.ClaimTransactionRequest)) // As it was sent.
+	s.requests = append(s.requests, proto.Clone(r).(*dedupv1.ClaimTransactionRequest)) // A snapshot of what was sent.
 	attempt := len(s.requests)
 	s.mu.Unlock()
 	return s.claim(ctx, attempt)
@@ -63,7 +63,7 @@ func scripted(t *testing.T, s *script, opts ...dedup.Option) *dedup.Client {
 	return client
 }
 
-// serviceError is an error as the service makes it.
+// serviceError returns an error with the details of the service.
 func serviceError(code codes.Code, reason, applied string, retry ...time.Duration) error {
 	details := []protoadapt.MessageV1{
 		&errdetails.ErrorInfo{Domain: "dedup.v1", Reason: reason, Metadata: map[string]string{"applied": applied}},
@@ -85,10 +85,10 @@ func granted() (*dedupv1.ClaimTransactionResponse, error) {
 func TestRetriesRepeatTheTokenOfTheirCall(t *testing.T) {
 	failures := []error{
 		serviceError(codes.Unavailable, "STORE_UNREACHABLE", "no", time.Millisecond),
-		status.Error(codes.Unavailable, "gRPC made this one"),
+		status.Error(codes.Unavailable, "made by gRPC"),
 		serviceError(codes.ResourceExhausted, "TOO_MANY_CALLS", "no", 0),
 		serviceError(codes.DeadlineExceeded, "DEADLINE_PASSED", "unknown"),
-		status.Error(codes.Canceled, "a server that ends cut this one off"),
+		status.Error(codes.Canceled, "cancelled by a server shutdown"),
 	}
 	s := &script{claim: func(_ context.Context, attempt int) (*dedupv1.ClaimTransactionResponse, error) {
 		if i := (attempt - 1) % (len(failures) + 1); i < len(failures) {
@@ -120,7 +120,7 @@ func TestRetriesRepeatTheTokenOfTheirCall(t *testing.T) {
 	}
 }
 
-func TestWhatNoRetryMendsIsReturnedAtOnce(t *testing.T) {
+func TestNonRetryableErrorIsReturnedAtOnce(t *testing.T) {
 	for name, failure := range map[string]error{
 		"refused":  serviceError(codes.Unavailable, "STORE_REFUSED", "no"),
 		"invalid":  serviceError(codes.InvalidArgument, "INVALID_REQUEST", "no"),
@@ -139,7 +139,7 @@ func TestWhatNoRetryMendsIsReturnedAtOnce(t *testing.T) {
 	}
 }
 
-func TestNoOutcomeIsNeverAGo(t *testing.T) {
+func TestReplyWithoutOutcomeIsNeverGranted(t *testing.T) {
 	for name, reply := range map[string]*dedupv1.ClaimTransactionResponse{
 		"empty":   {},
 		"unknown": {Outcome: 99},
@@ -156,7 +156,7 @@ func TestNoOutcomeIsNeverAGo(t *testing.T) {
 	}
 }
 
-func TestAppliedIsUnknownOnceAnyAttemptIs(t *testing.T) {
+func TestAppliedIsUnknownIfAnyAttemptIs(t *testing.T) {
 	for first, want := range map[string]dedup.Applied{"no": dedup.AppliedNo, "unknown": dedup.AppliedUnknown} {
 		s := &script{claim: func(_ context.Context, attempt int) (*dedupv1.ClaimTransactionResponse, error) {
 			if attempt == 1 {
@@ -172,7 +172,7 @@ func TestAppliedIsUnknownOnceAnyAttemptIs(t *testing.T) {
 	}
 }
 
-func TestARetryThatTheBudgetHasNoTimeForIsNotMade(t *testing.T) {
+func TestNoRetryIfThePauseExceedsTheBudget(t *testing.T) {
 	s := &script{claim: func(context.Context, int) (*dedupv1.ClaimTransactionResponse, error) {
 		return nil, serviceError(codes.Unavailable, "STORE_LOADING", "no", time.Hour)
 	}}
@@ -181,7 +181,7 @@ func TestARetryThatTheBudgetHasNoTimeForIsNotMade(t *testing.T) {
 	}
 }
 
-func TestNoAttemptGoesPastTheBudget(t *testing.T) {
+func TestNoAttemptOutlastsTheBudget(t *testing.T) {
 	const short = 60 * time.Millisecond
 	for name, limit := range map[string]struct {
 		ctx    time.Duration // 0: no deadline
@@ -214,14 +214,13 @@ func TestNoAttemptGoesPastTheBudget(t *testing.T) {
 		if e.Attempts != len(s.requests) || e.Applied != dedup.AppliedUnknown {
 			t.Errorf("%s: %d attempts were made, %+v", name, len(s.requests), e)
 		}
-		// Each attempt has at most its own time, and none a deadline past that of the call. The call began within a
-		// moment of before, which a busy machine makes longer.
+		// No attempt has a deadline after the call's. The 10 s allow for a busy machine.
 		for i, deadline := range deadlines {
 			if deadline.IsZero() || deadline.After(before.Add(short+10*time.Second)) {
-				t.Errorf("%s: attempt %d may last until %v, begun at %v", name, i+1, deadline, before)
+				t.Errorf("%s: attempt %d has the deadline %v, the call began at %v", name, i+1, deadline, before)
 			}
 			if limit, ok := ctx.Deadline(); ok && deadline.After(limit) {
-				t.Errorf("%s: attempt %d may last until %v, past %v", name, i+1, deadline, limit)
+				t.Errorf("%s: attempt %d has the deadline %v, after the context's %v", name, i+1, deadline, limit)
 			}
 		}
 	}
@@ -249,7 +248,7 @@ func TestWithoutBudgetTheDeadlineOfTheContextIsTheBudget(t *testing.T) {
 	}
 }
 
-func TestACancelledCallIsNeitherRetriedNorGranted(t *testing.T) {
+func TestCancelledCallIsNeitherRetriedNorGranted(t *testing.T) {
 	for name, failure := range map[string]error{
 		"during an attempt": status.Error(codes.Canceled, "context canceled"),
 		"before a retry":    serviceError(codes.Unavailable, "STORE_TIMEOUT", "unknown", 0),
@@ -266,9 +265,9 @@ func TestACancelledCallIsNeitherRetriedNorGranted(t *testing.T) {
 	}
 }
 
-func TestWhatAServerCancelsIsUnavailableAndNotCancelled(t *testing.T) {
+func TestCallCancelledByTheServerIsUnavailable(t *testing.T) {
 	s := &script{claim: func(context.Context, int) (*dedupv1.ClaimTransactionResponse, error) {
-		return nil, status.Error(codes.Canceled, "cut off")
+		return nil, status.Error(codes.Canceled, "cancelled by the server")
 	}}
 	_, err := scripted(t, s, dedup.WithBudget(50*time.Millisecond)).Claim(ctx, "x")
 	if !errors.Is(err, dedup.ErrUnavailable) || errors.Is(err, context.Canceled) || len(s.requests) < 2 {
@@ -276,7 +275,7 @@ func TestWhatAServerCancelsIsUnavailableAndNotCancelled(t *testing.T) {
 	}
 }
 
-// hold is a service that answers no claim before it is told to.
+// hold is a service that answers claims only after release is closed.
 type hold struct {
 	dedupv1.UnimplementedDedupServiceServer
 	asked, release chan struct{}
@@ -288,7 +287,7 @@ func (h *hold) ClaimTransaction(context.Context, *dedupv1.ClaimTransactionReques
 	return granted()
 }
 
-func TestAClosedClientTriesNothingAgain(t *testing.T) {
+func TestClosedClientDoesNotRetry(t *testing.T) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -319,7 +318,7 @@ func TestAClosedClientTriesNothingAgain(t *testing.T) {
 	}
 }
 
-func TestUnavailableDeniesUnlessAskedToAllow(t *testing.T) {
+func TestUnavailableIsDeniedByDefaultAndGrantedWithAllow(t *testing.T) {
 	var log strings.Builder
 	s := &script{claim: func(context.Context, int) (*dedupv1.ClaimTransactionResponse, error) {
 		return nil, serviceError(codes.Unavailable, "STORE_REFUSED", "no")
@@ -338,7 +337,7 @@ func TestUnavailableDeniesUnlessAskedToAllow(t *testing.T) {
 	if got := log.String(); !strings.Contains(got, "level=WARN") || !strings.Contains(got, "STORE_REFUSED") || strings.Contains(got, "private") {
 		t.Errorf("logged: %s", got)
 	}
-	// The script answers none of these: calling it would panic.
+	// The script has no functions for these calls, so a call would panic.
 	if err := claim.Complete(ctx, nil); err != nil {
 		t.Error(err)
 	}
@@ -350,12 +349,12 @@ func TestUnavailableDeniesUnlessAskedToAllow(t *testing.T) {
 	}
 	for _, call := range []string{"complete", "release", "extend"} {
 		if !strings.Contains(log.String(), "nothing to "+call) {
-			t.Errorf("%s did not say that it does nothing: %s", call, log.String())
+			t.Errorf("%s did not log that it does nothing: %s", call, log.String())
 		}
 	}
 }
 
-func TestAllowGrantsNothingThatWasAnswered(t *testing.T) {
+func TestAllowDoesNotGrantAnsweredErrors(t *testing.T) {
 	for _, failure := range []error{
 		serviceError(codes.InvalidArgument, "INVALID_REQUEST", "no"),
 		serviceError(codes.Internal, "INTERNAL", "unknown"),
@@ -367,7 +366,7 @@ func TestAllowGrantsNothingThatWasAnswered(t *testing.T) {
 	}
 }
 
-func TestNotHeldAfterALostReleaseIsReleased(t *testing.T) {
+func TestNotHeldAfterALostReleaseReplyIsReleased(t *testing.T) {
 	notHeld := &dedupv1.ReleaseTransactionResponse{Outcome: dedupv1.ReleaseOutcome_RELEASE_OUTCOME_NOT_HELD}
 	for applied, want := range map[string]error{"unknown": nil, "no": dedup.ErrNotHeld} {
 		s := &script{
@@ -385,7 +384,7 @@ func TestNotHeldAfterALostReleaseIsReleased(t *testing.T) {
 	}
 }
 
-func TestShadowDuplicatesHoldNothingWithoutError(t *testing.T) {
+func TestShadowDuplicateCompletesWithoutError(t *testing.T) {
 	for _, shadow := range []bool{true, false} {
 		s := &script{
 			claim: func(context.Context, int) (*dedupv1.ClaimTransactionResponse, error) {
@@ -407,7 +406,7 @@ func TestShadowDuplicatesHoldNothingWithoutError(t *testing.T) {
 	}
 }
 
-func TestGRPCMakesNoRetriesOfItsOwn(t *testing.T) {
+func TestGRPCRetriesAreDisabled(t *testing.T) {
 	server := grpc.NewServer()
 	service := &refusing{}
 	dedupv1.RegisterDedupServiceServer(server, service)
@@ -428,7 +427,7 @@ func TestGRPCMakesNoRetriesOfItsOwn(t *testing.T) {
 	}
 }
 
-// refusing counts the calls that it refuses for good.
+// refusing counts calls and rejects them with an error that is not retryable.
 type refusing struct {
 	dedupv1.UnimplementedDedupServiceServer
 	calls int
@@ -439,7 +438,7 @@ func (r *refusing) ClaimTransaction(context.Context, *dedupv1.ClaimTransactionRe
 	return nil, serviceError(codes.Unavailable, "STORE_REFUSED", "no")
 }
 
-func TestOptionsThatCanNeverWorkAreRefused(t *testing.T) {
+func TestInvalidOptionsAreRejected(t *testing.T) {
 	for name, opt := range map[string]dedup.Option{
 		"budget":  dedup.WithBudget(-1),
 		"attempt": dedup.WithAttemptTimeout(0),

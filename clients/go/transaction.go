@@ -8,19 +8,19 @@ import (
 	"github.com/dedup-service/dedup-service/clients/go/dedupv1"
 )
 
-// State says what has become of a claimed transaction.
+// State is the state of a claimed transaction.
 type State int
 
 const (
 	// StateUnspecified is never reported by the service.
 	StateUnspecified State = iota
-	// StateInProgress means that the work is neither completed nor released.
+	// StateInProgress means that the transaction is claimed and not completed.
 	StateInProgress
-	// StateCompleted means that the holder reported the work as done.
+	// StateCompleted means that the holder completed the work.
 	StateCompleted
 )
 
-// String returns the state in words.
+// String returns the state as text.
 func (s State) String() string {
 	switch s {
 	case StateInProgress:
@@ -32,25 +32,25 @@ func (s State) String() string {
 	}
 }
 
-// Transaction is a claimed transaction as anybody may see it: it never contains the claim token.
+// Transaction is a claimed transaction. It never contains the claim token.
 //
-// Times are zero where the service does not know them, as for a claim that it did not write itself.
+// Times the service does not know are zero, as for a claim another program wrote.
 type Transaction struct {
-	// ID is the id, byte for byte as it was claimed.
+	// ID is the id, byte for byte as claimed.
 	ID string
-	// Namespace is the namespace that it was claimed in.
+	// Namespace is the namespace of the id.
 	Namespace string
-	// State says whether the work is in progress or completed.
+	// State is in progress or completed.
 	State State
-	// Claimant is who claimed it, in the words of that caller.
+	// Claimant is the holder's [Claimant].
 	Claimant string
-	// ClaimTime is when it was claimed, by the clock of the service.
+	// ClaimTime is the time of the claim, by the clock of the service.
 	ClaimTime time.Time
-	// ExpireTime is when it will be forgotten.
+	// ExpireTime is when the transaction expires.
 	ExpireTime time.Time
-	// CompletionTime is when it was completed, and zero while it is in progress.
+	// CompletionTime is zero while the work is in progress.
 	CompletionTime time.Time
-	// Result is what the holder gave on completion, byte for byte.
+	// Result is the holder's result, byte for byte.
 	Result []byte
 }
 
@@ -67,7 +67,7 @@ func fromProto(t *dedupv1.Transaction) Transaction {
 	}
 }
 
-// timeOf maps an unset timestamp to the zero time, where AsTime would say 1970.
+// timeOf returns the zero time for an unset timestamp; AsTime would return 1970.
 func timeOf(t *timestamppb.Timestamp) time.Time {
 	if t == nil {
 		return time.Time{}

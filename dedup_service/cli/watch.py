@@ -43,7 +43,9 @@ from dedup_service.cli.output import (
     state_word,
 )
 
-_OUTAGE_CODES = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+# A server that shuts down cancels its remaining calls. Neither code says what happened.
+_VAGUE_CODES = (grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
+_OUTAGE_CODES = (grpc.StatusCode.UNAVAILABLE, *_VAGUE_CODES)
 _REFRESH_PER_SECOND = 4
 
 # Closer to its expiry than this, a claim that is gone may have expired by the server's clock.
@@ -171,8 +173,8 @@ def _look_up(
     except grpc.RpcError as error:
         if error.code() is grpc.StatusCode.NOT_FOUND:
             return Snapshot()
-        if outage is not None and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-            # The first error of an outage says more than the timeout of a later attempt.
+        if outage is not None and error.code() in _VAGUE_CODES:
+            # The first error of an outage says more.
             return Snapshot(outage=outage)
         if error.code() in _OUTAGE_CODES:
             return Snapshot(outage=error_fields(failure_of_call(error)))

@@ -43,8 +43,10 @@ _COLLECTION_THRESHOLD = 10_000
 
 # New calls are rejected with a reason at least this long before the listeners close.
 LAME_DUCK_S = 0.25
-# ... and until no call has arrived for this long, since gRPC cancels calls that arrive while it stops.
-_QUIET_S = 1.0
+# ... and until no call has arrived for a while, since gRPC cancels calls that arrive while it stops. Callers that keep
+# calling do not hold up the shutdown for longer than the second figure.
+_QUIET_S = 0.5
+_QUIET_TIMEOUT_S = 2.0
 
 # What gRPC's own stop may take at most.
 _STOP_SLACK_S = 0.5
@@ -234,12 +236,10 @@ async def _until_idle(admission: Admission, grace_s: float) -> None:
         async with asyncio.timeout(grace_s):
             await asyncio.sleep(LAME_DUCK_S)
             await admission.idle()
-            seen = admission.rejected
-            while seen:
-                await asyncio.sleep(_QUIET_S)
-                if admission.rejected == seen:
-                    return
-                seen = admission.rejected
+            async with asyncio.timeout(_QUIET_TIMEOUT_S):
+                seen = 0
+                while seen != (seen := admission.rejected):
+                    await asyncio.sleep(_QUIET_S)
 
 
 async def _stop(engine: Engine) -> None:

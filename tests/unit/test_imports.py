@@ -1,7 +1,9 @@
-"""What the service imports: a sidecar starts with every pod, so it carries nothing that serving does not use."""
+"""Imports: a sidecar starts with every pod, so each process imports only what it uses."""
 
 import subprocess
 import sys
+
+import pytest
 
 # grpcio itself imports grpc_tools where that is installed.
 NOT_FOR_SERVING = (
@@ -13,14 +15,55 @@ NOT_FOR_SERVING = (
     "sqlite3",
     "dedup.client",
     "dedup_service.cli.commands",
+    "dedup_service.observability.metrics",
+    "dedup_service.observability.metrics_endpoint",
+    "dedup_service.observability.traces",
+)
+NOT_FOR_SUPERVISING = (
+    *NOT_FOR_SERVING,
+    "grpc",
+    "google.protobuf",
+    "hiredis",
+    "msgpack",
+    "pydantic",
+    "uvloop",
+    "dedup",
+    "dedup_service.claims",
+    "dedup_service.server",
+    "dedup_service.stores",
 )
 
 
-def test_serving_imports_no_command_no_client_and_no_store_that_was_not_chosen() -> None:
-    """`serve` is read and the server is put together without the libraries of the commands, the client or a driver.
-
-    Each start would pay for them: rich with 60 ms, typer with 80, redis with 250, of a start of half a second.
-    """
-    program = "import sys, dedup_service.cli.serve; print(*sys.modules)"
+def modules_after(program: str) -> set[str]:
+    """Return the modules a new interpreter has after these statements."""
+    program = f"{program}\nimport sys\nprint(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert set(run.stdout.split()).isdisjoint(NOT_FOR_SERVING)
+    return set(run.stdout.split())
+
+
+@pytest.mark.parametrize("module", ["cli.serve", "server.process"])
+def test_serving_imports_no_command_no_client_and_no_unused_store(module: str) -> None:
+    """`serve` and the server import no library of the commands, the client, a driver, metrics or traces.
+
+    Each start would pay for them: 60 ms for rich, 80 for typer and 250 for redis, of half a second.
+    """
+    assert modules_after(f"import dedup_service.{module}").isdisjoint(NOT_FOR_SERVING)
+
+
+def test_the_supervisor_imports_neither_grpc_nor_a_driver_nor_pydantic() -> None:
+    """The supervisor stays small, since it must not fail."""
+    assert modules_after("import dedup_service.supervisor.process").isdisjoint(NOT_FOR_SUPERVISING)
+
+
+def test_metrics_and_traces_are_imported_only_where_they_are_on() -> None:
+    """The observers of a server without metrics and traces load neither library, and with metrics only that one."""
+    program = """
+from dedup_service.config.settings import load_settings
+from dedup_service.observability.logs import logger
+from dedup_service.observability.observers import observing
+with observing(load_settings({flags}), logger(), "dedup.v1.DedupService", ("GetTransaction",)):
+    pass
+"""
+    assert modules_after(program.format(flags={})).isdisjoint({"prometheus_client", "opentelemetry"})
+    with_metrics = modules_after(program.format(flags={"metrics_listen": "127.0.0.1:0"}))
+    assert with_metrics & {"prometheus_client", "opentelemetry"} == {"prometheus_client"}

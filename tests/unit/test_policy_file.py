@@ -1,4 +1,4 @@
-"""The policy file: what it says, what the settings supply, and what a broken one is refused with."""
+"""The policy file: its rules, the defaults from the settings, and the errors of a broken one."""
 
 import asyncio
 from collections.abc import Callable
@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 from dedup_service.claims import Caller, ClaimService, ClaimStore, InvalidRequest, Policies, Policy
 from dedup_service.claims.limits import identity_violations
 from dedup_service.config.durations import format_duration
-from dedup_service.config.policy_file import load_policies
 from dedup_service.config.settings import BadSettings, Settings, load_settings
 from dedup_service.observability.logs import logger
-from dedup_service.server import policy_reload
-from dedup_service.server.policy_reload import PolicyReload
+from dedup_service.server import policies as reloading
+from dedup_service.server.policies import load_policies, reload_when_requested
 from tests.support.polling import eventually
 
 Load = Callable[..., Policies]
@@ -35,7 +34,7 @@ def _no_settings_of_this_shell(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def load(tmp_path: Path) -> Load:
-    """Loads the policies of a file with this text, or bytes, over settings with these flags."""
+    """Load the policies of a file with this content, over settings with these flags."""
 
     def loaded(text: str | bytes, **flags: str) -> Policies:
         file = tmp_path / "policies.toml"
@@ -65,8 +64,8 @@ def test_every_key_of_a_namespace_applies(load: Load) -> None:
     assert policies.allow_unknown
 
 
-def test_what_a_namespace_leaves_out_comes_from_the_settings(load: Load) -> None:
-    """The settings supply whatever a namespace does not say, each key alone."""
+def test_the_settings_supply_missing_keys_of_a_namespace(load: Load) -> None:
+    """Each key a namespace leaves out has the value of the settings."""
     policies = load(
         '[namespaces.a]\ndefault_ttl = "1s"\n[namespaces.b]\nmax_ttl = "6d"\n[namespaces.c]\nretention = "1h"\n',
         default_ttl="5s",
@@ -81,14 +80,14 @@ def test_what_a_namespace_leaves_out_comes_from_the_settings(load: Load) -> None
     }
 
 
-def test_a_retention_that_nobody_said_is_cut_to_the_maximum_of_the_namespace(load: Load) -> None:
-    """A namespace with a maximum below 24 hours needs no retention of its own."""
+def test_the_default_retention_is_cut_to_the_maximum_of_the_namespace(load: Load) -> None:
+    """A namespace with a maximum ttl below 24 hours needs no retention of its own."""
     assert load('[namespaces.short]\nmax_ttl = "1h"\n').of("short").retention_ms == HOUR
 
 
 @pytest.mark.parametrize("flags", [{}, {"default_ttl": "3s", "max_ttl": "1h"}])
-def test_without_a_file_all_namespaces_are_alike(flags: dict[str, str]) -> None:
-    """Without a policy file every namespace is let in, under the rules of the settings."""
+def test_without_a_file_all_namespaces_have_the_same_rules(flags: dict[str, str]) -> None:
+    """Without a policy file every namespace is admitted under the rules of the settings."""
     settings: Settings = load_settings(flags)
     rules = Policy(settings.default_ttl, settings.max_ttl, settings.retention_under(settings.max_ttl))
     assert load_policies(settings) == Policies(rules)
@@ -96,11 +95,11 @@ def test_without_a_file_all_namespaces_are_alike(flags: dict[str, str]) -> None:
 
 
 def test_an_empty_file_changes_nothing(load: Load) -> None:
-    """A file without a word in it is as none."""
+    """An empty policy file has the effect of none."""
     assert load("") == load_policies(load_settings())
 
 
-def test_unknown_namespaces_are_refused_where_the_file_says_so(load: Load) -> None:
+def test_unknown_namespaces_are_refused_if_the_file_says_so(load: Load) -> None:
     """With allow_unknown_namespaces = false only the listed ones are known, `default` included."""
     policies = load("allow_unknown_namespaces = false\n[namespaces.pay]\n")
     assert policies.of("pay") == policies.default
@@ -112,8 +111,8 @@ def test_unknown_namespaces_are_refused_where_the_file_says_so(load: Load) -> No
 ASKED = {"auth_tokens": "tokens.toml"}
 
 
-def test_callers_have_what_the_file_gives_them(load: Load) -> None:
-    """A caller has the namespaces and rpcs of its table; what is left out is all of them, and an empty list is none."""
+def test_callers_have_the_rights_of_the_file(load: Load) -> None:
+    """A caller has the namespaces and rpcs of its table: a missing key allows all, an empty list none."""
     policies = load(
         """
         [callers."spiffe://example.org/pay"]
@@ -135,21 +134,21 @@ def test_callers_have_what_the_file_gives_them(load: Load) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("callers = ['me']", "callers is ['me'], which is no table: write [callers.NAME] above the keys of each"),
-        ("[callers]\nme = 'all'", "caller 'me': 'all' is no table: write [callers.NAME] above its keys"),
+        ("callers = ['me']", "callers is ['me'], which is not a table: write [callers.NAME] above the keys of each"),
+        ("[callers]\nme = 'all'", "caller 'me': 'all' is not a table: write [callers.NAME] above its keys"),
         ("[callers.me]\nnamespace = ['pay']", "caller 'me': there is no key 'namespace': write namespaces or rpcs"),
-        ("[callers.pay.eu]", '(a name with a dot is quoted, as in [callers."pay.example"])'),
-        ("[callers.me]\nnamespaces = 'pay'", "caller 'me': namespaces: 'pay' is no list of names: write it as"),
+        ("[callers.pay.eu]", '(quote a name with a dot, as in [callers."pay.example"])'),
+        ("[callers.me]\nnamespaces = 'pay'", "caller 'me': namespaces: 'pay' is not a list of names: write it as"),
         ("[callers.me]\nnamespaces = ['Pay']", "caller 'me': namespaces: the name must be 1 to 63 of the characters"),
         (
             "[callers.me]\nrpcs = ['Claim']",
             "caller 'me': rpcs: there is no rpc 'Claim': write some of Claim",
         ),
-        ("[callers.me]\nrpcs = [1]", "caller 'me': rpcs: [1] is no list of names"),
+        ("[callers.me]\nrpcs = [1]", "caller 'me': rpcs: [1] is not a list of names"),
     ],
 )
 def test_a_broken_table_of_a_caller_is_one_clear_sentence(load: Load, text: str, words: str) -> None:
-    """The sentence names the caller and the key at fault, and what to write."""
+    """The sentence names the caller, the key at fault and the remedy."""
     with pytest.raises(BadSettings) as caught:
         load(text, **ASKED)
     assert words in str(caught.value)
@@ -165,14 +164,14 @@ PAY = "[namespaces.pay]\n"
         ("default_ttl = '1s'", "there is no key 'default_ttl': write allow_unknown_namespaces, or a table"),
         ("allow_unknown_namespaces = 'no'", "allow_unknown_namespaces is 'no': write true or false"),
         ("allow_unknown_namespaces = 0", "allow_unknown_namespaces is 0: write true or false"),
-        ("namespaces = ['pay']", "namespaces is ['pay'], which is no table: write [namespaces.NAME]"),
-        ("[namespaces]\npay = 'shadow'", "namespace 'pay': 'shadow' is no table: write [namespaces.NAME] above"),
+        ("namespaces = ['pay']", "namespaces is ['pay'], which is not a table: write [namespaces.NAME]"),
+        ("[namespaces]\npay = 'shadow'", "namespace 'pay': 'shadow' is not a table: write [namespaces.NAME] above"),
         (PAY + "ttl = '1s'", "namespace 'pay': there is no key 'ttl': write default_ttl, max_ttl, retention or mode"),
         (
             "[namespaces.pay.eu]",
-            "there is no key 'eu': write default_ttl, max_ttl, retention or mode (a name with a dot",
+            "there is no key 'eu': write default_ttl, max_ttl, retention or mode (quote a name with a dot",
         ),
-        ("[namespaces.pay.eu]", '(a name with a dot is quoted, as in [namespaces."pay.eu"])'),
+        ("[namespaces.pay.eu]", '(quote a name with a dot, as in [namespaces."pay.eu"])'),
         ("[namespaces.Pay]", "namespace 'Pay': the name must be 1 to 63 of the characters a-z, 0-9, '_', '.' and '-'"),
         ("[namespaces.-pay]", "namespace '-pay': the name must be 1 to 63 of the characters"),
         ('[namespaces.""]', "namespace '': the name must be 1 to 63 of the characters"),
@@ -190,7 +189,7 @@ PAY = "[namespaces.pay]\n"
         ),
         (PAY + "max_ttl = true", "namespace 'pay': max_ttl: True is not a duration"),
         (PAY + "retention = 1.5", "namespace 'pay': retention: 1.5 is not a duration"),
-        (PAY + "retention = '0s'", "namespace 'pay': retention: '0s' is no time at all: write at least 1ms"),
+        (PAY + "retention = '0s'", "namespace 'pay': retention: '0s' is zero: write at least 1ms"),
         (PAY + "max_ttl = '36501d'", "namespace 'pay': max_ttl: '36501d' is too long: write at most 36500d"),
         (
             PAY + "default_ttl = '2h'\nmax_ttl = '1h'",
@@ -199,15 +198,15 @@ PAY = "[namespaces.pay]\n"
         (PAY + "retention = '7d'\nmax_ttl = '1h'", "namespace 'pay': retention (7d) is longer than max_ttl (1h)"),
         (PAY + "default_ttl = '8d'", "default_ttl (8d) is longer than max_ttl (7d, from DEDUP_MAX_TTL)"),
         (PAY + "max_ttl = '1s'", "default_ttl (60s, from DEDUP_DEFAULT_TTL) is longer than max_ttl (1s)"),
-        ("[namespaces.pay", "it is not TOML: "),
-        (PAY + PAY, "it is not TOML: "),
+        ("[namespaces.pay", "it is not valid TOML: "),
+        (PAY + PAY, "it is not valid TOML: "),
         ("x = " + "[" * 20_000, "nested too deep"),
         (b"# gru\xdf\n", "it is not UTF-8 at byte 5: save it as UTF-8"),
-        ("\N{BYTE ORDER MARK}" + PAY, "it is not TOML: "),
+        ("\N{BYTE ORDER MARK}" + PAY, "it is not valid TOML: "),
     ],
 )
 def test_a_broken_file_is_one_clear_sentence(load: Load, tmp_path: Path, text: str | bytes, words: str) -> None:
-    """The sentence names the file, the namespace and the key at fault, the limit, and what to write."""
+    """The sentence names the file, the namespace, the key at fault, the limit and the remedy."""
     with pytest.raises(BadSettings) as caught:
         load(text)
     assert words in str(caught.value)
@@ -216,14 +215,14 @@ def test_a_broken_file_is_one_clear_sentence(load: Load, tmp_path: Path, text: s
 
 
 def test_a_retention_of_the_settings_may_be_too_long_for_a_namespace(load: Load) -> None:
-    """A retention that the operator set is not cut in silence."""
+    """A retention the operator set is not silently cut to the maximum."""
     words = r"retention \(2d, from DEDUP_RETENTION\) is longer than max_ttl \(1h\): write a retention of at most 1h"
     with pytest.raises(BadSettings, match=words):
         load('[namespaces.pay]\nmax_ttl = "1h"\n', retention="2d")
 
 
-def test_everything_that_is_wrong_is_said_at_once(load: Load) -> None:
-    """One look at the sentence is enough to mend several mistakes, of several namespaces."""
+def test_every_fault_is_reported_at_once(load: Load) -> None:
+    """One error reports several faults, of several namespaces."""
     with pytest.raises(BadSettings) as caught:
         load('[namespaces.a]\nmode = "x"\nmax_ttl = "y"\n[namespaces.B]\n')
     assert [part in str(caught.value) for part in ("'a': mode", "'a': max_ttl", "namespace 'B'")] == [True] * 3
@@ -236,43 +235,44 @@ def test_everything_that_is_wrong_is_said_at_once(load: Load) -> None:
 
 @pytest.mark.parametrize(("name", "words"), [("none.toml", "No such file or directory"), (".", "Is a directory")])
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, name: str, words: str) -> None:
-    """A path that leads to no file is not the same as no policy file."""
+    """A path that cannot be read is an error, not the same as no policy file."""
     with pytest.raises(
         BadSettings, match=f"the policy file '{tmp_path / name}' is not usable: it cannot be read: {words}"
     ):
         load_policies(load_settings({"policy_file": str(tmp_path / name)}))
 
 
-async def test_a_signal_during_the_reading_is_not_lost(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A SIGHUP that comes while the file is being read has it read once more, since it may have changed meanwhile.
+async def test_a_reload_requested_during_a_reload_is_not_lost(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A SIGHUP during a reload causes another one, since the file may have changed meanwhile.
 
-    Protection: the question is taken back before the reading and not after it.
+    Protection: the request is cleared before reading, not after.
     """
     older, newer = (Policies(Policy(ms, DAY, DAY)) for ms in (1, 2))
     loop = asyncio.get_running_loop()
-    reload = PolicyReload(load_settings({"policy_file": str(tmp_path / "policies.toml")}), logger())
+    settings = load_settings({"policy_file": str(tmp_path / "policies.toml")})
+    requested = asyncio.Event()
     claims = ClaimService(cast("ClaimStore", None), older)
     readings: list[Policies] = []
 
-    async def hang_up() -> None:
-        reload._asked.set()
+    async def request() -> None:
+        requested.set()
 
     def read_while_it_changes(_: Settings) -> Policies:
         readings.append(newer if readings else older)
         if len(readings) == 1:
-            asyncio.run_coroutine_threadsafe(hang_up(), loop).result()
+            asyncio.run_coroutine_threadsafe(request(), loop).result()
         return readings[-1]
 
     async def newer_applies() -> bool:
         return claims.policies is newer
 
-    monkeypatch.setattr(policy_reload, "load_policies", read_while_it_changes)
-    following = asyncio.create_task(reload.follow(claims))
+    monkeypatch.setattr(reloading, "load_policies", read_while_it_changes)
+    reloads = asyncio.create_task(reload_when_requested(requested, settings, claims, None, logger()))
     try:
-        await hang_up()
+        await request()
         await eventually(newer_applies, what="the newer rules")
     finally:
-        following.cancel()
+        reloads.cancel()
     assert len(readings) == 2
 
 
@@ -293,8 +293,8 @@ LINES = st.one_of(
 
 @given(st.one_of(st.binary(max_size=60), st.lists(LINES, max_size=8).map(lambda lines: "\n".join(lines).encode())))
 @examples(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_bytes_are_rules_that_hold_together_or_one_sentence(load: Load, raw: bytes) -> None:
-    """No file breaks the reading: it is refused on one printable line, or every rule in it can be kept."""
+def test_any_file_gives_consistent_rules_or_one_sentence(load: Load, raw: bytes) -> None:
+    """Any content is either refused with one printable line, or gives rules without contradiction."""
     try:
         policies = load(raw)
     except BadSettings as error:
@@ -312,8 +312,8 @@ def test_any_bytes_are_rules_that_hold_together_or_one_sentence(load: Load, raw:
     )
 )
 @examples(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_what_was_written_is_what_applies(load: Load, written: dict[str, int | None]) -> None:
-    """A file is refused exactly when a time in force would be longer than the maximum in force, and else kept to."""
+def test_the_written_times_apply(load: Load, written: dict[str, int | None]) -> None:
+    """A file is refused exactly when a time in force exceeds the maximum in force, and applies otherwise."""
     text = PAY + "".join(f'{key} = "{format_duration(ms)}"\n' for key, ms in written.items() if ms is not None)
     maximum = written["max_ttl"] or 7 * DAY
     default, retention = written["default_ttl"] or 60 * SECOND, written["retention"] or min(DAY, maximum)

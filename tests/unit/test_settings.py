@@ -1,4 +1,4 @@
-"""Settings: where they come from, which one wins, and what a bad one says."""
+"""Settings: sources, precedence, and the errors of bad values."""
 
 import os
 from pathlib import Path
@@ -16,7 +16,7 @@ def _no_settings_of_this_shell(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_flags_win_over_the_environment_and_it_over_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The nearest source wins for each setting alone."""
+    """Each setting comes from its first source: flag, variable, file."""
     file = tmp_path / "settings.toml"
     file.write_text('default_ttl = "1s"\nmax_ttl = "2h"\nkey_prefix = "file:"\n')
     monkeypatch.setenv("DEDUP_CONFIG", str(file))
@@ -26,7 +26,7 @@ def test_flags_win_over_the_environment_and_it_over_the_file(monkeypatch: pytest
     assert (settings.default_ttl, settings.max_ttl, settings.key_prefix) == (3_000, 7_200_000, "environment:")
 
 
-def test_an_empty_variable_is_as_if_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     """`DEDUP_KEY_PREFIX=` in a manifest means the default."""
     monkeypatch.setenv("DEDUP_KEY_PREFIX", "")
     assert load_settings().key_prefix == "dedup:"
@@ -49,19 +49,23 @@ def test_an_empty_variable_is_as_if_unset(monkeypatch: pytest.MonkeyPatch) -> No
             "4k",
             "DEDUP_MAX_RESULT_BYTES (--max-result-bytes): Input should be a valid integer",
         ),
-        ("DEDUP_LISTEN", "127.0.0.1", "'127.0.0.1' is no address"),
-        ("DEDUP_LISTEN", "127.0.0.1:70000", "is no address"),
-        ("DEDUP_LISTEN", ",", "names no address"),
-        ("DEDUP_LISTEN", "unix://relative.sock", "is no Unix socket"),
+        ("DEDUP_LISTEN", "127.0.0.1", "'127.0.0.1' is not an address"),
+        ("DEDUP_LISTEN", "127.0.0.1:70000", "is not an address"),
+        ("DEDUP_LISTEN", ",", "the list of addresses is empty: write host:port"),
+        ("DEDUP_LISTEN", "unix://relative.sock", "is not a Unix socket"),
         ("DEDUP_LISTEN", "unix:///" + "x" * 104, "at most 103 bytes"),
         ("DEDUP_LOG_LEVEL", "loud", "DEDUP_LOG_LEVEL (--log-level)"),
-        ("DEDUP_WORKERS", "0", "DEDUP_WORKERS (--workers): '0' is no number of processes: write 1 to 64, or auto"),
+        ("DEDUP_WORKERS", "0", "DEDUP_WORKERS (--workers): '0' is not a valid worker count: write 1 to 64, or auto"),
         ("DEDUP_WORKERS", "65", "write 1 to 64, or auto"),
         ("DEDUP_WORKERS", "1.5", "write 1 to 64, or auto"),
         ("DEDUP_WORKERS", "many", "write 1 to 64, or auto"),
-        ("DEDUP_METRICS_LISTEN", "9090", "DEDUP_METRICS_LISTEN (--metrics-listen): '9090' is no address: write host:"),
-        ("DEDUP_METRICS_LISTEN", "127.0.0.1:70000", "is no address: write host:port"),
-        ("DEDUP_METRICS_LISTEN", "unix:///x", "is no address: write host:port"),
+        (
+            "DEDUP_METRICS_LISTEN",
+            "9090",
+            "DEDUP_METRICS_LISTEN (--metrics-listen): '9090' is not an address: write host:",
+        ),
+        ("DEDUP_METRICS_LISTEN", "127.0.0.1:70000", "is not an address: write host:port"),
+        ("DEDUP_METRICS_LISTEN", "unix:///x", "is not an address: write host:port"),
         ("DEDUP_REQUIRE_STORE_URL", "true", "DEDUP_STORE_URL is not set and DEDUP_REQUIRE_STORE_URL is"),
         ("DEDUP_STORE_URL", "", "DEDUP_STORE_URL is set but empty: give it a value"),
         ("DEDUP_STOR_URL", "redis://x", "there is no setting DEDUP_STOR_URL: did you mean DEDUP_STORE_URL?"),
@@ -71,7 +75,7 @@ def test_an_empty_variable_is_as_if_unset(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_bad_setting_is_one_clear_sentence(
     monkeypatch: pytest.MonkeyPatch, variable: str, value: str, words: str
 ) -> None:
-    """A bad value names its setting and what to write; a misspelt one is refused, not ignored."""
+    """The error names the setting and the remedy; a misspelt setting is refused, not ignored."""
     monkeypatch.setenv(variable, value)
     with pytest.raises(BadSettings) as caught:
         load_settings()
@@ -88,21 +92,21 @@ def test_a_bad_setting_is_one_clear_sentence(
         ({"retention": "7d"}, 604_800_000),
     ],
 )
-def test_the_retention_is_a_day_unless_said_or_cut_by_the_maximum(flags: dict[str, str], retention: int) -> None:
-    """Completed transactions are remembered as long as set, else 24 hours, else the shorter maximum."""
+def test_the_retention_is_a_day_unless_set_or_cut_to_the_maximum(flags: dict[str, str], retention: int) -> None:
+    """The retention is the setting, or else 24 hours, cut to the maximum ttl."""
     settings = load_settings(flags)
     assert settings.retention_under(settings.max_ttl) == retention
 
 
 @pytest.mark.parametrize(("text", "size"), [("1", 1), ("4096", 4_096), ("1048576", 1_048_576)])
 def test_results_may_have_one_byte_to_one_mebibyte(text: str, size: int) -> None:
-    """The limit of a result is a number of bytes, and 4096 when nobody says."""
+    """The limit of a result is a number of bytes, 4096 by default."""
     assert load_settings({"max_result_bytes": text}).max_result_bytes == size
     assert load_settings().max_result_bytes == 4_096
 
 
 def test_the_policy_file_is_a_setting_like_any_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Its path comes from flag, environment or settings file, and an empty variable names none."""
+    """Its path comes from a flag, a variable or the settings file; an empty variable counts as unset."""
     file = tmp_path / "settings.toml"
     file.write_text('policy_file = "/etc/dedup/policies.toml"\n')
     assert load_settings(config_file=file).policy_file == Path("/etc/dedup/policies.toml")
@@ -113,7 +117,7 @@ def test_the_policy_file_is_a_setting_like_any_other(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("text", ['default_tll = "1s"', "default_ttl = "])
 def test_a_bad_file_is_refused(tmp_path: Path, text: str) -> None:
-    """An unknown key and broken TOML stop the start."""
+    """A settings file with an unknown key or invalid TOML is an error."""
     file = tmp_path / "settings.toml"
     file.write_text(text)
     with pytest.raises(BadSettings):
@@ -123,16 +127,14 @@ def test_a_bad_file_is_refused(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     "name", ["DEDUP_SERVICE_HOST", "DEDUP_PORT", "DEDUP_PORT_50051_TCP_ADDR", "DEDUP_SERVICE_PORT_GRPC"]
 )
-def test_what_kubernetes_says_of_a_service_called_dedup_is_no_setting(
-    monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    """The variables that describe a neighbouring service do not stop the start."""
+def test_the_link_variables_of_kubernetes_are_not_settings(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Kubernetes describes a service named "dedup" in variables that the settings ignore."""
     monkeypatch.setenv(name, "tcp://10.0.0.1:50051")
     load_settings()
 
 
-def test_secrets_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The store URL, which may hold a password, is not in the representation of the settings."""
+def test_the_representation_contains_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store URL, which may contain a password, is not in the representation of the settings."""
     monkeypatch.setenv("DEDUP_STORE_URL", "redis://:hunter2@cache")
     settings = load_settings()
     assert "hunter2" not in repr(settings)
@@ -140,7 +142,7 @@ def test_secrets_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_probe_needs_only_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the server listens can be asked for even if its other settings are given to it as flags."""
+    """A probe finds the listening address although the other settings, given as flags, are missing."""
     monkeypatch.setenv("DEDUP_REQUIRE_STORE_URL", "true")
     monkeypatch.setenv("DEDUP_LISTEN", "127.0.0.1:1,127.0.0.1:2")
     assert listening_address() == "127.0.0.1:1"
@@ -150,37 +152,37 @@ def test_a_probe_needs_only_the_address(monkeypatch: pytest.MonkeyPatch) -> None
     ("text", "ms"), [("1ms", 1), ("250ms", 250), ("60s", 60_000), ("2h", 7_200_000), ("7d", 604_800_000)]
 )
 def test_durations(text: str, ms: int) -> None:
-    """Durations are written with a unit, and come back in their shortest form."""
+    """Durations have a unit, and `format_duration` writes what `parse_duration` reads."""
     assert parse_duration(text) == ms
     assert parse_duration(format_duration(ms)) == ms
 
 
 @pytest.mark.parametrize("text", ["", "60", "1.5s", "-1s", "1 s", "s", "1w", "\u0661s", "1s2"])
-def test_what_is_no_duration(text: str) -> None:
-    """Anything but a whole number and a unit is refused."""
+def test_invalid_durations_are_refused(text: str) -> None:
+    """A duration is a whole number and a unit."""
     with pytest.raises(ValueError, match="is not a duration"):
         parse_duration(text)
 
 
-def test_auto_is_one_worker_a_cpu() -> None:
-    """`auto` counts the CPUs that this process may run on."""
+def test_auto_is_one_worker_per_cpu() -> None:
+    """`auto` counts the CPUs this process may run on."""
     assert load_settings({"workers": "auto"}).workers == len(os.sched_getaffinity(0))
 
 
 def test_workers_cannot_share_a_unix_socket() -> None:
-    """Several workers and a Unix socket are refused with what to write instead; one worker may have it."""
+    """Several workers on a Unix socket are refused with a remedy; one worker may have one."""
     flags = {"listen": "127.0.0.1:50051,unix:///run/dedup.sock", "workers": "2"}
     with pytest.raises(BadSettings) as caught:
         load_settings(flags)
     assert str(caught.value) == (
-        "DEDUP_WORKERS is 2 and DEDUP_LISTEN names unix:///run/dedup.sock: several processes cannot share a Unix "
+        "DEDUP_WORKERS is 2 and DEDUP_LISTEN has unix:///run/dedup.sock: several processes cannot share a Unix "
         "socket. Set DEDUP_WORKERS=1, or listen on a loopback address such as 127.0.0.1:50051"
     )
     assert load_settings(flags | {"workers": "1"}).workers == 1
 
 
-def test_settings_reach_another_process_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a process hands on is what another one has, passwords included, whatever the environment says there."""
+def test_settings_reach_another_process_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process receives every setting, passwords included, whatever its own environment holds."""
     settings = load_settings(
         {"store_url": "redis://user:s3cret@redis", "policy_file": "/p.toml", "retention": "2h", "workers": "3"}
     )

@@ -1,32 +1,35 @@
-"""The pieces of the supervisor: the ports that it holds, its patience with a worker that dies, and its messages."""
+"""The parts of the supervisor: held ports, the backoff of dying workers, and messages."""
 
 import socket
 from itertools import pairwise
 
 import pytest
 
+from dedup_service.config.errors import AddressUnavailable
 from dedup_service.supervisor.messages import (
     Refusal,
-    SupervisorOrders,
-    WorkerOrders,
-    read_line,
+    SupervisorStart,
+    WorkerStart,
+    read_report,
+    ready_line,
     refusal_line,
-    serving_line,
 )
-from dedup_service.supervisor.process import PortTaken, Reservation
-from dedup_service.supervisor.supervisor import RestartPauses
+from dedup_service.supervisor.process import HeldPorts
+from dedup_service.supervisor.supervisor import RestartBackoff
 
 
-def test_a_held_port_is_nobody_elses() -> None:
-    """While no worker listens, neither another reservation nor a plain server gets the port, and workers do.
+def test_only_workers_can_bind_a_held_port() -> None:
+    """While no worker listens, other supervisors and plain servers cannot bind the port, and workers can.
 
-    Protection: SO_REUSEADDR is off again on the socket that holds the port.
+    Protection: SO_REUSEADDR is unset on the socket that holds the port.
     """
-    held = Reservation(["127.0.0.1:0"])
+    held = HeldPorts(["127.0.0.1:0"])
     [address] = held.addresses
     port = int(address.rpartition(":")[2])
-    with pytest.raises(PortTaken, match=f"cannot listen on {address}: Address already in use: does another server"):
-        Reservation([address])
+    with pytest.raises(
+        AddressUnavailable, match=f"cannot listen on {address}: Address already in use: does another server"
+    ):
+        HeldPorts([address])
     with socket.socket() as plain:
         plain.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         with pytest.raises(OSError, match="in use"):
@@ -38,36 +41,36 @@ def test_a_held_port_is_nobody_elses() -> None:
             worker.bind(("127.0.0.1", port))
             worker.listen()
     held.close()
-    Reservation([address]).close()
+    HeldPorts([address]).close()
 
 
-def test_nothing_is_held_where_one_address_is_taken() -> None:
-    """A reservation of several addresses is all or nothing."""
-    taken = Reservation(["127.0.0.1:0"])
-    free = Reservation(["127.0.0.1:0"])
+def test_no_port_stays_held_if_one_is_taken() -> None:
+    """Holding several addresses is all or nothing."""
+    taken = HeldPorts(["127.0.0.1:0"])
+    free = HeldPorts(["127.0.0.1:0"])
     free.close()
-    with pytest.raises(PortTaken):
-        Reservation([*free.addresses, *taken.addresses])
-    Reservation(free.addresses).close()
+    with pytest.raises(AddressUnavailable):
+        HeldPorts([*free.addresses, *taken.addresses])
+    HeldPorts(free.addresses).close()
     taken.close()
 
 
-def test_a_worker_that_keeps_dying_is_started_ever_later() -> None:
-    """At once after its first death, then after pauses that double up to half a minute; a long life forgives all."""
-    pauses = RestartPauses()
-    waited = [pauses.after(1.0) for _ in range(12)]
+def test_a_worker_that_keeps_dying_restarts_with_backoff() -> None:
+    """It restarts at once, then after pauses that double up to 30 seconds; a long life resets the backoff."""
+    backoff = RestartBackoff()
+    waited = [backoff.after(1.0) for _ in range(12)]
     assert waited[:4] == [0.0, 0.25, 0.5, 1.0]
     assert all(later >= earlier for earlier, later in pairwise(waited))
     assert waited[-1] == 30.0
-    assert [pauses.after(3_600.0), pauses.after(1.0)] == [0.0, 0.25]
+    assert [backoff.after(3_600.0), backoff.after(1.0)] == [0.0, 0.25]
 
 
-def test_messages_come_out_as_they_went_in() -> None:
-    """Orders and words cross the pipes as one line each, whatever is in them."""
-    for orders in (SupervisorOrders('{"a": "ü\\n"}', banner=True), WorkerOrders(3, '{"a": "ü\\n"}', "/run/figures")):
-        line = orders.to_line()
+def test_messages_survive_the_pipe_unchanged() -> None:
+    """Each message is one line and decodes to itself, whatever it contains."""
+    for start in (SupervisorStart('{"a": "ü\\n"}', banner=True), WorkerStart(3, '{"a": "ü\\n"}', "/run/metrics")):
+        line = start.to_line()
         assert line.count(b"\n") == 1
-        assert type(orders).from_line(line) == orders
-    refusal = Refusal("no:\nnever", 2)
-    assert read_line(refusal_line(refusal)) == refusal
-    assert read_line(serving_line(["127.0.0.1:1"])) == ["127.0.0.1:1"]
+        assert type(start).from_line(line) == start
+    refusal = Refusal("cannot:\nserve", 2)
+    assert read_report(refusal_line(refusal)) == refusal
+    assert read_report(ready_line(["127.0.0.1:1"])) == ["127.0.0.1:1"]

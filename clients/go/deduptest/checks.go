@@ -18,13 +18,13 @@ import (
 	"github.com/dedup-service/dedup-service/clients/go/dedupv1"
 )
 
-// named is what every request has.
+// named is any request: all name a transaction.
 type named interface {
 	GetTransactionId() string
 	GetNamespace() string
 }
 
-// holder is a request that only the holder of a claim may make.
+// holder is a request that requires the claim token.
 type holder interface {
 	named
 	GetClaimToken() string
@@ -82,7 +82,7 @@ func checkClaim(r *dedupv1.ClaimTransactionRequest) error {
 	return nil
 }
 
-// expiry returns when a claim ends, by whichever of ttl and moment is given.
+// expiry returns the end of a claim, by ttl, by at, or by the default.
 func expiry(now time.Time, ttl *durationpb.Duration, at *timestamppb.Timestamp, byDefault time.Duration) (time.Time, error) {
 	field, d := "ttl", byDefault
 	switch {
@@ -92,7 +92,7 @@ func expiry(now time.Time, ttl *durationpb.Duration, at *timestamppb.Timestamp, 
 		field, d = "expire_time", at.AsTime().Sub(now)
 	}
 	if d < time.Millisecond || d > maxTTL || d%time.Millisecond != 0 {
-		return time.Time{}, errInvalid(field, "must be whole milliseconds, in the future, and at most 7 days away")
+		return time.Time{}, errInvalid(field, "must be in whole milliseconds, in the future and at most 7 days away")
 	}
 	return now.Add(d), nil
 }
@@ -104,7 +104,7 @@ func errInvalid(field, description string) error {
 }
 
 func errNotFound() error {
-	return failure(codes.NotFound, "TRANSACTION_NOT_FOUND", "nobody holds the transaction")
+	return failure(codes.NotFound, "TRANSACTION_NOT_FOUND", "the transaction is not claimed")
 }
 
 func errUnavailable() error {
@@ -112,17 +112,17 @@ func errUnavailable() error {
 		&errdetails.RetryInfo{RetryDelay: durationpb.New(time.Millisecond)})
 }
 
-// failure makes an error that certainly changed nothing, as the service describes it.
+// failure returns an error with the details of the service and applied "no".
 func failure(code codes.Code, reason, message string, more ...protoadapt.MessageV1) error {
 	info := &errdetails.ErrorInfo{Reason: reason, Domain: "dedup.v1", Metadata: map[string]string{"applied": "no"}}
 	s, err := status.New(code, message).WithDetails(append([]protoadapt.MessageV1{info}, more...)...)
 	if err != nil {
-		panic(err) // Only for the code OK, or a message that cannot be encoded.
+		panic(err) // The code is OK or a detail cannot be encoded.
 	}
 	return s.Err()
 }
 
-// with returns a changed copy: the one before may be on its way to a caller.
+// with returns a changed copy, because a caller may still read the original.
 func with(t *dedupv1.Transaction, change func(*dedupv1.Transaction)) *dedupv1.Transaction {
 	changed := proto.Clone(t).(*dedupv1.Transaction)
 	change(changed)

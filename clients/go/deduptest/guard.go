@@ -1,11 +1,10 @@
-// Package deduptest has a dedup service in memory, for tests of code that claims transactions.
+// Package deduptest has an in-memory dedup service for tests of code that claims transactions.
 //
 //	guard := deduptest.NewGuard()
 //	claim, err := guard.Claim(ctx, "order-1234")
 //
-// The guard is a real [dedup.Client] over an in-memory [Service] that keeps the contract: tokens are checked, claims
-// expire by a clock that the test moves, a completed transaction is a duplicate with its result, and the same token is
-// told that it holds the claim again.
+// The guard is a real [dedup.Client] over an in-memory [Service] that keeps the contract. The test controls the clock
+// by which claims expire.
 package deduptest
 
 import (
@@ -20,13 +19,13 @@ import (
 // Guard is a [dedup.Guard] that needs no server.
 type Guard struct {
 	*dedup.Client
-	// Service holds the claims; use it to move the clock and to make the service unavailable.
+	// Service holds the claims, the clock and the availability.
 	Service *Service
 }
 
 var _ dedup.Guard = (*Guard)(nil)
 
-// NewGuard returns a guard over a service of its own. It panics when an option can never work.
+// NewGuard returns a guard with its own service. It panics if an option is invalid.
 func NewGuard(opts ...dedup.Option) *Guard {
 	service := NewService()
 	client, err := dedup.NewFromStub(stub{service}, opts...)

@@ -10,9 +10,9 @@ import (
 	"github.com/dedup-service/dedup-service/clients/go/deduptest"
 )
 
-// That the fake behaves as the service does is tested beside the client, by the same tests for both.
+// The tests of package dedup run against both this service and the real one.
 
-func TestClaimsExpireByTheClockOfTheTest(t *testing.T) {
+func TestClaimsExpireByTheTestClock(t *testing.T) {
 	ctx := context.Background()
 	now := time.Date(2025, 11, 28, 12, 0, 0, 0, time.UTC)
 	guard := deduptest.NewGuard()
@@ -34,7 +34,7 @@ func TestClaimsExpireByTheClockOfTheTest(t *testing.T) {
 	}
 }
 
-func TestAWaitEndsByTheClockOfTheTest(t *testing.T) {
+func TestWaitEndsByTheTestClock(t *testing.T) {
 	ctx := context.Background()
 	guard := deduptest.NewGuard()
 	if _, err := guard.Claim(ctx, "x", dedup.TTL(time.Hour)); err != nil {
@@ -45,7 +45,7 @@ func TestAWaitEndsByTheClockOfTheTest(t *testing.T) {
 		_, err := guard.Claim(ctx, "x", dedup.Wait(time.Minute))
 		answer <- err
 	}()
-	// The wait may begin before or after any one of these moves, and ends by one that follows.
+	// The wait may begin between any two of these steps and ends with a later one.
 	for {
 		guard.Service.Advance(10 * time.Second)
 		select {

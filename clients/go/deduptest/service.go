@@ -20,12 +20,12 @@ const (
 	maxResultBytes   = 4096
 	maxBatch         = 1000
 
-	// waitInterval is how often one who waits looks whether the clock, which is the test's, ended the wait.
+	// waitInterval is how often a waiting claim checks the test's clock.
 	waitInterval = 2 * time.Millisecond
 )
 
-// Service is the dedup service in memory, with the defaults of the real one. It is safe for concurrent use, and can be
-// registered with a gRPC server as well.
+// Service is an in-memory dedup service with the defaults of the real one. It is safe for concurrent use and can be
+// registered with a gRPC server.
 type Service struct {
 	dedupv1.UnimplementedDedupServiceServer
 
@@ -41,37 +41,37 @@ type key struct{ namespace, id string }
 type record struct {
 	token       string
 	fingerprint []byte
-	shown       *dedupv1.Transaction // never changed once it is here: replaced
+	shown       *dedupv1.Transaction // replaced on change, never modified
 	expires     time.Time
 }
 
-// NewService returns a service that holds no claims and goes by the system's clock.
+// NewService returns a service without claims that uses the system clock.
 func NewService() *Service {
 	return &Service{now: time.Now, records: map[key]*record{}}
 }
 
-// SetClock makes the service go by another clock.
+// SetClock replaces the clock and undoes earlier calls of Advance.
 func (s *Service) SetClock(now func() time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.now, s.offset = now, 0
 }
 
-// Advance moves the clock of the service forward, so that claims expire without waiting.
+// Advance moves the clock forward, so claims expire without waiting.
 func (s *Service) Advance(d time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.offset += d
 }
 
-// SetUnavailable makes every call fail with UNAVAILABLE and applied "no", or ends that.
+// SetUnavailable(true) makes every call fail with UNAVAILABLE and applied "no", until SetUnavailable(false).
 func (s *Service) SetUnavailable(down bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.down = down
 }
 
-// ClaimTransaction claims, as the real service does.
+// ClaimTransaction implements [dedupv1.DedupServiceServer].
 func (s *Service) ClaimTransaction(ctx context.Context, r *dedupv1.ClaimTransactionRequest) (*dedupv1.ClaimTransactionResponse, error) {
 	if err := checkClaim(r); err != nil {
 		return nil, err
@@ -147,13 +147,13 @@ func claimed(r *record, replayed bool) *dedupv1.ClaimTransactionResponse {
 	}
 }
 
-// CompleteTransaction completes, as the real service does.
+// CompleteTransaction implements [dedupv1.DedupServiceServer].
 func (s *Service) CompleteTransaction(_ context.Context, r *dedupv1.CompleteTransactionRequest) (*dedupv1.CompleteTransactionResponse, error) {
 	if err := checkHolder(r); err != nil {
 		return nil, err
 	}
 	if len(r.GetResult()) > maxResultBytes {
-		return nil, errInvalid("result", "is too long")
+		return nil, errInvalid("result", "must be at most 4,096 bytes")
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -191,7 +191,7 @@ func (s *Service) CompleteTransaction(_ context.Context, r *dedupv1.CompleteTran
 	}, nil
 }
 
-// ReleaseTransaction releases, as the real service does.
+// ReleaseTransaction implements [dedupv1.DedupServiceServer].
 func (s *Service) ReleaseTransaction(_ context.Context, r *dedupv1.ReleaseTransactionRequest) (*dedupv1.ReleaseTransactionResponse, error) {
 	if err := checkHolder(r); err != nil {
 		return nil, err
@@ -208,7 +208,7 @@ func (s *Service) ReleaseTransaction(_ context.Context, r *dedupv1.ReleaseTransa
 	return &dedupv1.ReleaseTransactionResponse{Outcome: dedupv1.ReleaseOutcome_RELEASE_OUTCOME_RELEASED}, nil
 }
 
-// ExtendTransaction extends, as the real service does.
+// ExtendTransaction implements [dedupv1.DedupServiceServer].
 func (s *Service) ExtendTransaction(_ context.Context, r *dedupv1.ExtendTransactionRequest) (*dedupv1.ExtendTransactionResponse, error) {
 	if err := checkHolder(r); err != nil {
 		return nil, err
@@ -239,7 +239,7 @@ func (s *Service) ExtendTransaction(_ context.Context, r *dedupv1.ExtendTransact
 	}, nil
 }
 
-// GetTransaction looks, as the real service does.
+// GetTransaction implements [dedupv1.DedupServiceServer].
 func (s *Service) GetTransaction(_ context.Context, r *dedupv1.GetTransactionRequest) (*dedupv1.GetTransactionResponse, error) {
 	if err := checkName(r); err != nil {
 		return nil, err
@@ -256,16 +256,16 @@ func (s *Service) GetTransaction(_ context.Context, r *dedupv1.GetTransactionReq
 	return &dedupv1.GetTransactionResponse{Transaction: held.shown}, nil
 }
 
-// BatchClaimTransactions claims each alone, in order, as the real service does.
+// BatchClaimTransactions implements [dedupv1.DedupServiceServer].
 func (s *Service) BatchClaimTransactions(ctx context.Context, r *dedupv1.BatchClaimTransactionsRequest) (*dedupv1.BatchClaimTransactionsResponse, error) {
 	if n := len(r.GetRequests()); n < 1 || n > maxBatch {
-		return nil, errInvalid("requests", "must be 1 to 1,000")
+		return nil, errInvalid("requests", "must have 1 to 1,000 entries")
 	}
 	reply := &dedupv1.BatchClaimTransactionsResponse{}
 	for _, request := range r.GetRequests() {
 		entry := &dedupv1.BatchClaimEntry{}
 		var claim *dedupv1.ClaimTransactionResponse
-		err := errInvalid("wait", "is refused in a batch")
+		err := errInvalid("wait", "is not allowed in a batch")
 		if request.GetWait() == nil {
 			claim, err = s.ClaimTransaction(ctx, request)
 		}
@@ -279,12 +279,12 @@ func (s *Service) BatchClaimTransactions(ctx context.Context, r *dedupv1.BatchCl
 	return reply, nil
 }
 
-// time returns the present of the service; the lock is held.
+// time returns the service's current time; the lock is held.
 func (s *Service) time() time.Time {
 	return s.now().Add(s.offset).Truncate(time.Millisecond)
 }
 
-// held returns who holds a transaction, and forgets what expired; the lock is held.
+// held returns the live record of a transaction and deletes an expired one; the lock is held.
 func (s *Service) held(k key) *record {
 	r := s.records[k]
 	if r != nil && !s.time().Before(r.expires) {
@@ -294,7 +294,7 @@ func (s *Service) held(k key) *record {
 	return r
 }
 
-// heldBy returns the transaction if the token holds it or completed it; the lock is held.
+// heldBy returns the record if the request's token holds or completed it; the lock is held.
 func (s *Service) heldBy(r holder) *record {
 	held := s.held(key{namespaceOf(r), r.GetTransactionId()})
 	if held == nil || held.token != r.GetClaimToken() {
@@ -303,7 +303,7 @@ func (s *Service) heldBy(r holder) *record {
 	return held
 }
 
-// inProgressBy returns the transaction if the token holds it in progress; the lock is held.
+// inProgressBy returns the record if the request's token holds it and it is in progress; the lock is held.
 func (s *Service) inProgressBy(r holder) *record {
 	held := s.heldBy(r)
 	if held == nil || held.shown.GetState() != dedupv1.TransactionState_TRANSACTION_STATE_IN_PROGRESS {
@@ -312,7 +312,7 @@ func (s *Service) inProgressBy(r holder) *record {
 	return held
 }
 
-// mismatch reports whether two fingerprints differ, where both callers gave one.
+// mismatch reports whether both fingerprints are set and differ.
 func mismatch(a, b []byte) bool {
 	return len(a) > 0 && len(b) > 0 && !bytes.Equal(a, b)
 }

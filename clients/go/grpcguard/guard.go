@@ -1,16 +1,17 @@
-// Package grpcguard makes unary gRPC handlers do the work of each idempotency key at most once.
+// Package grpcguard runs unary gRPC handlers at most once per idempotency key.
 //
 //	grpc.NewServer(grpc.UnaryInterceptor(grpcguard.UnaryServerInterceptor(client)))
 //
 // A call with the metadata idempotency-key claims a transaction before its handler runs:
 //
-//   - The first runs the handler, and its reply or error is kept.
-//   - While it runs, others get ABORTED, with the reason DUPLICATE in google.rpc.ErrorInfo.
-//   - Afterwards others get the first reply or error again, with the header metadata idempotency-replayed: true.
-//   - The same key with another request gets INVALID_ARGUMENT, and UNAVAILABLE when the dedup service is unavailable.
+//   - The first call runs the handler. Its reply or error is stored.
+//   - While it is in progress, duplicates receive ABORTED with the reason DUPLICATE in google.rpc.ErrorInfo.
+//   - Afterwards, duplicates receive the first reply or error with the header metadata idempotency-replayed: true.
+//   - The same key with a different request receives INVALID_ARGUMENT.
+//   - While the dedup service is unavailable, calls receive UNAVAILABLE.
 //
-// Calls without the metadata go to the handler unguarded. The key is the caller's word, so where callers must not see
-// each other's replies a [WithKey] function has to put the caller into the transaction id.
+// Calls without the metadata are not guarded. If callers must not receive each other's replies, include the
+// authenticated caller in the transaction id with [WithKey], because callers choose their keys.
 package grpcguard
 
 import (
@@ -30,49 +31,48 @@ import (
 )
 
 const (
-	// KeyMetadata is where a caller puts the key of a call.
+	// KeyMetadata is the metadata with the idempotency key of a call.
 	KeyMetadata = "idempotency-key"
-	// ReplayedMetadata is "true" in the header of a reply that is not the first of its kind.
+	// ReplayedMetadata is "true" in the header metadata of a replayed reply.
 	ReplayedMetadata = "idempotency-replayed"
-	// Domain is the domain of the ErrorInfo of a refused call.
+	// Domain is the ErrorInfo domain of a rejected call.
 	Domain = "dedup.guard"
 
-	// ReasonDuplicate is the reason when the first call is in progress.
+	// ReasonDuplicate means that the first call is in progress.
 	ReasonDuplicate = "DUPLICATE"
-	// ReasonNotKept is the reason when the first call was completed, and its reply was not kept.
+	// ReasonNotKept means that the first call is completed and its reply was not stored.
 	ReasonNotKept = "REPLY_NOT_KEPT"
-	// ReasonPayloadMismatch is the reason when the key was used for another request.
+	// ReasonPayloadMismatch means that the key was used for a different request.
 	ReasonPayloadMismatch = "PAYLOAD_MISMATCH"
-	// ReasonUnavailable is the reason when duplicates cannot be told apart now.
+	// ReasonUnavailable means that the dedup service is unavailable.
 	ReasonUnavailable = "DEDUP_UNAVAILABLE"
 
 	defaultMaxResultBytes = 4096
 )
 
-// Option sets how calls are guarded.
+// Option configures the interceptor.
 type Option func(*guard)
 
-// KeyFunc returns the transaction id of a call, best made by dedup.TransactionID. An empty id means that the call has
-// no key, and goes unguarded; an error is answered as it is.
+// KeyFunc returns the transaction id of a call; build it with dedup.TransactionID. A call with an empty id is not
+// guarded. An error is returned to the caller unchanged.
 type KeyFunc func(ctx context.Context, fullMethod string, request any) (id string, err error)
 
-// WithKey sets what names the transaction of a call. The default is made of the method and the metadata
-// idempotency-key.
+// WithKey sets the transaction id of a call. The default consists of the method and the metadata idempotency-key.
 func WithKey(key KeyFunc) Option { return func(g *guard) { g.key = key } }
 
-// WithMaxResultBytes sets how large a reply may be to be kept and replayed; the default is 4,096, as in the service.
+// WithMaxResultBytes sets the size limit of a stored reply. The default is 4,096, as in the service.
 func WithMaxResultBytes(n int) Option { return func(g *guard) { g.maxResultBytes = n } }
 
-// ReleaseOnFailure gives the claim back when the handler panics or fails for a reason of its own, so that a retry runs
-// at once. Use it only where such an end means that nothing was done: otherwise the claim is left to expire.
+// ReleaseOnFailure releases the claim if the handler panics or returns an error that is not about the request. A retry
+// then runs at once. Use it only if such a failure means that the work had no effect. By default the claim expires.
 func ReleaseOnFailure() Option { return func(g *guard) { g.releaseOnFailure = true } }
 
-// WithCallOptions sets options of each claim, such as dedup.TTL, dedup.Wait and dedup.OnUnavailable.
+// WithCallOptions adds options of each claim, such as dedup.TTL, dedup.Wait and dedup.OnUnavailable.
 func WithCallOptions(opts ...dedup.CallOption) Option {
 	return func(g *guard) { g.callOptions = append(g.callOptions, opts...) }
 }
 
-// WithLogger sets where a reply that could not be recorded is logged; the default is slog.Default().
+// WithLogger sets the logger for failed completions and releases. The default is slog.Default().
 func WithLogger(l *slog.Logger) Option { return func(g *guard) { g.logger = l } }
 
 type guard struct {
@@ -124,13 +124,13 @@ func (g *guard) intercept(ctx context.Context, request any, info *grpc.UnaryServ
 	return g.run(ctx, request, handler, claim)
 }
 
-// fingerprintOf is the digest of a request, and nil for one that is no protobuf message.
+// fingerprintOf returns the digest of a request, or nil if it is not a protobuf message.
 func fingerprintOf(request any) []byte {
 	message, ok := request.(proto.Message)
 	if !ok {
 		return nil
 	}
-	// Equal requests must have equal bytes, also where they hold maps.
+	// Equal requests must have equal bytes, even if they contain maps.
 	encoded, err := proto.MarshalOptions{Deterministic: true}.Marshal(message)
 	if err != nil {
 		return nil
@@ -139,13 +139,13 @@ func fingerprintOf(request any) []byte {
 	return sum[:]
 }
 
-// run lets the handler work, and records how it ended.
+// run runs the handler and records its reply or error.
 func (g *guard) run(ctx context.Context, request any, handler grpc.UnaryHandler, claim *dedup.Claim) (any, error) {
-	// Whether the work was done does not depend on whether the caller still listens.
+	// Record the result even if the caller has cancelled.
 	after := context.WithoutCancel(ctx)
 	ended := false
 	defer func() {
-		if !ended { // By a panic, which goes on.
+		if !ended { // A panic, which continues.
 			g.failed(after, claim)
 		}
 	}()
@@ -156,14 +156,13 @@ func (g *guard) run(ctx context.Context, request any, handler grpc.UnaryHandler,
 		return reply, err
 	}
 	if completeErr := claim.Complete(after, encode(reply, err, g.maxResultBytes)); completeErr != nil {
-		// The work is done and its caller is told so. Until the claim expires later calls are refused as duplicates.
+		// The work is done. Later calls are rejected as duplicates until the claim expires.
 		g.logger.WarnContext(ctx, "dedup: the reply was not recorded", slog.Any("error", completeErr))
 	}
 	return reply, err
 }
 
-// failedItself reports whether a handler failed for a reason of its own, as 5xx does over HTTP, and not for what it
-// was asked: such an error says nothing about the next call, and is not replayed.
+// failedItself reports whether an error is not about the request, like a 5xx over HTTP. Such an error is not replayed.
 func failedItself(code codes.Code) bool {
 	switch code {
 	case codes.OK, codes.InvalidArgument, codes.NotFound, codes.AlreadyExists, codes.PermissionDenied,
@@ -174,7 +173,7 @@ func failedItself(code codes.Code) bool {
 	}
 }
 
-// failed gives the claim back where that was asked for.
+// failed releases the claim if ReleaseOnFailure is set.
 func (g *guard) failed(ctx context.Context, claim *dedup.Claim) {
 	if !g.releaseOnFailure {
 		return
@@ -184,7 +183,7 @@ func (g *guard) failed(ctx context.Context, claim *dedup.Claim) {
 	}
 }
 
-// refuse answers a call that may not run, by the first reply where it was kept.
+// refuse returns the stored first reply, or the error for a call that must not run.
 func (g *guard) refuse(ctx context.Context, err error) (any, error) {
 	var duplicate *dedup.DuplicateError
 	switch {
@@ -193,19 +192,19 @@ func (g *guard) refuse(ctx context.Context, err error) (any, error) {
 			return nil, refusal(codes.Aborted, ReasonDuplicate, "a call with this idempotency key is in progress")
 		}
 		if reply, replyErr, ok := decode(duplicate.Transaction.Result); ok {
-			// It fails only where there is no stream, and then nobody would read the header.
+			// SetHeader fails only without a stream, and then nothing reads the header.
 			_ = grpc.SetHeader(ctx, metadata.Pairs(ReplayedMetadata, "true"))
 			return reply, replyErr
 		}
-		return nil, refusal(codes.Aborted, ReasonNotKept, "a call with this idempotency key was completed, and its reply was not kept")
+		return nil, refusal(codes.Aborted, ReasonNotKept, "a call with this idempotency key is completed and its reply was not stored")
 	case errors.Is(err, dedup.ErrPayloadMismatch):
-		return nil, refusal(codes.InvalidArgument, ReasonPayloadMismatch, "the idempotency key was used for another request")
+		return nil, refusal(codes.InvalidArgument, ReasonPayloadMismatch, "the idempotency key was used for a different request")
 	case errors.Is(err, context.Canceled):
 		return nil, status.FromContextError(context.Canceled).Err()
 	case errors.Is(err, dedup.ErrUnavailable):
-		return nil, refusal(codes.Unavailable, ReasonUnavailable, "duplicates cannot be told apart now; the call was not run")
+		return nil, refusal(codes.Unavailable, ReasonUnavailable, "the dedup service is unavailable; the call was not run")
 	default:
-		return nil, status.Error(codes.Internal, "duplicates cannot be told apart")
+		return nil, status.Error(codes.Internal, "the idempotency key could not be checked; the call was not run")
 	}
 }
 

@@ -22,7 +22,7 @@ import (
 	"github.com/dedup-service/dedup-service/clients/go/grpcguard"
 )
 
-// handler is what the tests guard: the look-up of a service that is here any service.
+// handler is the guarded service of the tests. Only GetTransaction is implemented.
 type handler struct {
 	dedupv1.UnimplementedDedupServiceServer
 	runs atomic.Int32
@@ -96,7 +96,7 @@ func reasonOf(err error) string {
 	return ""
 }
 
-func TestTheFirstReplyIsReplayed(t *testing.T) {
+func TestFirstReplyIsReplayed(t *testing.T) {
 	client := serve(t, deduptest.NewGuard(), &handler{})
 	for i, want := range []result{{run: 1}, {run: 1, replayed: true}, {run: 1, replayed: true}} {
 		if got := call(client, "k", "a"); got != want {
@@ -133,7 +133,7 @@ func TestInProgressIsAborted(t *testing.T) {
 	}
 }
 
-func TestAnErrorAboutTheRequestIsReplayed(t *testing.T) {
+func TestRequestErrorIsReplayed(t *testing.T) {
 	client := serve(t, deduptest.NewGuard(), &handler{work: func(int32) error {
 		return status.Error(codes.NotFound, "no such account")
 	}})
@@ -171,7 +171,7 @@ func TestFailures(t *testing.T) {
 			}
 			if !release {
 				if reasonOf(again.err) != grpcguard.ReasonDuplicate {
-					t.Errorf("%s, left to expire: %+v", name, again)
+					t.Errorf("%s, not released: %+v", name, again)
 				}
 				guard.Service.Advance(time.Hour)
 				if later := call(client, "k", "a"); later.run != 2 {
@@ -182,7 +182,7 @@ func TestFailures(t *testing.T) {
 	}
 }
 
-func TestAReplyThatIsTooLargeIsNotReplayed(t *testing.T) {
+func TestTooLargeReplyIsNotReplayed(t *testing.T) {
 	client := serve(t, deduptest.NewGuard(), &handler{}, grpcguard.WithMaxResultBytes(30))
 	if got := call(client, "k", "a"); got.run != 1 {
 		t.Errorf("first: %+v", got)
@@ -192,7 +192,7 @@ func TestAReplyThatIsTooLargeIsNotReplayed(t *testing.T) {
 	}
 }
 
-func TestUnavailableNeverRuns(t *testing.T) {
+func TestUnavailableServiceNeverRunsTheHandler(t *testing.T) {
 	guard := deduptest.NewGuard(dedup.WithBudget(20 * time.Millisecond))
 	guard.Service.SetUnavailable(true)
 	h := &handler{}

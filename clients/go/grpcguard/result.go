@@ -9,15 +9,14 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 )
 
-// The result of a completed transaction is one of these lines, and then a google.protobuf.Any with the reply, or the
-// google.rpc.Status of the error.
+// A stored result is one of these lines followed by the reply as google.protobuf.Any or the error as google.rpc.Status.
 var (
 	lineReply   = []byte("dedup-grpc/1 reply\n")
 	lineError   = []byte("dedup-grpc/1 error\n")
 	lineNotKept = []byte("dedup-grpc/1 not-kept\n")
 )
 
-// encode returns what to keep of how a handler ended.
+// encode returns the result to store for a reply or an error.
 func encode(reply any, err error, limit int) []byte {
 	line, message := lineError, proto.Message(status.Convert(err).Proto())
 	if err == nil {
@@ -38,8 +37,8 @@ func encode(reply any, err error, limit int) []byte {
 	return append(bytes.Clone(line), encoded...)
 }
 
-// decode returns how the first handler ended, and false for what cannot be replayed.
-func decode(result []byte) (reply any, err error, ok bool) { // The error is what is replayed, not a failure of decoding.
+// decode returns the stored reply or error. ok is false if the result cannot be replayed.
+func decode(result []byte) (reply any, err error, ok bool) {
 	if encoded, found := bytes.CutPrefix(result, lineError); found {
 		var s spb.Status
 		if proto.Unmarshal(encoded, &s) != nil || s.GetCode() == 0 {

@@ -1,16 +1,17 @@
-// Package httpguard makes handlers of net/http do the work of each idempotency key at most once.
+// Package httpguard runs net/http handlers at most once per idempotency key.
 //
 //	guarded := httpguard.New(client)(handler)
 //
 // A request with the header Idempotency-Key claims a transaction before the handler runs:
 //
-//   - The first runs the handler, and its response is kept.
-//   - While it runs, others are answered 409 with a problem-details body that says who holds the transaction.
-//   - Afterwards others get the first response again, with the header Idempotency-Replayed: true.
-//   - The same key with another body is answered 422, and 503 when the dedup service is unavailable.
+//   - The first request runs the handler. Its response is stored.
+//   - While it is in progress, duplicates receive 409 with the holder in a problem-details body.
+//   - Afterwards, duplicates receive the first response with the header Idempotency-Replayed: true.
+//   - The same key with a different body receives 422.
+//   - While the dedup service is unavailable, requests receive 503.
 //
-// Requests without the header go to the handler unguarded, unless [RequireKey] is set. The key is the caller's word, so
-// where callers must not see each other's responses a [WithKey] function has to put the caller into the transaction id.
+// Requests without the header are not guarded unless [RequireKey] is set. If callers must not receive each other's
+// responses, include the authenticated caller in the transaction id with [WithKey], because callers choose their keys.
 package httpguard
 
 import (
@@ -26,48 +27,47 @@ import (
 )
 
 const (
-	// KeyHeader is where a caller puts the key of a request.
+	// KeyHeader is the header with the idempotency key of a request.
 	KeyHeader = "Idempotency-Key"
-	// ReplayedHeader is "true" on a response that is not the first of its kind.
+	// ReplayedHeader is "true" on a replayed response.
 	ReplayedHeader = "Idempotency-Replayed"
 
 	defaultMaxResultBytes = 4096
 	defaultMaxBodyBytes   = 1 << 20
 )
 
-// Option sets how requests are guarded.
+// Option configures the middleware.
 type Option func(*guard)
 
-// KeyFunc returns the transaction id of a request, best made by dedup.TransactionID. An empty id means that the request
-// has no key; an error is answered 400.
+// KeyFunc returns the transaction id of a request; build it with dedup.TransactionID. An empty id means no key. An
+// error is answered with 400.
 type KeyFunc func(*http.Request) (id string, err error)
 
-// WithKey sets what names the transaction of a request. The default is made of the method, the path and the header
+// WithKey sets the transaction id of a request. The default consists of the method, the path and the header
 // Idempotency-Key.
 func WithKey(key KeyFunc) Option { return func(g *guard) { g.key = key } }
 
-// RequireKey answers requests without a key 400, instead of passing them on unguarded.
+// RequireKey rejects requests without a key with 400.
 func RequireKey() Option { return func(g *guard) { g.requireKey = true } }
 
-// WithMaxResultBytes sets how large a response may be, head included, to be kept and replayed; the default is 4,096,
-// as in the service. The key of a larger response is completed without it, and later requests are answered 409.
+// WithMaxResultBytes sets the size limit of a stored response, including its status and content type. The default is
+// 4,096, as in the service. A larger response is not stored; later requests with its key receive 409.
 func WithMaxResultBytes(n int) Option { return func(g *guard) { g.maxResultBytes = n } }
 
-// WithMaxBodyBytes sets how large the body of a guarded request may be, which is read for its fingerprint before the
-// handler runs; the default is 1 MiB. A larger one is answered 413.
+// WithMaxBodyBytes sets the size limit of a guarded request's body. The default is 1 MiB. A larger body is answered
+// with 413.
 func WithMaxBodyBytes(n int64) Option { return func(g *guard) { g.maxBodyBytes = n } }
 
-// ReleaseOnFailure gives the claim back when the handler panics or answers 5xx, so that a retry runs at once. Use it only
-// where such an end means that nothing was done: otherwise the claim is left to expire, and retries are answered 409
-// until then.
+// ReleaseOnFailure releases the claim if the handler panics or answers 5xx, so a retry runs at once. Use it only if
+// such a failure means that the work had no effect. By default the claim expires, and retries receive 409 until then.
 func ReleaseOnFailure() Option { return func(g *guard) { g.releaseOnFailure = true } }
 
-// WithCallOptions sets options of each claim, such as dedup.TTL, dedup.Wait and dedup.OnUnavailable.
+// WithCallOptions adds options of each claim, such as dedup.TTL, dedup.Wait and dedup.OnUnavailable.
 func WithCallOptions(opts ...dedup.CallOption) Option {
 	return func(g *guard) { g.callOptions = append(g.callOptions, opts...) }
 }
 
-// WithLogger sets where a response that could not be recorded is logged; the default is slog.Default().
+// WithLogger sets the logger for failed completions and releases. The default is slog.Default().
 func WithLogger(l *slog.Logger) Option { return func(g *guard) { g.logger = l } }
 
 type guard struct {
@@ -84,8 +84,8 @@ type guard struct {
 
 // New returns middleware that guards a handler.
 //
-// The response is held back until it is recorded, or has outgrown what is kept; so a caller that has it can rely on the
-// replay, and the handler cannot flush or hijack.
+// The middleware buffers the response until it is recorded or exceeds the size limit. A caller that receives a stored
+// response can therefore rely on its replay. The handler cannot flush or hijack.
 func New(client dedup.Guard, opts ...Option) func(http.Handler) http.Handler {
 	return func(next http.Handler) http.Handler {
 		g := &guard{
@@ -107,12 +107,12 @@ func keyOfHeader(r *http.Request) (string, error) {
 	return dedup.TransactionID("http", r.Method, r.URL.Path, key)
 }
 
-// ServeHTTP guards one request.
+// ServeHTTP handles one guarded request.
 func (g *guard) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	id, err := g.key(r)
 	switch {
 	case err != nil:
-		writeProblem(w, problem{Status: http.StatusBadRequest, Title: "The idempotency key is not usable", Detail: err.Error()})
+		writeProblem(w, problem{Status: http.StatusBadRequest, Title: "The idempotency key is invalid", Detail: err.Error()})
 		return
 	case id == "" && g.requireKey:
 		writeProblem(w, problem{
@@ -143,14 +143,14 @@ func (g *guard) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	g.run(w, r, claim)
 }
 
-// run lets the handler work, and records how it ended.
+// run runs the handler and records its response.
 func (g *guard) run(w http.ResponseWriter, r *http.Request, claim *dedup.Claim) {
-	// Whether the work was done does not depend on whether the caller still listens.
+	// Record the result even if the caller has disconnected.
 	ctx := context.WithoutCancel(r.Context())
 	recorder := &recorder{to: w, limit: g.maxResultBytes}
 	ended := false
 	defer func() {
-		if !ended { // By a panic, which goes on.
+		if !ended { // A panic, which continues.
 			g.failed(ctx, claim)
 		}
 	}()
@@ -159,13 +159,13 @@ func (g *guard) run(w http.ResponseWriter, r *http.Request, claim *dedup.Claim) 
 	if recorder.status >= http.StatusInternalServerError {
 		g.failed(ctx, claim)
 	} else if err := claim.Complete(ctx, recorder.result()); err != nil {
-		// The work is done and its caller is told so. Until the claim expires later requests are answered 409.
+		// The work is done. Later requests receive 409 until the claim expires.
 		g.logger.WarnContext(ctx, "dedup: the response was not recorded", slog.Any("error", err))
 	}
 	recorder.flush()
 }
 
-// failed gives the claim back where that was asked for.
+// failed releases the claim if ReleaseOnFailure is set.
 func (g *guard) failed(ctx context.Context, claim *dedup.Claim) {
 	if !g.releaseOnFailure {
 		return

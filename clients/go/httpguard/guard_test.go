@@ -67,7 +67,7 @@ func wantProblem(t *testing.T, r reply, status int) map[string]any {
 	return problem
 }
 
-// pay counts its runs, and answers each differently.
+// pay counts its runs and answers each one differently.
 func pay(runs *atomic.Int32) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		n := runs.Add(1)
@@ -78,7 +78,7 @@ func pay(runs *atomic.Int32) http.HandlerFunc {
 	}
 }
 
-func TestTheFirstResponseIsReplayed(t *testing.T) {
+func TestFirstResponseIsReplayed(t *testing.T) {
 	live := func(t *testing.T) dedup.Guard {
 		server := servertest.Start(t, "sqlite:///"+filepath.Join(t.TempDir(), "claims.db"))
 		client, err := dedup.New(server.Target, dedup.WithBudget(20*time.Second))
@@ -112,7 +112,7 @@ func TestTheFirstResponseIsReplayed(t *testing.T) {
 	}
 }
 
-func TestInProgressIsAConflictThatShowsTheHolderWithoutToken(t *testing.T) {
+func TestInProgressIsAConflictWithTheHolderAndNoToken(t *testing.T) {
 	begun, proceed := make(chan struct{}), make(chan struct{})
 	guard := deduptest.NewGuard()
 	server := serve(t, guard, func(w http.ResponseWriter, _ *http.Request) {
@@ -163,7 +163,7 @@ func TestConcurrentRequestsRunOnce(t *testing.T) {
 	}
 }
 
-func TestALargeResponseIsWholeAndNotReplayed(t *testing.T) {
+func TestLargeResponseIsCompleteAndNotReplayed(t *testing.T) {
 	large := bytes.Repeat([]byte("x"), 5000)
 	server := serve(t, deduptest.NewGuard(), func(w http.ResponseWriter, _ *http.Request) {
 		for part := large; len(part) > 0; part = part[1000:] {
@@ -179,7 +179,7 @@ func TestALargeResponseIsWholeAndNotReplayed(t *testing.T) {
 	}
 }
 
-func TestAResponseAsLargeAsTheServiceKeepsIsReplayed(t *testing.T) {
+func TestResponseAtTheSizeLimitIsReplayed(t *testing.T) {
 	head := len("dedup-http/1 replay 200 text/plain\n")
 	for size, replayed := range map[int]bool{4096 - head: true, 4097 - head: false} {
 		server := serve(t, deduptest.NewGuard(), func(w http.ResponseWriter, _ *http.Request) {
@@ -230,7 +230,7 @@ func TestFailures(t *testing.T) {
 	}
 }
 
-func TestUnavailableIs503AndNeverRuns(t *testing.T) {
+func TestUnavailableServiceIs503AndNeverRunsTheHandler(t *testing.T) {
 	guard := deduptest.NewGuard(dedup.WithBudget(20 * time.Millisecond))
 	guard.Service.SetUnavailable(true)
 	var runs atomic.Int32
@@ -248,7 +248,7 @@ func TestUnavailableIs503AndNeverRuns(t *testing.T) {
 	}
 }
 
-func TestARequestWithoutKey(t *testing.T) {
+func TestRequestWithoutKey(t *testing.T) {
 	var runs atomic.Int32
 	server := serve(t, deduptest.NewGuard(), pay(&runs))
 	post(t, server, "", "")
@@ -258,7 +258,7 @@ func TestARequestWithoutKey(t *testing.T) {
 	wantProblem(t, post(t, serve(t, deduptest.NewGuard(), pay(&runs), httpguard.RequireKey()), "", ""), http.StatusBadRequest)
 }
 
-func TestRefusedRequests(t *testing.T) {
+func TestRejectedRequests(t *testing.T) {
 	var runs atomic.Int32
 	guard := deduptest.NewGuard()
 	fail := func(*http.Request) (string, error) { return "", errors.New("no") }
@@ -274,7 +274,7 @@ func TestRefusedRequests(t *testing.T) {
 	}
 }
 
-func TestACompletionByOtherCodeIsAConflict(t *testing.T) {
+func TestCompletionByOtherCodeIsAConflict(t *testing.T) {
 	guard := deduptest.NewGuard()
 	for i, result := range []string{"", "paid 5", "dedup-http/1 replay 20 \n", "dedup-http/2 replay 200 \n", "dedup-http/1 replay x \n"} {
 		id := fmt.Sprint(i)

@@ -18,7 +18,7 @@ type problem struct {
 	Transaction *transaction `json:"transaction,omitempty"`
 }
 
-// transaction is what others may know of the holder; never the token, which the service does not tell them either.
+// transaction is the holder as shown to duplicates, without the token.
 type transaction struct {
 	ID             string     `json:"id"`
 	Namespace      string     `json:"namespace"`
@@ -43,7 +43,7 @@ func known(t time.Time) *time.Time {
 	return &t
 }
 
-// refuse answers a request that may not run: 409 for a duplicate and 422 for a mismatch, never 409 for an error.
+// refuse answers a request that must not run: 409 for a duplicate, 422 for a mismatch, never 409 for an error.
 func refuse(w http.ResponseWriter, err error) {
 	var (
 		duplicate *dedup.DuplicateError
@@ -54,19 +54,19 @@ func refuse(w http.ResponseWriter, err error) {
 		refuseDuplicate(w, duplicate.Transaction)
 	case errors.As(err, &mismatch):
 		writeProblem(w, problem{
-			Status: http.StatusUnprocessableEntity, Title: "The idempotency key was used for another request",
-			Detail: "Send another key with another body.",
+			Status: http.StatusUnprocessableEntity, Title: "The idempotency key was used for a different request",
+			Detail: "Send a new key with a new body.",
 		})
 	case invalidID(err):
-		writeProblem(w, problem{Status: http.StatusBadRequest, Title: "The idempotency key is not usable"})
+		writeProblem(w, problem{Status: http.StatusBadRequest, Title: "The idempotency key is invalid"})
 	case errors.Is(err, dedup.ErrUnavailable), errors.Is(err, context.Canceled):
 		w.Header().Set("Retry-After", "1")
 		writeProblem(w, problem{
-			Status: http.StatusServiceUnavailable, Title: "Duplicates cannot be told apart now",
+			Status: http.StatusServiceUnavailable, Title: "The dedup service is unavailable",
 			Detail: "The request was not run. Send it again with the same key.",
 		})
 	default:
-		writeProblem(w, problem{Status: http.StatusInternalServerError, Title: "Duplicates cannot be told apart"})
+		writeProblem(w, problem{Status: http.StatusInternalServerError, Title: "The idempotency key could not be checked", Detail: "The request was not run."})
 	}
 }
 
@@ -83,12 +83,12 @@ func refuseDuplicate(w http.ResponseWriter, t dedup.Transaction) {
 		return
 	}
 	writeProblem(w, problem{
-		Status: http.StatusConflict, Title: "A request with this idempotency key was completed",
-		Detail: "Its response was not kept, because it was too large or was not made here.", Transaction: shown(t),
+		Status: http.StatusConflict, Title: "A request with this idempotency key is completed",
+		Detail: "Its response was not stored: it was too large, or other code completed the transaction.", Transaction: shown(t),
 	})
 }
 
-// invalidID reports whether it is the key that the service refuses, which its sender can mend.
+// invalidID reports whether the service rejected the key, which the sender can correct.
 func invalidID(err error) bool {
 	var e *dedup.Error
 	if !errors.As(err, &e) {
@@ -105,7 +105,7 @@ func invalidID(err error) bool {
 func writeProblem(w http.ResponseWriter, p problem) {
 	body, err := json.Marshal(p)
 	if err != nil {
-		panic(err) // It has only strings, numbers and times of this century.
+		panic(err) // Strings, numbers and times before the year 10000 always encode.
 	}
 	w.Header().Set("Content-Type", "application/problem+json")
 	w.WriteHeader(p.Status)

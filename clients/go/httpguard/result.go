@@ -8,19 +8,19 @@ import (
 	"strings"
 )
 
-// The result of a completed transaction is one line and then the body:
+// A stored result is one line followed by the body:
 //
 //	dedup-http/1 replay 200 application/json
 //	{"paid": 5}
 //
-// "too-large" in place of "replay" has no body, and cannot be replayed.
+// "too-large" instead of "replay" has no body and cannot be replayed.
 const (
 	resultVersion = "dedup-http/1"
 	wordReplay    = "replay"
 	wordTooLarge  = "too-large"
 )
 
-// response is what is kept of a response.
+// response is the stored part of a response.
 type response struct {
 	status      int
 	contentType string
@@ -35,7 +35,7 @@ func encodeTooLarge(status int) []byte {
 	return fmt.Appendf(nil, "%s %s %d \n", resultVersion, wordTooLarge, status)
 }
 
-// decode returns the response of a result, and false for what is no response that can be replayed.
+// decode returns the stored response. It returns false if the result cannot be replayed.
 func decode(result []byte) (response, bool) {
 	head, body, ok := bytes.Cut(result, []byte("\n"))
 	words := strings.SplitN(string(head), " ", 4)
@@ -49,7 +49,7 @@ func decode(result []byte) (response, bool) {
 	return response{status: status, contentType: words[3], body: body}, true
 }
 
-// replay writes the first response again.
+// replay writes the stored response.
 func (r response) replay(w http.ResponseWriter) {
 	if r.contentType != "" {
 		w.Header().Set("Content-Type", r.contentType)
@@ -59,28 +59,28 @@ func (r response) replay(w http.ResponseWriter) {
 	_, _ = w.Write(r.body)
 }
 
-// recorder holds a response back until it is recorded, or outgrows what can be.
+// recorder buffers a response until it is recorded or exceeds the limit.
 type recorder struct {
 	to     http.ResponseWriter
 	limit  int
-	status int // 0 until the handler says
+	status int // 0 until the handler sets it
 	body   bytes.Buffer
-	passed bool // what was held back has been written, and the rest goes through
+	passed bool // the buffer has been written; later writes go to the caller
 }
 
-// Header returns the header of the response itself.
+// Header returns the header of the underlying response.
 func (r *recorder) Header() http.Header { return r.to.Header() }
 
-// WriteHeader notes the status, the first time.
+// WriteHeader records the first final status.
 func (r *recorder) WriteHeader(status int) {
 	if status >= 100 && status < 200 && status != http.StatusSwitchingProtocols {
-		r.to.WriteHeader(status) // Informational: the response is still to come.
+		r.to.WriteHeader(status) // Informational: the response follows.
 	} else if r.status == 0 {
 		r.status = status
 	}
 }
 
-// Write holds back what may be replayed, and passes on what cannot.
+// Write buffers the body up to the limit, then passes it through.
 func (r *recorder) Write(p []byte) (int, error) {
 	if r.status == 0 {
 		r.status = http.StatusOK
@@ -96,7 +96,7 @@ func (r *recorder) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// sniff finds the content type as net/http would, so that the replay has the same.
+// sniff detects the content type as net/http does, so the replay has the same one.
 func (r *recorder) sniff(p []byte) {
 	if _, set := r.Header()["Content-Type"]; !set && r.body.Len() == 0 && len(p) > 0 && r.Header().Get("Content-Encoding") == "" {
 		r.Header().Set("Content-Type", http.DetectContentType(p))
@@ -104,12 +104,12 @@ func (r *recorder) sniff(p []byte) {
 }
 
 func (r *recorder) response() response {
-	// A line break would end the line of the result; net/http sends none either.
+	// A line break would end the line of the result. net/http does not send one either.
 	contentType := strings.NewReplacer("\r", " ", "\n", " ").Replace(r.Header().Get("Content-Type"))
 	return response{status: r.status, contentType: contentType, body: r.body.Bytes()}
 }
 
-// result is what to keep of the response.
+// result returns the result to store.
 func (r *recorder) result() []byte {
 	if r.status == 0 {
 		r.status = http.StatusOK
@@ -120,7 +120,7 @@ func (r *recorder) result() []byte {
 	return encodeTooLarge(r.status)
 }
 
-// flush writes what was held back.
+// flush writes the buffered response.
 func (r *recorder) flush() {
 	if r.passed {
 		return

@@ -8,6 +8,8 @@ import pytest
 from tests.support.certificates import Authority
 from tests.support.processes import ServiceProcess, run_command
 
+pytestmark = pytest.mark.one_store
+
 TOKEN = "a-token-of-twenty-21"
 Start = Callable[..., ServiceProcess]
 

@@ -19,6 +19,8 @@ from dedup_service.cli.commands import app
 from tests.support.polling import wait_until
 from tests.support.processes import RedisProcess, ServiceProcess
 
+pytestmark = pytest.mark.one_store
+
 END_S = 30.0
 
 

@@ -12,6 +12,8 @@ from dedup_service.cli.commands import app
 from dedup_service.config.settings import Settings
 from tests.support.processes import ServiceProcess, free_port, run_command
 
+pytestmark = pytest.mark.one_store
+
 
 def run_here(*arguments: str) -> Result:
     """Run `dedup-service` in this process, which is faster than a process of its own."""

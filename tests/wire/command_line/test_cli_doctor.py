@@ -12,6 +12,8 @@ from tests.support.polling import wait_until
 from tests.support.processes import RedisProcess, ServiceProcess, free_port, run_command
 from tests.support.scripted_redis import ScriptedRedis
 
+pytestmark = pytest.mark.one_store
+
 StartRedis = Callable[..., RedisProcess]
 StartService = Callable[..., ServiceProcess]
 SOUND = ("--appendonly", "yes", "--appendfsync", "always")

@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 from dedup_service.cli.commands import app
 from tests.support.processes import ServiceProcess
 
+pytestmark = pytest.mark.one_store
+
 TOKEN = "token-of-sixteen"
 
 

@@ -14,6 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from typer.testing import CliRunner
@@ -22,6 +23,8 @@ from dedup.v1 import dedup_pb2, dedup_pb2_grpc
 from dedup_service.cli.commands import app
 from tests.support.polling import wait_until
 from tests.support.processes import ServiceProcess
+
+pytestmark = pytest.mark.one_store
 
 TOKEN = "token-of-sixteen"
 END_S = 20.0
@@ -166,6 +169,41 @@ def test_watch_survives_a_restart_of_the_server(
     assert states == ["IN_PROGRESS", "UNKNOWN", "IN_PROGRESS", "COMPLETED"]
     assert {found["error"]["code"] for found in seen if "error" in found} == {"UNAVAILABLE"}
     assert len(seen) <= len(states) + 2
+
+
+class CancelsFirst(dedup_pb2_grpc.DedupServiceServicer):
+    """Cancels the first look-up, as a server does at the end of its shutdown, and answers the second."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def GetTransaction(  # noqa: N802 - The name in the contract.
+        self, request: dedup_pb2.GetTransactionRequest, context: grpc.ServicerContext
+    ) -> dedup_pb2.GetTransactionResponse:
+        """Return a completed transaction."""
+        self.calls += 1
+        if self.calls == 1:
+            context.abort(grpc.StatusCode.CANCELLED, "")
+        state = dedup_pb2.TRANSACTION_STATE_COMPLETED
+        return dedup_pb2.GetTransactionResponse(
+            transaction=dedup_pb2.Transaction(transaction_id=request.transaction_id, state=state)
+        )
+
+
+def test_watch_survives_a_look_up_that_a_shutdown_cancels() -> None:
+    """A call that the server cancels at its shutdown is an outage, not an error that ends `watch`."""
+    with ThreadPoolExecutor(2) as threads:
+        server = grpc.server(threads)
+        dedup_pb2_grpc.add_DedupServiceServicer_to_server(CancelsFirst(), server)  # type: ignore[abstract]
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        try:
+            line = ["watch", "x", "--target", f"127.0.0.1:{port}", "--interval", "50ms", "--json"]
+            result = CliRunner().invoke(app, line)
+        finally:
+            server.stop(None).wait()
+    states = [found["state"] for found in objects(result.stdout.splitlines())]
+    assert (result.exit_code, states) == (0, ["UNKNOWN", "COMPLETED"])
 
 
 def test_watch_on_a_terminal_is_refreshed_in_place_until_ctrl_c(service: ServiceProcess, unique: str) -> None:

@@ -12,6 +12,8 @@ from dedup.v1 import dedup_pb2, dedup_pb2_grpc
 from tests.support.errors import RefusedCall, refused
 from tests.support.processes import ServiceProcess
 
+pytestmark = pytest.mark.every_engine
+
 Claim = dedup_pb2.ClaimTransactionRequest
 METHOD = "/dedup.v1.DedupService/ClaimTransaction"
 

@@ -14,6 +14,8 @@ from tests.support.errors import refused
 from tests.support.polling import wait_until
 from tests.support.processes import ServiceProcess
 
+pytestmark = pytest.mark.every_engine
+
 Stub = dedup_pb2_grpc.DedupServiceStub
 Claim = dedup_pb2.ClaimTransactionRequest
 

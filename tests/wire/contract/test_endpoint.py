@@ -29,6 +29,8 @@ from dedup_service.config.settings import EngineName
 from tests.support.claims import a_claim
 from tests.support.in_process import serving
 
+pytestmark = pytest.mark.every_engine
+
 SECRET = "redis://:hunter2@10.0.0.1"
 
 

@@ -12,9 +12,10 @@ from tests.support.processes import ServiceProcess
 GRPCURL = shutil.which("grpcurl")
 
 # CI builds grpcurl and sets the variable, so a missing grpcurl fails there. Elsewhere it is optional.
-pytestmark = pytest.mark.skipif(
-    GRPCURL is None and "REQUIRE_GRPCURL" not in os.environ, reason="grpcurl is not on PATH"
-)
+pytestmark = [
+    pytest.mark.every_engine,
+    pytest.mark.skipif(GRPCURL is None and "REQUIRE_GRPCURL" not in os.environ, reason="grpcurl is not on PATH"),
+]
 
 
 def grpcurl(*arguments: str) -> str:

@@ -21,6 +21,8 @@ from tests.support.hostile_peer import HostilePeer, data, grpc_message
 from tests.support.polling import wait_until
 from tests.support.processes import RedisProcess, ServiceProcess
 
+pytestmark = pytest.mark.every_engine
+
 TOKEN = "token-of-sixteen"
 TTL = Duration(seconds=50)
 SEED = 20261123

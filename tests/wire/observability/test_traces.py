@@ -229,7 +229,7 @@ def test_without_the_package_traces_are_refused() -> None:
     ("variables", "code", "complaint"),
     [
         ({"OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}, 2, "OTEL_EXPORTER_OTLP_PROTOCOL is http/protobuf"),
-        ({"OTEL_EXPORTER_OTLP_TIMEOUT": "soon"}, 1, "OpenTelemetry refuses its settings"),
+        ({"OTEL_EXPORTER_OTLP_TIMEOUT": "soon"}, 1, "OpenTelemetry rejects its settings"),
     ],
 )
 def test_variables_that_cannot_be_followed_are_refused(

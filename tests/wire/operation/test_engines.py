@@ -22,6 +22,8 @@ from dedup_service.server.engines import EngineOptions, make_engine
 from tests.support.polling import wait_until
 from tests.support.processes import ServiceProcess, run_command
 
+pytestmark = pytest.mark.every_engine
+
 
 def test_the_log_names_the_engine(
     start_service: Callable[..., ServiceProcess], engine: EngineName, tmp_path: Path

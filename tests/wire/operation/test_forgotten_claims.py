@@ -55,7 +55,7 @@ def test_a_flush_is_noticed(start_redis: StartRedis, start_service: StartService
     assert (health["status"], health["store_forgotten"], health["store_restarts"]) == ("SERVING", 1, 0)
     assert health["store_last_forgotten"].endswith("+00:00")
     shown = run_command("healthcheck", "--target", service.target)
-    assert (shown.returncode, "forgotten claims 1 times" in shown.stdout) == (0, True)
+    assert (shown.returncode, "forgotten claims 1 time," in shown.stdout) == (0, True)
     [line] = service.events("claims_forgotten")
     assert line["level"] == "warning"
     assert "can be claimed again" in line["message"]

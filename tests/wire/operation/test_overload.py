@@ -23,6 +23,8 @@ from tests.support.in_process import serving
 from tests.support.polling import eventually
 from tests.support.processes import RedisProcess, ServiceProcess
 
+pytestmark = pytest.mark.every_engine
+
 StartService = Callable[..., ServiceProcess]
 Claim = dedup_pb2.ClaimTransactionRequest
 

@@ -142,6 +142,7 @@ class Load:
         self._stopped = True
 
 
+@pytest.mark.every_engine
 async def test_a_killed_worker_is_replaced_and_costs_only_its_own_calls(
     start_workers: StartWorkers, unique: str
 ) -> None:
@@ -171,6 +172,7 @@ async def test_a_killed_worker_is_replaced_and_costs_only_its_own_calls(
     assert await asyncio.to_thread(service.stop) == 0
 
 
+@pytest.mark.every_engine
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_signal_drains_every_worker(start_workers: StartWorkers, unique: str, number: signal.Signals) -> None:
     """At SIGTERM and SIGINT under load every call ends with an answer or UNAVAILABLE, and the supervisor ends last."""
@@ -187,6 +189,7 @@ async def test_a_signal_drains_every_worker(start_workers: StartWorkers, unique:
     assert not [line for line in service.logs if line["level"] == "error"]
 
 
+@pytest.mark.every_engine
 async def test_workers_are_replaced_one_by_one_under_load(start_workers: StartWorkers, unique: str) -> None:
     """At SIGUSR2 new workers take over from the old ones, and callers that repeat with their token lose no call.
 
@@ -246,6 +249,7 @@ def test_workers_end_when_their_supervisor_is_killed(start_workers: StartWorkers
     assert sorted(line["worker"] for line in service.events("server_stopped")) == [1, 2]
 
 
+@pytest.mark.every_engine
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_second_service_on_the_port_is_refused(start_workers: StartWorkers, tmp_path: Path, workers: str) -> None:
     """The port that workers share among themselves is not shared with another service, however many workers it has.

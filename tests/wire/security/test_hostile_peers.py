@@ -20,6 +20,8 @@ from tests.support.hostile_peer import CLAIM_PATH, PREFACE, HostilePeer, data, g
 from tests.support.polling import wait_until
 from tests.support.processes import ServiceProcess
 
+pytestmark = pytest.mark.every_engine
+
 # How much of each, and what it may cost in MiB, far above what was measured. Without a limit on streams grpcio takes
 # 300 MiB for these resets. What each engine costs at larger sizes is in docs/engines.md.
 ATTACKED_WITH = {

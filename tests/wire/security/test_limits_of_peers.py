@@ -19,6 +19,8 @@ from tests.support.hostile_peer import HostilePeer
 from tests.support.polling import eventually
 from tests.support.processes import ServiceProcess, run_command
 
+pytestmark = pytest.mark.every_engine
+
 Claim = dedup_pb2.ClaimTransactionRequest
 Start = Callable[..., ServiceProcess]
 _LONGEST = MAX_TRANSACTION_ID_BYTES

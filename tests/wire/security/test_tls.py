@@ -155,7 +155,7 @@ def test_a_broken_certificate_changes_nothing(start_tls: Start, authority: Autho
     assert served_certificate(service.target) == before
     wait_until(lambda: service.events("tls_reload_failed"), what="the log line")
     assert len(service.events("tls_reload_failed")) == 1
-    assert "are no certificate with its unencrypted key" in service.events("tls_reload_failed")[0]["message"]
+    assert "are not a certificate and its unencrypted key" in service.events("tls_reload_failed")[0]["message"]
     replace(key.with_name("server.key"), key.read_bytes())
     assert served_certificate(service.target) == cert.read_text()
 
@@ -165,15 +165,19 @@ def test_a_broken_certificate_changes_nothing(start_tls: Start, authority: Autho
     [
         (("--tls-cert", "{cert}"), 2, "DEDUP_TLS_CERT is set and DEDUP_TLS_KEY is not"),
         (("--tls-key", "{key}"), 2, "DEDUP_TLS_KEY is set and DEDUP_TLS_CERT is not"),
-        (("--tls-client-ca", "{ca}"), 2, "client certificates come with TLS alone"),
+        (("--tls-client-ca", "{ca}"), 2, "client certificates need TLS"),
         (("--tls-cert", "{cert}", "--tls-key", "/nowhere"), 1, "/nowhere does not exist or cannot be read"),
-        (("--tls-cert", "{key}", "--tls-key", "{key}"), 1, "are no certificate with its unencrypted key"),
+        (("--tls-cert", "{key}", "--tls-key", "{key}"), 1, "are not a certificate and its unencrypted key"),
         (
             ("--tls-cert", "{cert}", "--tls-key", "{key}", "--tls-client-ca", "{key}"),
             1,
-            "has no certificate of an auth",
+            "is not the certificate of an auth",
         ),
-        (("--tls-cert", "{cert}", "--tls-key", "{key}", "--engine", "native"), 1, "the engine 'native' speaks no TLS"),
+        (
+            ("--tls-cert", "{cert}", "--tls-key", "{key}", "--engine", "native"),
+            1,
+            "the engine 'native' does not support TLS",
+        ),
     ],
 )
 def test_half_a_configuration_is_refused_at_the_start(

@@ -1,5 +1,4 @@
-// Package checkduplicatedclick moves a check for double clicks from a cache in the process's own hands to the dedup
-// service. Before, it was
+// Package checkduplicatedclick moves a check for duplicate clicks from a cache to the dedup service. It replaces
 //
 //	ok, err := cache.SetNX(key, true, time.Minute)
 //	if err != nil {
@@ -10,7 +9,7 @@
 //	}
 //	return nil
 //
-// and its callers need not change.
+// Its callers do not change.
 package checkduplicatedclick
 
 import (
@@ -23,7 +22,7 @@ import (
 	dedup "github.com/dedup-service/dedup-service/clients/go"
 )
 
-// ErrMultipleClick means that this click follows another within a minute: answer 409.
+// ErrMultipleClick reports a click within a minute of the first: answer 409.
 var ErrMultipleClick = errors.New("multiple click")
 
 // LuckyBox pays rewards.
@@ -31,13 +30,13 @@ type LuckyBox struct {
 	guard dedup.Guard
 }
 
-// NewLuckyBox returns a lucky box whose clicks are told apart by guard.
+// NewLuckyBox returns a lucky box that detects duplicate clicks with guard.
 func NewLuckyBox(guard dedup.Guard) *LuckyBox {
 	return &LuckyBox{guard: guard}
 }
 
 // CheckDuplicatedClick returns nil for the first click of a device on a box within a minute, and ErrMultipleClick for
-// those that follow. Any other error means that nobody knows: pay nothing, and answer 503.
+// later ones. After any other error the click may be a duplicate: pay nothing and answer 503.
 func (b *LuckyBox) CheckDuplicatedClick(ctx context.Context, device, unit int64, event, date string) error {
 	id, err := dedup.TransactionID("lucky_box", strconv.FormatInt(device, 10), strconv.FormatInt(unit, 10), event, date)
 	if err != nil {
@@ -48,7 +47,7 @@ func (b *LuckyBox) CheckDuplicatedClick(ctx context.Context, device, unit int64,
 		return ErrMultipleClick
 	}
 	if err != nil {
-		return fmt.Errorf("check for a duplicated click: %w", err)
+		return fmt.Errorf("check for a duplicate click: %w", err)
 	}
 	return nil
 }

@@ -61,7 +61,7 @@ func TestOneOfTenClicksPasses(t *testing.T) {
 	}
 }
 
-func TestNobodyPassesWhileUnavailable(t *testing.T) {
+func TestNoClickPassesWhileUnavailable(t *testing.T) {
 	guard := deduptest.NewGuard(dedup.WithBudget(20 * time.Millisecond))
 	guard.Service.SetUnavailable(true)
 	err := checkduplicatedclick.NewLuckyBox(guard).CheckDuplicatedClick(context.Background(), 1, 2, "daily", "2025-11-28")

@@ -1,5 +1,5 @@
-// Command claimload claims fresh transactions from many goroutines for a while, alone or coalesced, and prints one line
-// of JSON: how many were claimed, how long it took, and the latencies. benchmarks/coalescing.py drives it.
+// Command claimload claims fresh transactions from many goroutines, alone or coalesced. It prints one line of JSON with
+// the number of claims, the duration and the latencies. benchmarks/coalescing.py runs it.
 package main
 
 import (
@@ -26,11 +26,11 @@ type round struct {
 
 func main() {
 	target := flag.String("target", "", "address of the service")
-	callers := flag.Int("callers", 64, "goroutines that claim")
-	seconds := flag.Float64("seconds", 2, "how long to measure, after a warm-up of a tenth of it")
-	prefix := flag.String("prefix", "", "begins every transaction id; must be new for each run")
-	coalesce := flag.Bool("coalesce", false, "let claims travel together")
-	maxDelay := flag.Duration("max-delay", time.Millisecond, "longest wait of a coalesced claim for others")
+	callers := flag.Int("callers", 64, "number of claiming goroutines")
+	seconds := flag.Float64("seconds", 2, "duration of the measurement, after a warm-up of a tenth of it")
+	prefix := flag.String("prefix", "", "prefix of every transaction id; must be new for each run")
+	coalesce := flag.Bool("coalesce", false, "coalesce claims")
+	maxDelay := flag.Duration("max-delay", time.Millisecond, "longest wait of a claim for others")
 	flag.Parse()
 	result, err := run(*target, *callers, time.Duration(*seconds*float64(time.Second)), *prefix, *coalesce, *maxDelay)
 	if err == nil {
@@ -70,15 +70,15 @@ func run(target string, callers int, measured time.Duration, prefix string, coal
 	}
 	all := slices.Concat(latencies...)
 	if len(all) == 0 {
-		return nil, errors.New("not one claim was answered within the time")
+		return nil, errors.New("no claim was answered during the measurement")
 	}
 	slices.SortFunc(all, cmp.Compare[time.Duration])
 	quantile := func(q float64) float64 { return float64(all[int(q*float64(len(all)-1))]) / float64(time.Millisecond) }
 	return &round{Claims: len(all), Seconds: measured.Seconds(), P50Ms: quantile(0.5), P99Ms: quantile(0.99)}, nil
 }
 
-// claim claims fresh ids one after the other, and returns the latencies of those answered between begin and end. Any
-// answer but a fresh claim is an error, and so is a second claim of the last id that is not a duplicate.
+// claim claims fresh ids one at a time and returns the latencies of those answered between begin and end. It fails if a
+// claim is not granted as fresh, or if a second claim of the last id is not a duplicate.
 func claim(client *dedup.Client, prefix string, begin, end time.Time) ([]time.Duration, error) {
 	ctx := context.Background()
 	var latencies []time.Duration
@@ -95,7 +95,7 @@ func claim(client *dedup.Client, prefix string, begin, end time.Time) ([]time.Du
 		}
 		if answered.After(end) {
 			if _, err := client.Claim(ctx, id); !errors.Is(err, dedup.ErrDuplicate) {
-				return nil, fmt.Errorf("a second claim of %s: %w", id, err)
+				return nil, fmt.Errorf("a second claim of %s was not a duplicate: %w", id, err)
 			}
 			return latencies, nil
 		}

@@ -7,9 +7,9 @@ import (
 	"testing"
 )
 
-// Proxy passes bytes between a client and a server, and loses replies when told to.
+// Proxy forwards bytes between clients and a server, and can drop replies.
 type Proxy struct {
-	// Target is where it listens.
+	// Target is the address the proxy listens on.
 	Target string
 
 	listener net.Listener
@@ -19,7 +19,7 @@ type Proxy struct {
 	open     map[net.Conn]struct{}
 }
 
-// StartProxy listens on a free port until the test ends, in front of upstream.
+// StartProxy starts a proxy for upstream on a free port. The proxy stops when the test ends.
 func StartProxy(tb testing.TB, upstream string) *Proxy {
 	tb.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -37,21 +37,21 @@ func StartProxy(tb testing.TB, upstream string) *Proxy {
 	return p
 }
 
-// SetUpstream sends the connections that follow to another server.
+// SetUpstream forwards new connections to another server.
 func (p *Proxy) SetUpstream(upstream string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.upstream = upstream
 }
 
-// SwallowReplies loses what the server sends from now on, or ends that; requests still arrive.
+// SwallowReplies(true) drops everything the server sends, until SwallowReplies(false). Requests still arrive.
 func (p *Proxy) SwallowReplies(swallow bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.swallow = swallow
 }
 
-// Cut ends every open connection.
+// Cut closes every open connection.
 func (p *Proxy) Cut() {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -11,15 +11,15 @@ import (
 	"time"
 )
 
-// Redis is a real redis-server in a process of its own.
+// Redis is a redis-server process.
 type Redis struct {
-	// URL is the store URL that leads to it.
+	// URL is its store URL.
 	URL string
 
 	command *exec.Cmd
 }
 
-// RequireRedis skips the test where no redis-server is installed, and fails it where CI is set: there it must be.
+// RequireRedis skips the test if redis-server is not installed. In CI it fails the test instead.
 func RequireRedis(tb testing.TB) {
 	tb.Helper()
 	if _, err := exec.LookPath("redis-server"); err != nil {
@@ -30,9 +30,9 @@ func RequireRedis(tb testing.TB) {
 	}
 }
 
-// LaunchRedis runs a redis-server without persistence on a free port, with its files in folder.
+// LaunchRedis starts a redis-server without persistence on a free port. Its working directory is folder.
 func LaunchRedis(folder string) (*Redis, error) {
-	// Another process may take the free port before Redis binds it. Then Redis ends, and another port is tried.
+	// Another process may take the port before Redis binds it. Redis then exits, and the loop tries another port.
 	for range 10 {
 		port, err := freePort()
 		if err != nil {
@@ -58,7 +58,7 @@ func LaunchRedis(folder string) (*Redis, error) {
 	return nil, errors.New("redis-server did not start")
 }
 
-// Kill ends the server at once.
+// Kill kills the server.
 func (r *Redis) Kill() { _ = r.command.Process.Kill() }
 
 func freePort() (int, error) {

@@ -1,5 +1,4 @@
-// Package servertest starts what the tests of this module talk to: the real service, a real Redis, and a proxy between
-// them and the client that loses what it is told to lose.
+// Package servertest starts the real service, a real Redis and a proxy that can drop replies.
 package servertest
 
 import (
@@ -18,16 +17,16 @@ import (
 
 const startTimeout = 30 * time.Second
 
-// Server is the real service in a process of its own.
+// Server is a process of the real service.
 type Server struct {
-	// Target is where it listens.
+	// Target is the address the service listens on.
 	Target string
 
 	command *exec.Cmd
 	exited  chan struct{}
 }
 
-// Start runs the service on a free port until the test ends.
+// Start starts the service on a free port. The service stops when the test ends.
 func Start(tb testing.TB, storeURL string, arguments ...string) *Server {
 	tb.Helper()
 	s, err := Launch(storeURL, arguments...)
@@ -38,8 +37,7 @@ func Start(tb testing.TB, storeURL string, arguments ...string) *Server {
 	return s
 }
 
-// Launch runs the service on a free port until it is killed. DEDUP_TEST_PYTHON names the Python that has it installed,
-// by default that of the repository's .venv.
+// Launch starts the service on a free port. DEDUP_TEST_PYTHON names its Python; the default is the repository's .venv.
 func Launch(storeURL string, arguments ...string) (*Server, error) {
 	python := os.Getenv("DEDUP_TEST_PYTHON")
 	if python == "" {
@@ -61,10 +59,10 @@ func Launch(storeURL string, arguments ...string) (*Server, error) {
 		return nil, err
 	}
 	if err := s.command.Start(); err != nil {
-		return nil, fmt.Errorf("the tests need the service (set DEDUP_TEST_PYTHON): %w", err)
+		return nil, fmt.Errorf("start the service (DEDUP_TEST_PYTHON names its Python): %w", err)
 	}
 	serving := make(chan string, 1)
-	var output strings.Builder // what it said before it served, for when it never does
+	var output strings.Builder // output until the service listens, for the error if it never does
 	go func() {
 		defer close(s.exited)
 		started := false
@@ -87,14 +85,14 @@ func Launch(storeURL string, arguments ...string) (*Server, error) {
 	case s.Target = <-serving:
 		return s, nil
 	case <-s.exited:
-		return nil, fmt.Errorf("the service ended:\n%s", output.String())
+		return nil, fmt.Errorf("the service exited during start-up:\n%s", output.String())
 	case <-time.After(startTimeout):
 		s.Kill()
-		return nil, errors.New("the service did not begin to serve")
+		return nil, fmt.Errorf("the service did not listen within %v", startTimeout)
 	}
 }
 
-// Kill ends the service at once, as a crash would, and waits for that.
+// Kill kills the service and waits for its exit.
 func (s *Server) Kill() {
 	_ = s.command.Process.Kill()
 	<-s.exited
@@ -111,20 +109,20 @@ func moduleRoot() (string, error) {
 		}
 		parent := filepath.Dir(folder)
 		if parent == folder {
-			return "", errors.New("the tests run outside of their module")
+			return "", errors.New("the tests run outside their module: no go.mod found")
 		}
 		folder = parent
 	}
 }
 
-// Shared is a service that the tests of a package share, started by the first that asks.
+// Shared is a service that the tests of a package share. The first Get starts it.
 type Shared struct {
 	once   sync.Once
 	server *Server
 	err    error
 }
 
-// Get returns the service, or fails the test.
+// Get returns the service or fails the test.
 func (s *Shared) Get(tb testing.TB, storeURL func() (string, error)) *Server {
 	tb.Helper()
 	s.once.Do(func() {
@@ -139,14 +137,14 @@ func (s *Shared) Get(tb testing.TB, storeURL func() (string, error)) *Server {
 	return s.server
 }
 
-// Kill ends the service if it was started.
+// Kill kills the service if it was started.
 func (s *Shared) Kill() {
 	if s.server != nil {
 		s.server.Kill()
 	}
 }
 
-// Eventually waits until the condition holds, and fails the test when it does not within reason.
+// Eventually waits until the condition holds. It fails the test after 30 seconds.
 func Eventually(tb testing.TB, what string, condition func() bool) {
 	tb.Helper()
 	for deadline := time.Now().Add(startTimeout); !condition(); time.Sleep(2 * time.Millisecond) {
