@@ -134,9 +134,11 @@ class Endpoint(Generic[RequestT]):
         if budget <= 0:
             raise DeadlineTooNear("the deadline is too near to ask the store: nothing was done, allow more time")
         try:
-            async with asyncio.timeout(budget):
+            async with asyncio.timeout(budget) as limit:
                 return await self._handler(request, call, budget)
         except TimeoutError:
+            if not limit.expired():
+                raise
             applied = Applied.UNKNOWN if self._may_change else Applied.NO
             raise DeadlinePassed("the store did not answer before the deadline", applied) from None
 

@@ -13,5 +13,9 @@ class BadSettings(FatalError):
     exit_code = 2
 
 
+class BackgroundTaskFailed(FatalError):
+    """A background task of this process died; another process of the service may go on."""
+
+
 class AddressUnavailable(FatalError):
     """An address cannot be bound; the message names it and the cause."""

@@ -58,7 +58,6 @@ class Observers:
         """Return the observer of one rpc; `known` returns the namespaces the policy file names now."""
         observers: list[CallObserver] = []
         if self._traces is not None:
-            # First, so that the log line has the ids of the span.
             observers.append(self._traces.calls(method, known))
         observers.append(self._call_log)
         if self._metrics is not None:

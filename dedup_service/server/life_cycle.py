@@ -17,7 +17,7 @@ from dedup_service.api import health
 from dedup_service.api.endpoint import Admission
 from dedup_service.api.servicer import METHODS, SERVICE_NAME, DedupServicer, add_to_server
 from dedup_service.claims import ClaimService, ClaimStore, StoreRefused
-from dedup_service.config.errors import BadSettings, FatalError
+from dedup_service.config.errors import BackgroundTaskFailed, BadSettings, FatalError
 from dedup_service.config.settings import Settings
 from dedup_service.observability.logs import Logger, logger
 from dedup_service.observability.observers import Observers, WorkerMetricFiles, observing
@@ -141,7 +141,7 @@ async def _run_until(
         error = _first(group_of_errors)
         if isinstance(error, FatalError):
             raise error from None
-        raise FatalError(
+        raise BackgroundTaskFailed(
             f"a background task failed ({type(error).__name__}): the log has the cause under background_task_failed"
         ) from error
 
@@ -238,7 +238,8 @@ async def _until_idle(admission: Admission, grace_s: float) -> None:
             await admission.idle()
             async with asyncio.timeout(_QUIET_TIMEOUT_S):
                 seen = 0
-                while seen != (seen := admission.rejected):
+                # No event says that calls stay away.
+                while seen != (seen := admission.rejected):  # noqa: ASYNC110
                     await asyncio.sleep(_QUIET_S)
 
 

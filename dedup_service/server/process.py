@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import uvloop
 
-from dedup_service.config.errors import FatalError
+from dedup_service.config.errors import BackgroundTaskFailed, FatalError
 from dedup_service.config.settings import Settings, settings_from_json
 from dedup_service.observability.banner import banner
 from dedup_service.observability.logs import configure_logs
@@ -55,6 +55,9 @@ def run_worker() -> None:
 
     try:
         uvloop.run(serve(settings, announce, WorkerMetricFiles(start.number, start.metrics_folder)))
+    except BackgroundTaskFailed as error:
+        # Not a refusal, which would stop every worker: the supervisor restarts this one.
+        sys.exit(error.exit_code)
     except FatalError as error:
         refuse(error)
 

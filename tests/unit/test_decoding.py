@@ -80,9 +80,12 @@ def test_unknown_fields_pass() -> None:
 
 
 def test_a_known_number_with_another_wire_type_passes_as_unknown() -> None:
-    """The parser keeps such a field as an unknown one, and so does the check."""
+    """The parser keeps such a field as an unknown one, and so does the check.
+
+    The id is sent twice, so that the message differs from its encoding and is checked.
+    """
     number = NUMBERS["claimant"]
-    raw = encoded(NUMBERS["transaction_id"], b"x") + bytes((number << 3, 7))
+    raw = encoded(NUMBERS["transaction_id"], b"x") * 2 + bytes((number << 3, 7))
     assert decode_request(CLAIM, raw) == CLAIM.FromString(raw)
 
 

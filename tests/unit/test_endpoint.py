@@ -348,6 +348,18 @@ async def test_a_passed_deadline_is_doubt_for_changes_and_none_for_reads(*, may_
     assert context.applied == applied
 
 
+async def test_a_timeout_error_of_the_handler_is_not_a_passed_deadline() -> None:
+    """A handler that raises TimeoutError long before the deadline has a bug, which needs an incident.
+
+    Protection: `_handle_in_time` asks whether its own timeout expired.
+    """
+    error = TimeoutError(SECRET)
+    call = await Fixture(raising(error)).reject(FakeContext(10.0))
+    assert call.code == "INTERNAL"
+    assert call.failure is not None
+    assert call.failure.exception is error
+
+
 @pytest.mark.parametrize(("remaining_s", "budget_s"), [(None, None), (1.0, 1.0 - ANSWER_MARGIN_S), (9.3e18, None)])
 async def test_the_handler_receives_its_budget(remaining_s: float | None, budget_s: float | None) -> None:
     """The budget leaves time for the answer, and is None without a deadline, as either engine reports it."""

@@ -306,8 +306,8 @@ def test_traces_see_the_end_of_a_call(spans: InMemorySpanExporter, tracer: Any) 
     assert "secret-id" not in span.to_json()
 
 
-def test_several_observers_see_a_call_in_order(metrics: Metrics, tracer: Any) -> None:
-    """Traces come before the log, so that the log line has the ids of the span."""
+def test_the_line_of_a_call_has_the_ids_of_its_span(metrics: Metrics, tracer: Any) -> None:
+    """With traces on, a log line leads to its span."""
 
     class FakeTraces:
         def calls(self, method: str, known: Any) -> CallTraces:

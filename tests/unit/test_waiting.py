@@ -242,9 +242,19 @@ async def test_the_poller_does_not_inherit_the_context_of_a_caller(store: Counti
     assert store.context_values == {"none"}
 
 
-async def test_a_waiting_claim_is_answered_when_the_work_ends(store: CountingStore) -> None:
-    """A waiting duplicate receives the result of a completion, and CLAIMED after a release."""
+async def test_a_waiting_claim_is_answered_when_the_work_ends(
+    monkeypatch: pytest.MonkeyPatch, store: CountingStore
+) -> None:
+    """A waiting duplicate receives the result of a completion, and CLAIMED after a release, without a poll.
+
+    Protection: `complete` and `release` wake the waiters.
+    """
+    monkeypatch.setattr(waiting, "POLL_S", LONG_S)
     claims = ClaimService(store, Policies(Policy(60_000, 60_000, 60_000)))
+
+    async def somebody_waits() -> bool:
+        return bool(claims._waiters._waiters)
+
     for end, outcome, result in (
         (claims.complete, ClaimOutcome.DUPLICATE, b"paid"),
         (claims.release, ClaimOutcome.CLAIMED, b""),
@@ -252,7 +262,7 @@ async def test_a_waiting_claim_is_answered_when_the_work_ends(store: CountingSto
         store.held.clear()
         await claims.claim(ClaimRequest("x", claim_token=TOKEN))
         waiter = asyncio.create_task(claims.claim(ClaimRequest("x", wait_ms=30_000)))
-        await until_read(store)
+        await eventually(somebody_waits)
         await end(HolderRequest("x", claim_token=TOKEN, result=result))
         async with asyncio.timeout(LONG_S / 3):
             answer = await waiter

@@ -4,41 +4,41 @@ import { errorFrom } from "./failure.js";
 import { withRetries, type Attempt } from "./retry.js";
 
 const CHANNEL_OPTIONS: ChannelOptions = {
-  // Retries are made here, with one token and one budget. gRPC's own would know neither.
+  // This client retries with one token and one budget, which gRPC's own retries would ignore.
   "grpc.enable_retries": 0,
-  // Nor may a service config from DNS turn them, or hedging, on again.
+  // A service config from DNS could enable retries or hedging again.
   "grpc.service_config_disable_resolution": 1,
-  // The service runs beside its caller: a proxy for the Internet is not on the way to it.
+  // The service is a sidecar, so no HTTP proxy is between it and the caller.
   "grpc.enable_http_proxy": 0,
-  // By default up to two minutes pass before a restarted service is tried again.
+  // gRPC's default reconnect backoff grows to two minutes.
   "grpc.initial_reconnect_backoff_ms": 50,
   "grpc.max_reconnect_backoff_ms": 1000,
 };
 
-/** How long one logical call may take. */
+/** The time limits of one logical call. */
 export interface Budget {
-  /** The whole of it, with its retries. */
+  /** Limits the whole call with its retries. */
   timeoutMs: number;
-  /** One attempt. */
+  /** Limits one attempt. */
   attemptTimeoutMs: number;
-  /** By how much more the service was asked to wait. */
+  /** How long the service is asked to wait; added to both limits. */
   waitMs?: number;
   signal?: AbortSignal | undefined;
 }
 
-/** One attempt as its request is made. */
+/** What a request depends on in each attempt. */
 export interface RequestAttempt {
-  /** How much of the wait is left. */
+  /** The rest of the wait. */
   waitMs: number;
 }
 
-/** A reply, and whether an attempt before it may have been applied. */
+/** A reply; `doubt` is true if an earlier attempt may have been applied. */
 export interface Answer<Reply> {
   reply: Reply;
   doubt: boolean;
 }
 
-/** The connection to the service: one logical call is several attempts within one budget. */
+/** The connection to the service. A logical call makes several attempts within one budget. */
 export class Channel {
   private readonly grpc: GrpcClient;
 
@@ -49,26 +49,26 @@ export class Channel {
     });
   }
 
-  /** Asks until there is an answer or the budget is used up; `request` makes each attempt's own. */
+  /** Retry until a reply arrives or the budget ends; `request` makes the request of each attempt. */
   async call<Request, Reply>(
     method: MethodDefinition<Request, Reply>,
     request: (attempt: RequestAttempt) => Request,
     budget: Budget,
   ): Promise<Answer<Reply>> {
     const { timeoutMs, attemptTimeoutMs, waitMs = 0, signal } = budget;
-    // Without an end in sight there would be no deadline, and a call that is lost would never end.
+    // An infinite budget would mean no deadline, and a lost call would never end.
     if (!(timeoutMs >= 0 && attemptTimeoutMs >= 0 && timeoutMs + attemptTimeoutMs + waitMs < Infinity)) {
-      throw new RangeError("time-outs must be finite and not negative");
+      throw new RangeError("timeouts must be finite and not negative");
     }
     return withRetries(timeoutMs + waitMs, signal, async ({ leftMs, doubt }: Attempt) => {
-      // The wait shrinks as time passes, and what the caller allows besides is kept for asking.
+      // Time that passes shortens the wait, and the timeout stays available for attempts.
       const waitLeft = Math.floor(Math.max(0, Math.min(waitMs, leftMs - timeoutMs)));
       const limitMs = Math.floor(Math.min(leftMs, waitLeft + attemptTimeoutMs));
       return { reply: await this.attempt(method, request({ waitMs: waitLeft }), limitMs, signal), doubt };
     });
   }
 
-  /** Ends the connection; calls under way fail. */
+  /** Close the connection; in-flight calls fail. */
   close(): void {
     this.grpc.close();
   }
@@ -93,7 +93,7 @@ export class Channel {
           if (error === null && reply !== undefined) resolve(reply);
           else if (signal?.aborted) reject(signal.reason);
           else if (error !== null) reject(errorFrom(error));
-          else reject(new Error("gRPC answered with neither a reply nor an error"));
+          else reject(new Error("gRPC returned neither a reply nor an error"));
         },
       );
       signal?.addEventListener("abort", abort);

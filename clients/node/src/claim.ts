@@ -14,27 +14,29 @@ import type { CallOptions, CompleteOptions } from "./options.js";
 import { unspecified } from "./outcome.js";
 import { transactionFrom, type Transaction } from "./transaction.js";
 
-/** How a claim was granted. */
+/** The data of a granted claim. */
 export interface Grant {
   transactionId: string;
-  /** Empty where the service chooses. */
+  /** Empty for the service's default namespace. */
   namespace: string;
   token: string;
-  /** The claim was made by an earlier call with the same token: this is the answer that the caller did not hear. */
+  /** True if an earlier call with the same token made the claim. */
   replayed: boolean;
-  /** The service could not be asked and `onUnavailable` is "allow": nothing is held, and others may be told the same. */
+  /** True if `onUnavailable` is "allow" and the service was unavailable: nothing is held, others may proceed too. */
   failOpen: boolean;
-  /** The namespace is in shadow mode and somebody else holds the transaction: go, and nothing is held. */
+  /** True if another caller holds the transaction in a shadow-mode namespace: proceed, but nothing is held. */
   shadowDuplicate: boolean;
-  /** The transaction as the store has it, the holder's for a shadow duplicate; undefined for a fail-open grant. */
+  /** The stored transaction; the holder's for a shadow duplicate, undefined for a fail-open grant. */
   transaction: Transaction | undefined;
 }
 
 /**
  * The right to do the work of one transaction.
  *
- * Complete it when the work is done, and release it when the work certainly did not happen. Work that may have been
- * done is left to expire. Where nothing is held (`failOpen`, `shadowDuplicate`) both do nothing, and so does `extend`.
+ * Complete the claim after the work. Release it only if the work certainly did not happen; otherwise let it expire.
+ * If nothing is held (`failOpen`, `shadowDuplicate`), `complete`, `release` and `extend` do nothing.
+ *
+ * A quick success leaves no correlation id: the service returns `x-correlation-id` only for calls it logs.
  */
 export class Claim implements Grant {
   readonly transactionId: string;
@@ -46,7 +48,7 @@ export class Claim implements Grant {
   transaction: Transaction | undefined;
   #ended = false;
 
-  /** @internal Claims are made by a client. */
+  /** @internal Use `Client.claim`. */
   constructor(
     private readonly channel: Channel,
     private readonly budget: Budget,
@@ -61,16 +63,16 @@ export class Claim implements Grant {
     this.transaction = grant.transaction;
   }
 
-  /** Whether this handle was asked to complete or to release it, whatever came of that. */
+  /** True once `complete` or `release` was called, even if it failed. */
   get ended(): boolean {
     return this.#ended;
   }
 
   /**
-   * Reports the work as done, and keeps its result for later duplicates.
+   * Record the work as done and keep its result for later duplicates.
    *
-   * The result has at most 4,096 bytes unless the service is configured otherwise. May be repeated with the same
-   * result. Throws NotHeldError, UnavailableError or InvalidRequestError.
+   * The result has at most 4,096 bytes, unless the service is configured otherwise. Repeating it with the same result
+   * is safe. Throws NotHeldError, UnavailableError or InvalidRequestError.
    */
   async complete(result: string | Uint8Array = "", options: CompleteOptions = {}): Promise<void> {
     this.#ended = true;
@@ -86,7 +88,7 @@ export class Claim implements Grant {
     this.update(reply.transaction);
   }
 
-  /** Gives the claim back, so that the next caller may have it at once; throws NotHeldError or UnavailableError. */
+  /** Release the claim, so the next caller may claim at once. Throws NotHeldError or UnavailableError. */
   async release(options: CallOptions = {}): Promise<void> {
     this.#ended = true;
     if (this.holdsNothing()) return;
@@ -96,13 +98,13 @@ export class Claim implements Grant {
       () => request,
       this.within(options),
     );
-    // After a lost reply "not held" is what our own release looks like, and either way nothing is held any more.
+    // After a lost reply, "not held" may be the effect of this release. Either way nothing is held.
     const gone = reply.outcome === ReleaseOutcome.RELEASE_OUTCOME_NOT_HELD;
     if (gone && !doubt) throw new NotHeldError(this.transactionId);
     if (!gone && reply.outcome !== ReleaseOutcome.RELEASE_OUTCOME_RELEASED) throw unspecified("release");
   }
 
-  /** Asks for `ttlMs` from now on, never for less than is left; throws NotHeldError or UnavailableError. */
+  /** Extend the claim to `ttlMs` from now; never shortens it. Throws NotHeldError or UnavailableError. */
   async extend(ttlMs?: number, options: CallOptions = {}): Promise<void> {
     const request = ExtendTransactionRequest.fromPartial({ ...this.held(), ...encodeExpiry({ ttlMs }) });
     if (this.holdsNothing()) return;

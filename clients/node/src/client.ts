@@ -2,20 +2,22 @@ import { randomBytes } from "node:crypto";
 import { status } from "@grpc/grpc-js";
 import { Channel, type Budget } from "./channel.js";
 import { Claim, type Grant } from "./claim.js";
+import { ATTEMPT_TIMEOUT_MS, BUDGET_MS } from "./defaults.js";
 import { encodeBytes, encodeDuration, encodeExpiry, encodeText } from "./encoding.js";
 import { InvalidRequestError, UnavailableError } from "./errors.js";
 import { isOutage } from "./failure.js";
 import { ClaimTransactionRequest, DedupServiceService, GetTransactionRequest } from "./gen/dedup/v1/dedup.js";
 import type { CallOptions, ClaimOptions, ClientOptions, GetOptions, Logger } from "./options.js";
 import { requireClaimed } from "./outcome.js";
+import { loggedId } from "./transaction-id.js";
 import { transactionFrom, type Transaction } from "./transaction.js";
 
-/** Asks the dedup service; one client is enough for a process. */
+/** A client of the dedup service. Use one per process. */
 export class Client {
   private readonly channel: Channel;
   private readonly logger: Logger;
 
-  /** Connects with the first call, to `host:port` or `unix:///path`. */
+  /** Create a client of `host:port` or `unix:///path`; it connects on the first call. */
   constructor(
     target: string,
     private readonly options: ClientOptions = {},
@@ -25,13 +27,13 @@ export class Client {
   }
 
   /**
-   * Claims a transaction: of all callers exactly one gets a handle, until its claim expires or is released.
+   * Claim a transaction: exactly one caller gets a handle, until its claim expires or is released.
    *
-   * Retries what may have been lost, always with the same token, so a retry is never taken for a duplicate. Throws
-   * DuplicateTransactionError, PayloadMismatchError, InvalidRequestError, or UnavailableError when nobody knows.
+   * All attempts send one token, so a retry is never mistaken for a duplicate. Throws DuplicateTransactionError,
+   * PayloadMismatchError, InvalidRequestError, or UnavailableError if the outcome is unknown.
    */
   async claim(transactionId: string, options: ClaimOptions = {}): Promise<Claim> {
-    // One fresh token for this logical call: every attempt repeats it, and nobody else ever uses it.
+    // Every attempt of this logical call sends this token, and no other call does.
     const token = options.token ?? newToken();
     const namespace = options.namespace ?? this.options.namespace ?? "";
     const request = this.claimRequest(transactionId, namespace, token, options);
@@ -49,17 +51,18 @@ export class Client {
     } catch (error) {
       if (!this.mayGoOn(error, options)) throw error;
       const { code, reason, applied } = error;
-      this.logger.warn("dedup service unavailable: going on without a claim", { transactionId, code, reason, applied });
+      const transaction = loggedId(transactionId);
+      this.logger.warn("dedup service unavailable: proceeding without a claim", { transaction, code, reason, applied });
       return this.handle({ ...grant, failOpen: true, transaction: undefined });
     }
   }
 
   /**
-   * Claims a transaction, does the work, and completes it; when the work throws, releases it and throws the same.
+   * Claim a transaction, do the work and complete it; if the work throws, release it and rethrow the error.
    *
-   * The work may complete the claim itself, to keep a result. Use `claim` where work that throws may have been done.
-   * The signal is for the claim alone. Throws what `claim`, `work` and `complete` throw: an error of `complete` means
-   * that the work is done, and is not recorded.
+   * The work may complete the claim itself, to keep a result. Use `claim` if work that throws may have taken effect.
+   * The signal applies to the claim only. Throws the errors of `claim`, `work` and `complete`: after an error of
+   * `complete`, the work is done but not recorded.
    */
   async once<T>(
     transactionId: string,
@@ -71,7 +74,7 @@ export class Client {
     try {
       value = await work(claim);
     } catch (error) {
-      // A completion that failed is no reason to release: the work is done.
+      // After a failed completion the work is done, so the claim must not be released.
       if (!claim.ended) await this.giveBack(claim);
       throw error;
     }
@@ -79,7 +82,7 @@ export class Client {
     return value;
   }
 
-  /** Looks a transaction up and changes nothing; undefined when nobody holds it. Throws UnavailableError. */
+  /** Read a transaction without changing it; undefined if nobody holds it. Throws UnavailableError. */
   async get(transactionId: string, options: GetOptions = {}): Promise<Transaction | undefined> {
     const request = GetTransactionRequest.fromPartial({
       transactionId: encodeText("transaction_id", transactionId),
@@ -95,13 +98,13 @@ export class Client {
     }
   }
 
-  /** Ends the connection; calls under way fail. */
+  /** Close the connection; in-flight calls fail. */
   close(): void {
     this.channel.close();
   }
 
   private claimRequest(transactionId: string, namespace: string, token: string, options: ClaimOptions) {
-    // The service would make a token of its own for every attempt, and the second would be a duplicate of the first.
+    // For an empty token the service would create one per attempt, and a retry would be a duplicate.
     if (token === "") throw InvalidRequestError.of("claim_token", "must not be empty");
     if (options.waitMs !== undefined && options.waitMs < 0) throw InvalidRequestError.of("wait", "must not be negative");
     encodeDuration("wait", options.waitMs ?? 0);
@@ -124,8 +127,8 @@ export class Client {
     try {
       await claim.release();
     } catch (error) {
-      // The error of the work is what the caller has to hear of; the claim expires by itself.
-      this.logger.warn("the claim could not be released", { transactionId: claim.transactionId, error });
+      // The caller receives the error of the work, and the claim expires.
+      this.logger.warn("dedup claim not released", { transaction: loggedId(claim.transactionId), ...summary(error) });
     }
   }
 
@@ -133,12 +136,19 @@ export class Client {
     return new Claim(this.channel, this.budget({}), grant);
   }
 
-  private budget({ timeoutMs = this.options.timeoutMs ?? 2000, signal }: CallOptions): Budget {
-    return { timeoutMs, attemptTimeoutMs: this.options.attemptTimeoutMs ?? 750, signal };
+  private budget({ timeoutMs = this.options.timeoutMs ?? BUDGET_MS, signal }: CallOptions): Budget {
+    return { timeoutMs, attemptTimeoutMs: this.options.attemptTimeoutMs ?? ATTEMPT_TIMEOUT_MS, signal };
   }
 }
 
-/** Makes the name of one logical call: 128 random bits, which nobody else ever makes. */
+/** Return the loggable fields of an error; its message may contain the transaction id. */
+function summary(error: unknown): object {
+  if (!(error instanceof Error)) return { error: typeof error };
+  if (!(error instanceof UnavailableError)) return { error: error.name };
+  return { error: error.name, code: error.code, reason: error.reason, applied: error.applied };
+}
+
+/** Return a token for one logical call: 128 random bits. */
 export function newToken(): string {
   return randomBytes(16).toString("base64url");
 }

@@ -1,18 +1,18 @@
 import { status } from "@grpc/grpc-js";
 import type { Transaction } from "./transaction.js";
 
-/** Whether a failed call may have changed something: "no" is certain, "unknown" is not. */
+/** Whether a failed call changed something: certainly not ("no"), or perhaps ("unknown"). */
 export type Applied = "no" | "unknown";
 
-/** What is wrong with one field of a request. */
+/** A violation in one field of a request. */
 export interface FieldViolation {
-  /** The field, as the contract names it. */
+  /** The name of the field in the contract. */
   field: string;
-  /** What the field must be. */
+  /** The rule that the field violates. */
   description: string;
 }
 
-/** What every error of this client is. */
+/** The base class of this client's errors. */
 export abstract class DedupError extends Error {
   constructor(message: string, options?: ErrorOptions) {
     super(message, options);
@@ -20,65 +20,70 @@ export abstract class DedupError extends Error {
   }
 }
 
-/** Somebody else holds the transaction, or it is completed: do not do the work, and answer 409. */
+/** Another caller holds the transaction, or it is completed: do not do the work. HTTP 409. */
 export class DuplicateTransactionError extends DedupError {
   constructor(
-    /** The transaction as its holder has it, with the result once it is completed. */
+    /** The holder's transaction; it has a result once completed. */
     readonly holder: Transaction,
   ) {
-    super(`transaction ${holder.transactionId} is ${holder.state}, claimed by ${holder.claimant || "somebody"}`);
+    super(`transaction ${holder.transactionId} is ${holder.state}, claimed by ${holder.claimant || "an unnamed caller"}`);
   }
 }
 
-/** The id is known with another fingerprint, so it was reused for different work: answer 422. */
+/** The id exists with another fingerprint, so it was reused for different work. HTTP 422. */
 export class PayloadMismatchError extends DedupError {
   constructor(
-    /** The transaction as its holder has it. */
+    /** The holder's transaction. */
     readonly holder: Transaction,
   ) {
-    super(`transaction ${holder.transactionId} is known with another payload fingerprint`);
+    super(`transaction ${holder.transactionId} exists with another payload fingerprint`);
   }
 }
 
-/** The claim expired, was given back, was taken by another caller, or is completed; nothing was changed. */
+/** The claim expired, was released, was taken by another caller, or is completed; nothing changed. */
 export class NotHeldError extends DedupError {
   constructor(readonly transactionId: string) {
-    super(`the claim of transaction ${transactionId} is not held any more`);
+    super(`the claim of transaction ${transactionId} is no longer held`);
   }
 }
 
-/** The request breaks the contract, and would each time. */
+/** The request violates the contract; repeating it fails again. */
 export class InvalidRequestError extends DedupError {
   constructor(
     message: string,
-    /** One for each field that is wrong, where they are known. */
+    /** One per invalid field; empty if the service named none. */
     readonly violations: readonly FieldViolation[],
   ) {
     super(message);
   }
 
-  /** Makes the error of one field. */
+  /** Create the error for one field. */
   static of(field: string, description: string): InvalidRequestError {
     return new InvalidRequestError(`${field}: ${description}`, [{ field, description }]);
   }
 }
 
-/** What is known of a call that was not answered. */
+/** The details of a call without an answer. */
 export interface Failure {
   /** The gRPC code. */
   code: status;
-  /** Why, in the stable word of the service; empty when gRPC itself made the error. */
+  /** The stable reason of the service; empty if gRPC itself made the error. */
   reason: string;
   applied: Applied;
-  /** How long the service asks to wait before a retry; undefined where it does not. */
+  /** The delay the service asks for before a retry; undefined if it asks for none. */
   retryAfterMs?: number | undefined;
 }
 
-/** The question was not answered, so nobody knows whether this is a duplicate: answer 503, never 409. */
+/**
+ * The call got no answer, so it is unknown whether this is a duplicate. HTTP 503, never 409.
+ *
+ * `cause` is the gRPC error, if there is one. If the service answered, its `metadata` has `x-correlation-id`, which
+ * finds the call in the service's log.
+ */
 export class UnavailableError extends DedupError implements Failure {
   readonly code: status;
   readonly reason: string;
-  /** Whether the call may have changed something, over all of its attempts. */
+  /** Whether any attempt of the call may have changed something. */
   readonly applied: Applied;
   readonly retryAfterMs: number | undefined;
 

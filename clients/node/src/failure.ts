@@ -11,7 +11,7 @@ interface Details {
   retryInfo?: RetryInfo;
 }
 
-/** Turns what gRPC threw into an error of this client. */
+/** Convert a gRPC error to an error of this client. */
 export function errorFrom(error: ServiceError): InvalidRequestError | UnavailableError {
   const { info, badRequest, retryInfo } = detailsOf(error);
   if (error.code === status.INVALID_ARGUMENT) {
@@ -21,7 +21,7 @@ export function errorFrom(error: ServiceError): InvalidRequestError | Unavailabl
   const failure = {
     code: error.code,
     reason: info?.reason ?? "",
-    // An error that gRPC itself made knows nothing, so it may have been applied.
+    // An error without details was made by gRPC itself, so the call may have been applied.
     applied: info?.metadata["applied"] === "no" ? ("no" as const) : ("unknown" as const),
     retryAfterMs: delay && delay.seconds * 1000 + delay.nanos / 1e6,
   };
@@ -29,7 +29,7 @@ export function errorFrom(error: ServiceError): InvalidRequestError | Unavailabl
   return new UnavailableError(`the dedup service did not answer: ${cause}: ${error.details}`, failure, { cause: error });
 }
 
-/** Says whether the service could not be asked, as opposed to having refused: only then a caller may choose to go on. */
+/** Report whether the service was unavailable rather than refusing; only then does "allow" apply. */
 export function isOutage(error: UnavailableError): boolean {
   switch (error.code) {
     case status.UNAVAILABLE:
@@ -37,20 +37,20 @@ export function isOutage(error: UnavailableError): boolean {
     case status.DEADLINE_EXCEEDED:
       return true;
     case status.CANCELLED:
-    // A server that ends cancels the calls that it has not begun. A caller's own abort is not read here.
+    // A server in shutdown cancels calls it has not started. The caller's own abort does not reach this point.
     case status.INTERNAL:
-      // grpc-js says INTERNAL of some broken connections; the service never does without a reason.
+      // grpc-js reports some broken connections as INTERNAL; the service never does so without a reason.
       return error.reason === "";
     default:
       return false;
   }
 }
 
-/** Says whether the same call may be answered when it is repeated. */
+/** Report whether a retry may succeed. */
 export function isRetryable(error: UnavailableError): boolean {
-  // The service sends a delay with whatever a retry may mend, but for a deadline, which is the next attempt's own.
-  const hopeless = error.reason !== "" && error.retryAfterMs === undefined && error.code !== status.DEADLINE_EXCEEDED;
-  return isOutage(error) && !hopeless;
+  // The service sends a delay with every retryable error except DEADLINE_EXCEEDED.
+  const final = error.reason !== "" && error.retryAfterMs === undefined && error.code !== status.DEADLINE_EXCEEDED;
+  return isOutage(error) && !final;
 }
 
 function detailsOf(error: ServiceError): Details {
@@ -69,7 +69,7 @@ function detailsOf(error: ServiceError): Details {
       }
     }
   } catch {
-    // Details that cannot be read say nothing, and the error still has its code.
+    // Undecodable details are ignored; the error still has its code.
   }
   return details;
 }

@@ -3,7 +3,7 @@ import { DuplicateTransactionError, PayloadMismatchError, UnavailableError } fro
 import { ClaimOutcome, Transaction as TransactionMessage, type ClaimTransactionResponse } from "./gen/dedup/v1/dedup.js";
 import { transactionFrom } from "./transaction.js";
 
-/** Returns if a claim was granted, and throws what it was told otherwise: only CLAIMED is "go". */
+/** Return only if the outcome is CLAIMED; throw the matching error otherwise. */
 export function requireClaimed(reply: ClaimTransactionResponse): void {
   const holder = () => transactionFrom(reply.transaction ?? TransactionMessage.fromPartial({}));
   switch (reply.outcome) {
@@ -18,9 +18,9 @@ export function requireClaimed(reply: ClaimTransactionResponse): void {
   }
 }
 
-/** Makes the error of a reply that says nothing, or what this version of the client has not heard of. */
+/** Create the error for a reply whose outcome is missing or unknown to this version. */
 export function unspecified(what: string): UnavailableError {
-  return new UnavailableError(`the dedup service did not say what became of the ${what}`, {
+  return new UnavailableError(`the dedup service returned no known outcome of the ${what}`, {
     code: status.UNKNOWN,
     reason: "OUTCOME_UNSPECIFIED",
     applied: "unknown",

@@ -1,13 +1,11 @@
 import { setTimeout as sleepFor } from "node:timers/promises";
+import { BACKOFF_MULTIPLIER, FIRST_BACKOFF_MS, LONGEST_BACKOFF_MS } from "./defaults.js";
 import { UnavailableError, type Applied } from "./errors.js";
 import { isRetryable } from "./failure.js";
 
-const FIRST_BACKOFF_MS = 50;
-const MAX_BACKOFF_MS = 1000;
-
-/** Time and chance, which tests bring along themselves. */
+/** Time and randomness, replaced in tests. */
 export interface Clock {
-  /** Milliseconds that never go back. */
+  /** Monotonic milliseconds. */
   now(): number;
   sleep(ms: number, signal: AbortSignal | undefined): Promise<void>;
   /** At least 0 and less than 1. */
@@ -20,19 +18,18 @@ export const systemClock: Clock = {
   random: Math.random,
 };
 
-/** What one attempt is told. */
+/** The input of one attempt. */
 export interface Attempt {
-  /** How much of the budget is left; the attempt has to end within it. */
+  /** The rest of the budget; the attempt must end within it. */
   leftMs: number;
-  /** Whether an earlier attempt may have been applied. */
+  /** True if an earlier attempt may have been applied. */
   doubt: boolean;
 }
 
 /**
- * Makes attempts until one is answered, a retry cannot help, or the budget does not reach to the next one.
+ * Make attempts until one succeeds, an error is final, or the budget ends before the next attempt.
  *
- * No attempt begins after the budget. What is thrown then says "applied: no" only if every attempt said so. Throws the
- * reason of the signal when that aborts.
+ * The error thrown has `applied` "no" only if every attempt had. Throws the reason of the signal if it aborts.
  */
 export async function withRetries<T>(
   budgetMs: number,
@@ -43,14 +40,14 @@ export async function withRetries<T>(
   const end = clock.now() + budgetMs;
   let leftMs = budgetMs;
   let applied: Applied = "no";
-  for (let backoffMs = FIRST_BACKOFF_MS; ; backoffMs = Math.min(backoffMs * 2, MAX_BACKOFF_MS)) {
+  for (let backoffMs = FIRST_BACKOFF_MS; ; backoffMs = Math.min(backoffMs * BACKOFF_MULTIPLIER, LONGEST_BACKOFF_MS)) {
     signal?.throwIfAborted();
     try {
       return await attempt({ leftMs, doubt: applied === "unknown" });
     } catch (error) {
       if (!(error instanceof UnavailableError)) throw error;
       if (error.applied === "unknown") applied = "unknown";
-      // Full jitter, and after the wait that the service asks for: callers that failed together come back apart.
+      // Full jitter after the service's delay spreads the retries of callers that failed together.
       const pauseMs = (error.retryAfterMs ?? 0) + clock.random() * backoffMs;
       leftMs = end - clock.now() - pauseMs;
       if (isRetryable(error) && leftMs > 0) {
@@ -67,7 +64,7 @@ async function pause(ms: number, signal: AbortSignal | undefined, clock: Clock):
   try {
     await clock.sleep(ms, signal);
   } catch (error) {
-    // Timers throw an AbortError of their own, and the caller waits for the reason that it gave.
+    // Timers throw their own AbortError; the caller expects the signal's reason.
     signal?.throwIfAborted();
     throw error;
   }

@@ -1,13 +1,14 @@
+import { createHash } from "node:crypto";
 import { InvalidRequestError } from "./errors.js";
 
 const MAX_BYTES = 512;
 
 /**
- * Joins parts into one transaction id, such that different parts never make the same id.
+ * Join parts into one transaction id; different parts never make the same id.
  *
- * Parts are joined with ":"; in a part "%", ":" and control characters are percent-encoded. Every client of the service
- * makes the same id of the same parts. Throws InvalidRequestError when there is no part, when a part is no string or
- * has a lone surrogate, and when the id would be empty or longer than 512 bytes of UTF-8.
+ * Parts are joined with ":"; "%", ":" and control characters in a part are percent-encoded. Clients in every language
+ * make the same id from the same parts. Throws InvalidRequestError if there are no parts, if a part is not a string or
+ * has a lone surrogate, or if the id is empty or longer than 512 bytes of UTF-8.
  */
 export function transactionId(...parts: string[]): string {
   const id = parts.map(escapePart).join(":");
@@ -19,7 +20,7 @@ export function transactionId(...parts: string[]): string {
 }
 
 function escapePart(part: string): string {
-  // Untyped callers: `undefined` would join as nothing, and a number is written differently in every language.
+  // For untyped callers: `undefined` would join as nothing, and languages format numbers differently.
   if (typeof part !== "string") {
     throw InvalidRequestError.of("transaction_id", `every part must be a string, not ${typeof part}`);
   }
@@ -29,13 +30,18 @@ function escapePart(part: string): string {
   );
 }
 
+/** Return the name of a transaction in logs: 16 hexadecimal digits of its SHA-256. An id may be personal data. */
+export function loggedId(transactionId: string): string {
+  return createHash("sha256").update(transactionId).digest("hex").slice(0, 16);
+}
+
 /**
- * Throws InvalidRequestError when a text has a lone surrogate.
+ * Throw InvalidRequestError if the text has a lone surrogate.
  *
- * Encoding would turn each into U+FFFD without a word, and so make one id of two.
+ * Encoding would silently replace it with U+FFFD and make one id of two.
  */
 export function requireWellFormed(field: string, text: string): void {
   if (!text.isWellFormed()) {
-    throw InvalidRequestError.of(field, "must not have a lone surrogate, which UTF-8 cannot express");
+    throw InvalidRequestError.of(field, "must not contain a lone surrogate, because UTF-8 cannot encode it");
   }
 }

@@ -1,20 +1,20 @@
 import { TransactionState, type Transaction as TransactionMessage } from "./gen/dedup/v1/dedup.js";
 
-/** A claimed transaction, as anybody may see it. */
+/** A claimed transaction, without its token. */
 export interface Transaction {
   transactionId: string;
   namespace: string;
-  /** "unknown" is a state that this version of the client has not heard of. */
+  /** "unknown": a state this version of the client does not know. */
   state: "in progress" | "completed" | "unknown";
-  /** Who claimed it, in the words of that caller; may be empty. */
+  /** The name its claimer gave; may be empty. */
   claimant: string;
-  /** When it was claimed; undefined when the claim was not written by the service. */
+  /** Undefined if the service did not write the claim. */
   claimTime: Date | undefined;
-  /** When it will be forgotten; undefined when that is not known. */
+  /** Undefined if unknown. */
   expireTime: Date | undefined;
-  /** When it was completed; undefined while it is in progress. */
+  /** Undefined while in progress. */
   completionTime: Date | undefined;
-  /** The result that its holder gave on completion; empty while it is in progress. */
+  /** The result of the completion; empty while in progress. */
   result: Buffer;
 }
 
@@ -23,7 +23,6 @@ const STATES: Partial<Record<TransactionState, Transaction["state"]>> = {
   [TransactionState.TRANSACTION_STATE_COMPLETED]: "completed",
 };
 
-/** Reads a transaction of a reply. */
 export function transactionFrom(message: TransactionMessage): Transaction {
   return {
     transactionId: message.transactionId,

@@ -23,7 +23,7 @@ for (const store of Object.keys(STORES)) {
     });
     after(() => live[Symbol.asyncDispose]());
 
-    test("of a hundred concurrent callers one may go and 99 are duplicates", async () => {
+    test("one of 100 concurrent callers gets the claim and 99 are duplicates", async () => {
       const id = uniqueId();
       const outcomes = await Promise.allSettled(Array.from({ length: 100 }, () => client.claim(id)));
       const refused = outcomes.flatMap((outcome) => (outcome.status === "rejected" ? [outcome.reason] : []));
@@ -31,7 +31,7 @@ for (const store of Object.keys(STORES)) {
       for (const error of refused) assert.ok(error instanceof DuplicateTransactionError, error);
     });
 
-    test("a duplicate is told who holds the transaction, and its result once there is one", async () => {
+    test("a duplicate receives the holder, and the result once completed", async () => {
       const id = uniqueId();
       const claim = await client.claim(id, { ttlMs: 3_600_000 });
       assert.deepEqual([claim.replayed, claim.failOpen, claim.shadowDuplicate], [false, false, false]);
@@ -44,7 +44,7 @@ for (const store of Object.keys(STORES)) {
       assert.ok(completed.completionTime instanceof Date);
     });
 
-    test("a completion may be repeated, and says how long it is remembered", async () => {
+    test("a completion is repeatable and sets its expiry", async () => {
       const claim = await client.claim(uniqueId());
       const expireTime = new Date(Date.now() + 7_200_000);
       await claim.complete(Buffer.from([0, 255]), { expireTime });
@@ -53,21 +53,21 @@ for (const store of Object.keys(STORES)) {
       assert.deepEqual([found!.result, found!.expireTime], [Buffer.from([0, 255]), expireTime]);
     });
 
-    test("a released transaction may be claimed again, and a look finds nobody", async () => {
+    test("a released transaction is absent and can be claimed again", async () => {
       const id = uniqueId();
       await (await client.claim(id)).release();
       assert.equal(await client.get(id), undefined);
       assert.equal((await client.claim(id)).replayed, false);
     });
 
-    test("an extension moves the end away", async () => {
+    test("an extension postpones the expiry", async () => {
       const claim = await client.claim(uniqueId(), { ttlMs: 60_000 });
       const end = claim.transaction!.expireTime!;
       await claim.extend(3_600_000);
       assert.ok(claim.transaction!.expireTime! > end);
     });
 
-    test("a claim that is not held any more can be neither completed, released nor extended", async () => {
+    test("a claim no longer held cannot be completed, released or extended", async () => {
       const claim = await client.claim(uniqueId());
       await claim.release();
       const expected = { name: "NotHeldError", transactionId: claim.transactionId };
@@ -76,7 +76,7 @@ for (const store of Object.keys(STORES)) {
       await assert.rejects(claim.extend(60_000), expected);
     });
 
-    test("the same token is told again that it may go", async () => {
+    test("a claim with the same token is replayed", async () => {
       const id = uniqueId();
       const { token } = await client.claim(id);
       assert.equal((await client.claim(id, { token })).replayed, true);
@@ -88,7 +88,7 @@ for (const store of Object.keys(STORES)) {
       await assert.rejects(client.claim(id, { fingerprint: "sha-of-6" }), { name: "PayloadMismatchError" });
     });
 
-    test("namespaces keep equal ids apart", async () => {
+    test("namespaces separate equal ids", async () => {
       const id = uniqueId();
       await client.claim(id);
       const claim = await client.claim(id, { namespace: "refunds" });
@@ -97,7 +97,7 @@ for (const store of Object.keys(STORES)) {
       assert.equal((await client.get(id))!.state, "in progress");
     });
 
-    test("a duplicate that waits is answered by the end of the work", async () => {
+    test("a waiting duplicate is answered when the work ends", async () => {
       const id = uniqueId();
       const claim = await client.claim(id);
       const waiting = client.claim(id, { waitMs: 60_000 });
@@ -105,13 +105,13 @@ for (const store of Object.keys(STORES)) {
       await assert.rejects(waiting, (error: DuplicateTransactionError) => error.holder.result.toString() === "done");
     });
 
-    test("a claim may end at a moment", async () => {
+    test("a claim can expire at a given time", async () => {
       const expireTime = new Date(Date.now() + 600_000);
       const claim = await client.claim(uniqueId(), { expireTime });
       assert.deepEqual(claim.transaction!.expireTime, expireTime);
     });
 
-    test("a request that breaks the contract names its fields", async () => {
+    test("an invalid request names its invalid fields", async () => {
       await assert.rejects(client.claim("", { namespace: "NO" }), (error: { name: string; violations: object[] }) => {
         assert.equal(error.name, "InvalidRequestError");
         assert.deepEqual(error.violations.map((v) => (v as { field: string }).field).sort(), ["namespace", "transaction_id"]);
@@ -119,7 +119,7 @@ for (const store of Object.keys(STORES)) {
       });
     });
 
-    test("once completes what succeeded, and answers with its value", async () => {
+    test("once completes successful work and returns its value", async () => {
       const id = uniqueId();
       assert.equal(await client.once(id, {}, async () => 42), 42);
       assert.equal((await client.get(id))!.state, "completed");
@@ -129,13 +129,13 @@ for (const store of Object.keys(STORES)) {
       );
     });
 
-    test("once keeps the result that its work completed with", async () => {
+    test("once keeps the result of a completion by the work", async () => {
       const id = uniqueId();
       await client.once(id, {}, (claim) => claim.complete("paid 5"));
       assert.equal((await client.get(id))!.result.toString(), "paid 5");
     });
 
-    test("once releases what threw, and throws the same", async () => {
+    test("once releases failed work and rethrows its error", async () => {
       const id = uniqueId();
       const broken = new Error("no money");
       await assert.rejects(
@@ -145,13 +145,13 @@ for (const store of Object.keys(STORES)) {
       assert.equal(await client.get(id), undefined);
     });
 
-    test("once tells of a claim that was lost while its work went on", async () => {
+    test("once reports a claim lost during the work", async () => {
       const id = uniqueId();
       const work = async () => (await client.claim(id, { token: "the-same-token-16" })).release();
       await assert.rejects(client.once(id, { token: "the-same-token-16" }, work), NotHeldError);
     });
 
-    test("once does not release work that could not be completed", async () => {
+    test("once does not release after a failed completion", async () => {
       const id = uniqueId();
       const tooLong = "x".repeat(1_000_000);
       await assert.rejects(
@@ -161,7 +161,7 @@ for (const store of Object.keys(STORES)) {
       assert.equal((await client.get(id))!.state, "in progress");
     });
 
-    test("the service takes and refuses the tokens that every client agrees on", async () => {
+    test("the service accepts and rejects the shared token vectors", async () => {
       for (const token of vectors.claim_tokens.valid) await client.claim(uniqueId(), { token });
       for (const token of vectors.claim_tokens.invalid) {
         await assert.rejects(client.claim(uniqueId(), { token }), { name: "InvalidRequestError" }, JSON.stringify(token));
@@ -170,7 +170,7 @@ for (const store of Object.keys(STORES)) {
   });
 }
 
-test("a Unix socket is a target like any other", async () => {
+test("a client connects to a Unix socket", async () => {
   await using folder = await temporaryFolder();
   await using store = await sqliteStore();
   await using service = await Service.start(store.url, `unix://${join(folder.path, "dedup.sock")}`);

@@ -18,8 +18,8 @@ for (const store of Object.keys(STORES)) {
     });
 
     for (const losses of [["break"], ["late"], ["break", "late", "break"]] satisfies Loss[][]) {
-      test(`a claim whose reply is lost is told that it was made: ${losses}`, async () => {
-        // A late reply ends its attempt by time, however little: the next one is told the same.
+      test(`a claim whose reply is lost is replayed: ${losses}`, async () => {
+        // A late reply needs an attempt timeout; the next attempt is then replayed.
         const client = live.clientOfProxy({ attemptTimeoutMs: losses.includes("late") ? 400 : 60_000 });
         const id = uniqueId();
         live.proxy.losses = [...losses];
@@ -31,7 +31,7 @@ for (const store of Object.keys(STORES)) {
       });
     }
 
-    test("a completion whose reply is lost is told that it is done", async () => {
+    test("a completion whose reply is lost succeeds", async () => {
       const claim = await live.clientOfProxy().claim(uniqueId());
       live.proxy.losses = ["break"];
       await claim.complete("paid 5");
@@ -39,7 +39,7 @@ for (const store of Object.keys(STORES)) {
       assert.equal((await live.client().get(claim.transactionId))!.result.toString(), "paid 5");
     });
 
-    test("a release whose reply is lost is no error", async () => {
+    test("a release whose reply is lost succeeds", async () => {
       const claim = await live.clientOfProxy().claim(uniqueId());
       live.proxy.losses = ["break"];
       await claim.release();
@@ -47,14 +47,14 @@ for (const store of Object.keys(STORES)) {
       assert.equal(await live.client().get(claim.transactionId), undefined);
     });
 
-    test("an extension whose reply is lost is made", async () => {
+    test("an extension whose reply is lost succeeds", async () => {
       const claim = await live.clientOfProxy().claim(uniqueId());
       live.proxy.losses = ["break"];
       await claim.extend(3_600_000);
       assert.deepEqual(live.proxy.losses, []);
     });
 
-    test("a claim that the budget ends before its reply may have been made, and its token finds out", async () => {
+    test("after a budget that ended in doubt, the same token finds the claim", async () => {
       const id = uniqueId();
       live.proxy.losses = Array<Loss>(1000).fill("break");
       const doubtful = live.clientOfProxy({ timeoutMs: 2000 }).claim(id, { token: "the-token-of-doubt" });
@@ -64,7 +64,7 @@ for (const store of Object.keys(STORES)) {
       assert.equal(claim.replayed, true);
     });
 
-    test("while the service is killed before its replies and started again, all is claimed exactly once", async () => {
+    test("every id is claimed exactly once while the service is killed and restarted", async () => {
       const ids = Array.from({ length: 60 }, uniqueId);
       const winners = new Map<string, number>(ids.map((id) => [id, 0]));
       let duplicates = 0;
@@ -72,7 +72,7 @@ for (const store of Object.keys(STORES)) {
       live.proxy.onLoss = () => void (crash ??= live.crash());
       const work = async (worker: number) => {
         const client = live.clientOfProxy();
-        // Each begins elsewhere, so that the replies that are lost are those of winners.
+        // Each worker starts at a different id, so the lost replies belong to winners.
         for (const id of [...ids.slice(worker * 15), ...ids.slice(0, worker * 15)]) {
           try {
             await client.claim(id, { ttlMs: 3_600_000 });

@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { test } from "node:test";
-import { status } from "@grpc/grpc-js";
+import { status, type ServiceError } from "@grpc/grpc-js";
 import { Client, DuplicateTransactionError, UnavailableError, type ClientOptions } from "../src/index.js";
 import { ClaimOutcome } from "../src/gen/dedup/v1/dedup.js";
 import { ScriptedService, type Refusal, type Scripted } from "./harness/scripted-service.js";
@@ -13,7 +13,7 @@ interface Vectors {
 const vectors = JSON.parse(readFileSync(new URL("../../../golden_vectors.json", import.meta.url), "utf8")) as Vectors;
 const CLAIMED = { outcome: ClaimOutcome.CLAIM_OUTCOME_CLAIMED };
 const AWAY: Refusal = { code: status.UNAVAILABLE, reason: "STORE_UNREACHABLE", retryAfterMs: 1 };
-// No attempt of these tests may end for want of time, however slow the machine is.
+// No attempt may time out, however slow the machine is.
 const PATIENT = { timeoutMs: 60_000, attemptTimeoutMs: 60_000 };
 
 async function against(
@@ -32,7 +32,7 @@ async function against(
 
 for (const outcome of [ClaimOutcome.CLAIM_OUTCOME_UNSPECIFIED, 99 as ClaimOutcome]) {
   for (const onUnavailable of ["deny", "allow"] as const) {
-    test(`an outcome that says nothing is never "go": ${outcome}, ${onUnavailable}`, () =>
+    test(`an unknown outcome is never a grant: ${outcome}, ${onUnavailable}`, () =>
       against([{ outcome }], { onUnavailable }, async (client, service) => {
         const expected = { name: "UnavailableError", reason: "OUTCOME_UNSPECIFIED", applied: "unknown" };
         await assert.rejects(client.claim("order"), expected);
@@ -45,7 +45,7 @@ for (const outcome of [ClaimOutcome.CLAIM_OUTCOME_UNSPECIFIED, 99 as ClaimOutcom
   }
 }
 
-test("every attempt of a logical call has the same token, and every call another one", () =>
+test("all attempts of a call send one token, and each call has its own", () =>
   against([AWAY, { code: status.RESOURCE_EXHAUSTED }, AWAY, CLAIMED], {}, async (client, service) => {
     const first = await client.claim("order");
     assert.equal(service.requests.length, 4);
@@ -56,7 +56,7 @@ test("every attempt of a logical call has the same token, and every call another
     assert.notEqual(second.token, first.token);
   }));
 
-test("a token of the caller is used as it is", () =>
+test("the caller's token is sent unchanged", () =>
   against([AWAY, CLAIMED], {}, async (client, service) => {
     await client.claim("order", { token: "the-token-of-before" });
     assert.deepEqual(
@@ -66,14 +66,14 @@ test("a token of the caller is used as it is", () =>
     await assert.rejects(client.claim("order", { token: "" }), { name: "InvalidRequestError" });
   }));
 
-test("an attempt that gets no answer in its time is repeated with the same token", () =>
+test("an attempt that timed out is retried with the same token", () =>
   against([{ code: status.DEADLINE_EXCEEDED }, CLAIMED], {}, async (client, service) => {
     await client.claim("order");
     assert.equal(service.requests.length, 2);
     assert.equal(service.requests[0]?.claimToken, service.requests[1]?.claimToken);
   }));
 
-test("by default a service that is away is an error that says what is known", () =>
+test("by default an unavailable service is an error with details", () =>
   against([{ ...AWAY, retryAfterMs: 3_600_000 }], {}, async (client, service) => {
     await assert.rejects(client.claim("order"), {
       name: "UnavailableError",
@@ -85,7 +85,7 @@ test("by default a service that is away is an error that says what is known", ()
     assert.equal(service.requests.length, 1);
   }));
 
-test('with "allow" the grant is marked, logged, and holds nothing', async () => {
+test('with "allow" the grant is marked and logged, and holds nothing', async () => {
   const warnings: [string, object][] = [];
   const logger = { warn: (message: string, details: object) => void warnings.push([message, details]) };
   await against([{ ...AWAY, retryAfterMs: 3_600_000 }], { onUnavailable: "allow", logger }, async (client, service) => {
@@ -96,13 +96,13 @@ test('with "allow" the grant is marked, logged, and holds nothing', async () => 
     await claim.complete("done");
     await claim.release();
     assert.equal(service.requests.length, 1);
-    const details = { transactionId: "order", code: status.UNAVAILABLE, reason: "STORE_UNREACHABLE", applied: "no" };
-    assert.deepEqual(warnings, [["dedup service unavailable: going on without a claim", details]]);
+    const details = { transaction: "3eeb7e96e59ce40f", code: status.UNAVAILABLE, reason: "STORE_UNREACHABLE", applied: "no" };
+    assert.deepEqual(warnings, [["dedup service unavailable: proceeding without a claim", details]]);
     await assert.rejects(client.claim("order", { onUnavailable: "deny" }), UnavailableError);
   });
 });
 
-test('"allow" lets nobody past a duplicate', () =>
+test('"allow" does not grant a duplicate', () =>
   against([{ outcome: ClaimOutcome.CLAIM_OUTCOME_DUPLICATE }], { onUnavailable: "allow" }, async (client) => {
     await assert.rejects(client.claim("order"), DuplicateTransactionError);
   }));
@@ -112,18 +112,26 @@ for (const refusal of [
   { code: status.INTERNAL, reason: "INTERNAL", applied: "unknown" },
   { code: status.PERMISSION_DENIED },
 ]) {
-  test(`"allow" is for a service that is away, not for one that refuses: ${status[refusal.code]}`, () =>
+  test(`"allow" does not apply to a refusal: ${status[refusal.code]}`, () =>
     against([refusal], { onUnavailable: "allow" }, async (client) => {
       await assert.rejects(client.claim("order"), { name: "UnavailableError", code: refusal.code });
     }));
 }
 
-test("an error of gRPC itself may have been applied", () =>
+test("a call that failed in gRPC itself may have been applied", () =>
   against([{ code: status.UNIMPLEMENTED }], {}, async (client) => {
     await assert.rejects(client.claim("order"), { name: "UnavailableError", reason: "", applied: "unknown" });
   }));
 
-test("a shadow duplicate may go and holds nothing", () =>
+test("the cause of an error has the correlation id", () =>
+  against([{ code: status.INTERNAL, reason: "INTERNAL", correlationId: "click-4711" }], {}, async (client) => {
+    await assert.rejects(client.claim("order"), ({ cause }: { cause: ServiceError }) => {
+      assert.equal(cause.metadata.get("x-correlation-id")[0], "click-4711");
+      return true;
+    });
+  }));
+
+test("a shadow duplicate proceeds and holds nothing", () =>
   against([{ ...CLAIMED, shadowDuplicate: true }], {}, async (client, service) => {
     const claim = await client.claim("order");
     assert.equal(claim.shadowDuplicate, true);
@@ -136,7 +144,7 @@ test("a signal ends the call with its reason, also with \"allow\"", () =>
     await assert.rejects(client.claim("order", { signal: AbortSignal.abort(new Error("gone home")) }), /gone home/);
   }));
 
-test("nonsense is refused before it is sent", () =>
+test("invalid options are rejected before a request is sent", () =>
   against([CLAIMED], {}, async (client, service) => {
     for (const options of [
       { ttlMs: 0.5 },
@@ -156,15 +164,15 @@ test("nonsense is refused before it is sent", () =>
 for (const { code, reason, applied, retry_info } of vectors.errors.reasons) {
   const error = { code: status[code] as status, reason, applied };
 
-  test(`an error is read as every client reads it: ${reason}`, () =>
-    // A wish to wait that no budget reaches ends the call with the first answer.
+  test(`an error is decoded as in every client: ${reason}`, () =>
+    // A delay beyond the budget ends the call after the first answer.
     against([{ ...error, retryAfterMs: 3_600_000 }], {}, async (client) => {
       const expected = code === "INVALID_ARGUMENT" ? { name: "InvalidRequestError" } : error;
       await assert.rejects(client.claim("order"), expected);
     }));
 
   const again = retry_info || code === "DEADLINE_EXCEEDED";
-  test(`an error is ${again ? "repeated" : "not repeated"}: ${reason}`, () =>
+  test(`an error is ${again ? "retried" : "not retried"}: ${reason}`, () =>
     against([retry_info ? { ...error, retryAfterMs: 1 } : error, CLAIMED], {}, async (client, service) => {
       await client.claim("order").catch(() => undefined);
       assert.equal(service.requests.length, again ? 2 : 1);

@@ -13,10 +13,10 @@ const readme = await readFile(new URL("../../README.md", import.meta.url), "utf8
 const [example, mapping] = [...readme.matchAll(/^```js\n(.*?)^```$/gms)].map((match) => match[1]!);
 const promised = /Run twice it prints\n\n```\n(.*?)^```$/ms.exec(readme)![1];
 
-test("the example of the README does what the README says", async () => {
+test("the README example prints what the README shows", async () => {
   await using store = await sqliteStore();
   await using service = await Service.start(store.url);
-  // The time-outs of the example are for users; a busy machine gets more.
+  // Longer timeouts than the example's, for a busy machine.
   const options = 'claimant: "lucky-box-api", timeoutMs: 60_000';
   const code = example!.replace("127.0.0.1:50051", service.address).replace('claimant: "lucky-box-api"', options);
   await using snippet = await written("readme-example.mjs", code);
@@ -25,14 +25,14 @@ test("the example of the README does what the README says", async () => {
   assert.equal(printed.join(""), promised);
 });
 
-test("the HTTP answers of the README are those of its table", async () => {
+test("the README code maps errors to the HTTP statuses of its table", async () => {
   await using snippet = await written("readme-mapping.mjs", mapping!);
   const { httpStatusOf } = (await import(snippet.path)) as { httpStatusOf(error: unknown): number };
   const of = (kind: { prototype: object }) => httpStatusOf(Object.create(kind.prototype));
   assert.deepEqual([DuplicateTransactionError, PayloadMismatchError, UnavailableError].map(of), [409, 422, 503]);
 });
 
-/** Writes a module inside the package, where its own name leads to it. */
+/** Write a module inside the package, so it can import the package by name. */
 async function written(name: string, code: string): Promise<{ path: string } & AsyncDisposable> {
   const path = fileURLToPath(new URL(`../${name}`, import.meta.url));
   await writeFile(path, code);

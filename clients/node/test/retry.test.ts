@@ -4,7 +4,7 @@ import { status } from "@grpc/grpc-js";
 import { UnavailableError, type Failure } from "../src/errors.js";
 import { withRetries, type Clock } from "../src/retry.js";
 
-/** Time that passes only when somebody waits. */
+/** A clock that advances only during sleeps. */
 class FakeClock implements Clock {
   time = 0;
   pauses: number[] = [];
@@ -17,7 +17,7 @@ class FakeClock implements Clock {
   };
 }
 
-/** Attempts that each take `ms` and fail, one after another as `failures` says; the last stays. */
+/** Return an attempt that takes `ms` and fails with the next of `failures`; the last one repeats. */
 function failing(clock: FakeClock, ms: number, ...failures: Partial<Failure>[]) {
   const seen: number[] = [];
   const attempt = async ({ leftMs }: { leftMs: number }): Promise<never> => {
@@ -29,7 +29,7 @@ function failing(clock: FakeClock, ms: number, ...failures: Partial<Failure>[]) 
   return { attempt, seen };
 }
 
-test("attempts and pauses together never exceed the budget", async () => {
+test("attempts and pauses never exceed the budget", async () => {
   for (const chance of [0, 0.3, 0.999]) {
     const clock = new FakeClock(chance);
     const { attempt, seen } = failing(clock, 300, {});
@@ -40,7 +40,7 @@ test("attempts and pauses together never exceed the budget", async () => {
   }
 });
 
-test("a budget that one attempt uses up allows one attempt", async () => {
+test("a budget used up by one attempt allows no retry", async () => {
   const clock = new FakeClock(0.5);
   const { attempt, seen } = failing(clock, 5000, { code: status.DEADLINE_EXCEEDED });
   await assert.rejects(withRetries(2000, undefined, attempt, clock), UnavailableError);
@@ -48,21 +48,21 @@ test("a budget that one attempt uses up allows one attempt", async () => {
   assert.deepEqual(clock.pauses, []);
 });
 
-test("the pause is drawn from a span that doubles up to a second", async () => {
+test("the backoff doubles up to one second", async () => {
   const clock = new FakeClock(0.5);
   const { attempt } = failing(clock, 0, {});
   await assert.rejects(withRetries(3000, undefined, attempt, clock), UnavailableError);
   assert.deepEqual(clock.pauses, [25, 50, 100, 200, 400, 500, 500, 500, 500]);
 });
 
-test("the service's wish to wait is honoured, with jitter after it", async () => {
+test("the pause is the service's delay plus jitter", async () => {
   const clock = new FakeClock(0.5);
   const { attempt } = failing(clock, 0, { reason: "STORE_LOADING", retryAfterMs: 200 });
   await assert.rejects(withRetries(600, undefined, attempt, clock), UnavailableError);
   assert.deepEqual(clock.pauses, [225, 250]);
 });
 
-test("a wish to wait beyond the budget ends the call at once", async () => {
+test("a delay beyond the budget ends the call at once", async () => {
   const clock = new FakeClock(0.5);
   const { attempt, seen } = failing(clock, 0, { reason: "STORE_LOADING", retryAfterMs: 2000 });
   await assert.rejects(withRetries(2000, undefined, attempt, clock), { name: "UnavailableError", reason: "STORE_LOADING" });
@@ -70,7 +70,7 @@ test("a wish to wait beyond the budget ends the call at once", async () => {
 });
 
 for (const code of [status.UNAVAILABLE, status.RESOURCE_EXHAUSTED, status.DEADLINE_EXCEEDED, status.CANCELLED]) {
-  test(`what gRPC or a server that ends says is repeated: ${status[code]}`, async () => {
+  test(`an error of gRPC or of a server in shutdown is retried: ${status[code]}`, async () => {
     const clock = new FakeClock(0.5);
     const { attempt, seen } = failing(clock, 0, { code });
     await assert.rejects(withRetries(100, undefined, attempt, clock), { code });
@@ -84,7 +84,7 @@ for (const failure of [
   { code: status.UNAVAILABLE, reason: "STORE_REFUSED" },
   { code: status.UNIMPLEMENTED },
 ]) {
-  test(`what a retry cannot mend is not repeated: ${failure.reason ?? status[failure.code]}`, async () => {
+  test(`a final error is not retried: ${failure.reason ?? status[failure.code]}`, async () => {
     const clock = new FakeClock(0.5);
     const { attempt, seen } = failing(clock, 0, failure);
     await assert.rejects(withRetries(2000, undefined, attempt, clock), failure);
@@ -92,7 +92,7 @@ for (const failure of [
   });
 }
 
-test("one attempt in doubt makes the whole call doubtful", async () => {
+test("one attempt in doubt leaves the whole call in doubt", async () => {
   const clock = new FakeClock(0.5);
   const last = { reason: "STORE_REFUSED", applied: "no" } as const;
   const { attempt } = failing(clock, 0, { applied: "unknown" }, last);
@@ -103,7 +103,7 @@ test("an abort during a pause ends the call with the reason of the signal", asyn
   const { attempt, seen } = failing(new FakeClock(0), 0, { retryAfterMs: 30_000, reason: "STORE_LOADING" });
   const controller = new AbortController();
   const call = withRetries(60_000, controller.signal, async (given) => {
-    // Lets the pause begin first.
+    // Abort only after the pause has started.
     setImmediate(() => controller.abort(new Error("enough")));
     return attempt(given);
   });

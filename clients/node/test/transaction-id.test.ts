@@ -10,25 +10,25 @@ interface Vectors {
 const vectors = JSON.parse(readFileSync(new URL("../../../golden_vectors.json", import.meta.url), "utf8")) as Vectors;
 
 for (const { parts, id } of vectors.transaction_ids.valid) {
-  test(`parts make the id that every client makes: ${JSON.stringify(parts).slice(0, 60)}`, () => {
+  test(`parts make the same id as in every client: ${JSON.stringify(parts).slice(0, 60)}`, () => {
     assert.deepEqual(Buffer.from(transactionId(...parts)), Buffer.from(id));
   });
 }
 
 for (const { parts, why } of vectors.transaction_ids.invalid) {
-  test(`parts are refused: ${why}`, () => {
+  test(`parts are rejected: ${why}`, () => {
     assert.throws(() => transactionId(...parts), InvalidRequestError);
   });
 }
 
 for (const part of ["\ud800", "a\udc00b", "\ude00\ud83d"]) {
-  test(`a lone surrogate is refused, since UTF-8 would make the same id of all: ${escape(part)}`, () => {
+  test(`a lone surrogate is rejected: ${escape(part)}`, () => {
     assert.throws(() => transactionId("a", part), InvalidRequestError);
   });
 }
 
 for (const part of [undefined, null, 7]) {
-  test(`a part that is no string is refused: ${part}`, () => {
+  test(`a part that is not a string is rejected: ${part}`, () => {
     assert.throws(() => transactionId("a", part as unknown as string), InvalidRequestError);
   });
 }

@@ -4,10 +4,10 @@ import { LossyProxy } from "./lossy-proxy.js";
 import { Service } from "./service.js";
 import { STORES, type Store } from "./stores.js";
 
-/** Enough for a machine that is busy with something else; no test waits for its end. */
+/** Timeouts long enough for a busy machine; no test waits for them to end. */
 export const PATIENT = { timeoutMs: 60_000, attemptTimeoutMs: 60_000 };
 
-/** The service over a store of its own, a proxy before it, and clients of both. */
+/** The service with its own store, a proxy in front of it, and clients of both. */
 export class Live implements AsyncDisposable {
   private readonly clients: Client[] = [];
 
@@ -17,24 +17,23 @@ export class Live implements AsyncDisposable {
     readonly proxy: LossyProxy,
   ) {}
 
-  /** Starts all of it. */
   static async over(store: string): Promise<Live> {
     const started = await STORES[store]!();
     const service = await Service.start(started.url);
     return new Live(started, service, await LossyProxy.before(service.address));
   }
 
-  /** Makes a client that asks the service itself. */
+  /** Create a client of the service. */
   client(options: ClientOptions = {}): Client {
     return this.keep(new Client(this.service.address, { ...PATIENT, ...options }));
   }
 
-  /** Makes a client that asks through the proxy. */
+  /** Create a client of the proxy. */
   clientOfProxy(options: ClientOptions = {}): Client {
     return this.keep(new Client(this.proxy.address, { ...PATIENT, ...options }));
   }
 
-  /** Kills the service and starts another on the same store, behind the same proxy. */
+  /** Kill the service and start another on the same store, behind the same proxy. */
   async crash(): Promise<void> {
     await this.service.kill();
     this.service = await Service.start(this.store.url);
@@ -54,7 +53,6 @@ export class Live implements AsyncDisposable {
   }
 }
 
-/** Makes an id that no other test has. */
 export function uniqueId(): string {
   return `order-${randomUUID()}`;
 }

@@ -5,30 +5,30 @@ const FRAME_HEADER_BYTES = 9;
 const HEADERS_FRAME = 1;
 const PREFACE_BYTES = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".length;
 
-/** How a reply is lost: its connection breaks, or it comes only after the caller has asked again. */
+/** How a reply is lost: its connection breaks, or it arrives after the caller has retried. */
 export type Loss = "break" | "late";
 
 /**
- * A TCP proxy in front of the service that loses replies when told to.
+ * A TCP proxy that loses replies of the service on request.
  *
- * It lets the service act on a call and swallows the answer, which it knows by the HTTP/2 frame that begins it.
+ * The service acts on the call. The proxy drops its answer, recognised by the HTTP/2 HEADERS frame that starts it.
  */
 export class LossyProxy implements AsyncDisposable {
-  /** How the next replies are lost, one each. */
+  /** How to lose the next replies, one entry each. */
   losses: Loss[] = [];
-  /** Told of every loss, when the service has acted and its caller has not heard. */
+  /** Called on each loss, after the service acted and before the caller receives anything. */
   onLoss: (() => void) | undefined;
   private readonly sockets = new Set<Socket>();
 
   private constructor(
     private readonly server: Server,
-    /** Where the service is; may change while connections come and go. */
+    /** The address of the service; may change for new connections. */
     public upstream: string,
   ) {
     server.on("connection", (client) => this.serve(client));
   }
 
-  /** Listens on a free port. */
+  /** Listen on a free port. */
   static async before(upstream: string): Promise<LossyProxy> {
     const server = createServer();
     server.listen(0, "127.0.0.1");
@@ -82,13 +82,13 @@ export class LossyProxy implements AsyncDisposable {
   }
 }
 
-/** Finds the frames in a stream of HTTP/2, however it is cut. */
+/** Finds the frames in a chunked HTTP/2 stream. */
 class FrameReader {
   private pending = Buffer.alloc(0);
 
   constructor(private skip: number) {}
 
-  /** Returns the types of the frames that have come to their end. */
+  /** Return the types of the frames that are now complete. */
   read(bytes: Buffer): number[] {
     this.pending = Buffer.concat([this.pending, bytes.subarray(this.skip)]);
     this.skip = Math.max(0, this.skip - bytes.length);

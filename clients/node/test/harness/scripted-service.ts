@@ -8,18 +8,19 @@ import { encodeDuration } from "../../src/encoding.js";
 import { ErrorInfo, RetryInfo } from "../../src/gen/google/rpc/error_details.js";
 import { Status } from "../../src/gen/google/rpc/status.js";
 
-/** How a claim is answered: with a reply, or with an error. */
+/** The answer to a claim: a reply or an error. */
 export type Scripted = Partial<ClaimTransactionResponse> | Refusal;
 
-/** An error as the real service makes it, or without details as gRPC makes it. */
+/** An error with the details of the real service, or without, as from gRPC. */
 export interface Refusal {
   code: status;
   reason?: string;
   applied?: string;
   retryAfterMs?: number;
+  correlationId?: string;
 }
 
-/** A service that says what the real one never or seldom says; the last of its answers stays. */
+/** A service with scripted answers that the real one rarely gives; the last answer repeats. */
 export class ScriptedService implements Disposable {
   readonly requests: ClaimTransactionRequest[] = [];
   address = "";
@@ -27,7 +28,7 @@ export class ScriptedService implements Disposable {
 
   private constructor(private readonly answers: Scripted[]) {}
 
-  /** Starts it on a free port. */
+  /** Start on a free port. */
   static async start(...answers: Scripted[]): Promise<ScriptedService> {
     const service = new ScriptedService(answers);
     const claimTransaction: handleUnaryCall<ClaimTransactionRequest, ClaimTransactionResponse> = (call, callback) => {
@@ -54,8 +55,9 @@ export class ScriptedService implements Disposable {
   }
 }
 
-function detailsOf({ code, reason, applied = "no", retryAfterMs }: Refusal): Metadata {
+function detailsOf({ code, reason, applied = "no", retryAfterMs, correlationId }: Refusal): Metadata {
   const metadata = new Metadata();
+  if (correlationId !== undefined) metadata.set("x-correlation-id", correlationId);
   if (reason === undefined) return metadata;
   const info = ErrorInfo.fromPartial({ reason, domain: "dedup.v1", metadata: { applied } });
   const details = [{ typeUrl: "type.googleapis.com/google.rpc.ErrorInfo", value: bytes(ErrorInfo.encode(info)) }];

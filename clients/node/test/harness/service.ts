@@ -5,19 +5,19 @@ import { end, firstLine } from "./process.js";
 const PACKAGE = fileURLToPath(new URL("../../../", import.meta.url));
 const PYTHON = process.env["DEDUP_TEST_PYTHON"] ?? "../../.venv/bin/python";
 
-/** The dedup service in a process of its own. */
+/** The dedup service in its own process. */
 export class Service implements AsyncDisposable {
   private constructor(
     private readonly child: ChildProcess,
-    /** Where it serves, as a target of a client. */
+    /** The target for a client. */
     readonly address: string,
-    /** Its log so far, one object a line. */
+    /** The log so far, one object per line. */
     readonly log: Record<string, unknown>[],
   ) {}
 
-  /** Starts it and waits until it serves. */
+  /** Start the service and wait until it listens. */
   static async start(storeUrl: string, listen = "127.0.0.1:0"): Promise<Service> {
-    // The service takes every DEDUP_ variable for a setting, and refuses to start with one that is none.
+    // The service reads every DEDUP_ variable as a setting and rejects unknown ones.
     const env = Object.fromEntries(Object.entries(process.env).filter(([name]) => !name.startsWith("DEDUP_")));
     const child = spawn(PYTHON, ["-m", "dedup_service", "serve", "--listen", listen, "--store-url", storeUrl], {
       cwd: PACKAGE,
@@ -34,7 +34,7 @@ export class Service implements AsyncDisposable {
     return new Service(child, await Promise.race([serving, failed]), log);
   }
 
-  /** Kills it without a word, as a crash would. */
+  /** Kill the service without a shutdown, as a crash would. */
   kill(): Promise<void> {
     return end(this.child, "SIGKILL");
   }

@@ -4,27 +4,27 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { end, firstLine } from "./process.js";
 
-/** A store that a service may keep its claims in. */
+/** A store for the claims of a service. */
 export interface Store extends AsyncDisposable {
   url: string;
 }
 
-/** What every promise is shown on. */
+/** The stores that the suites run on. */
 export const STORES: Record<string, () => Promise<Store>> = { sqlite: sqliteStore, redis: redisStore };
 
-/** Makes a folder that goes with its user; its path is short, as those of Unix sockets must be. */
+/** Create a folder, removed on disposal; its path is short enough for a Unix socket. */
 export async function temporaryFolder(): Promise<{ path: string } & AsyncDisposable> {
   const path = await mkdtemp(join(tmpdir(), "dedup-"));
   return { path, [Symbol.asyncDispose]: () => rm(path, { recursive: true, force: true }) };
 }
 
-/** Makes an embedded store in a new file. */
+/** Create an embedded store in a new file. */
 export async function sqliteStore(): Promise<Store> {
   const folder = await temporaryFolder();
   return { url: `sqlite:///${join(folder.path, "claims.db")}`, [Symbol.asyncDispose]: folder[Symbol.asyncDispose] };
 }
 
-/** Starts a Redis of its own, on a Unix socket: nobody else can take that between the choice and the start. */
+/** Start a Redis on a Unix socket, which unlike a free port no other process can take first. */
 export async function redisStore(): Promise<Store> {
   const folder = await temporaryFolder();
   const socket = join(folder.path, "redis.sock");
