@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks import load, machine
-from benchmarks.publishing import ROOT, table, update_docs, with_range
+from benchmarks.publishing import STUDIES, table, update_docs, with_range
 from benchmarks.results import Results
 from benchmarks.rounds import Extent, Rounds, say
 from benchmarks.servers import CannotMeasure, Redis, Subject, running_redis
@@ -83,7 +83,9 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--from-json", type=Path, metavar="PATH", help="report these results instead of measuring")
-    parser.add_argument("--update-docs", action="store_true", help="also write the table to docs/performance.md")
+    parser.add_argument(
+        "--update-docs", action="store_true", help="also write the table to benchmarks/results/studies.md"
+    )
     options = parser.parse_args()
     versions = options.versions.split(",")
     callers = tuple(map(int, options.concurrency.split(",")))
@@ -96,7 +98,7 @@ def main() -> None:
     except CannotMeasure as error:
         sys.exit(f"bench: {error}")
     if options.update_docs:
-        update_docs(ROOT / "docs" / "performance.md", {"grpcio-versions": compare(results, versions)})
+        update_docs(STUDIES, {"grpcio-versions": compare(results, versions)})
     sys.stdout.write(json.dumps(results.to_json()) + "\n" if options.json else compare(results, versions))
     sys.exit(1 if list(results.bad_answers()) else 0)
 

@@ -13,6 +13,8 @@ from typing import Any
 from benchmarks.results import Spread
 
 ROOT = Path(__file__).resolve().parents[1]
+# The page with the tables of the single studies.
+STUDIES = ROOT / "benchmarks" / "results" / "studies.md"
 
 
 def options(doc: str | None) -> argparse.Namespace:
@@ -25,7 +27,9 @@ def options(doc: str | None) -> argparse.Namespace:
         "--json", type=Path, metavar="PATH", help="write JSON to this file; '-' prints JSON instead of the table"
     )
     parser.add_argument("--from-json", type=Path, metavar="PATH", help="report these results instead of measuring")
-    parser.add_argument("--update-docs", action="store_true", help="also write the table to docs/performance.md")
+    parser.add_argument(
+        "--update-docs", action="store_true", help="also write the table to benchmarks/results/studies.md"
+    )
     return parser.parse_args()
 
 
@@ -36,7 +40,7 @@ def publish(name: str, results: dict[str, Any], tables: str, chosen: argparse.Na
         chosen.json.write_text(text)
     sys.stdout.write(text if chosen.json == Path("-") else tables)
     if chosen.update_docs:
-        update_docs(ROOT / "docs" / "performance.md", {name: tables})
+        update_docs(STUDIES, {name: tables})
 
 
 def earlier(chosen: argparse.Namespace) -> dict[str, Any] | None:

@@ -61,11 +61,12 @@ def detail(results: Results, cells: Iterable[Cell]) -> str:
     return table([*header, "p50 µs", "p99 µs", "p99.9 µs", "CPU µs"], rows)
 
 
-def _typical(results: Results) -> str:
+def _typical(results: Results, omitted: tuple[str, ...] = ()) -> str:
     callers = callers_shown(results)
     # Batches are measured with fewer callers only.
     few = max((cell.concurrency for cell in results.cells if cell.workload == "batch"), default=0)
     shown = [c for c in results.cells if c.concurrency == (min(callers, few) if c.workload == "batch" else callers)]
+    shown = [cell for cell in shown if not any(part in _name(cell) for part in omitted)]
     order = [each.server for each in results.servers] + [DIRECT]
     return detail(results, sorted(shown, key=lambda cell: order.index(cell.server)))
 
@@ -116,6 +117,15 @@ def sections(results: Results) -> dict[str, str]:
         "typical": _typical(results),
         "by-callers": _by_callers(results),
         "redis": _redis(results),
+        "servers": _servers(results),
+    }
+
+
+def page_sections(results: Results) -> dict[str, str]:
+    """Return the tables of docs/performance.md, whose conclusions need more than a sentence."""
+    return {
+        "machine": _machine(results),
+        "typical": _typical(results, omitted=("redis-unix", "retries with one token", "get-then-set")),
         "servers": _servers(results),
     }
 

@@ -97,7 +97,7 @@ def main() -> None:
         sys.exit(f"bench: {error}")
     report.write(results, options.out, options.json)
     if options.update_docs:
-        update_docs(ROOT / "docs" / "performance.md", report.sections(results))
+        update_docs(ROOT / "docs" / "performance.md", report.page_sections(results))
     bad = list(results.bad_answers())
     for line in bad:
         say(line)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from benchmarks import report
 from benchmarks.load import frame, parse_h2load
-from benchmarks.publishing import update_docs
+from benchmarks.publishing import ROOT, update_docs
 from benchmarks.results import (
     Cell,
     Load,
@@ -193,6 +193,17 @@ def test_a_page_without_the_marks_is_an_error(tmp_path: Path) -> None:
     page.write_text("<!-- bench:a -->\n")
     with pytest.raises(ValueError, match="no marks for the table 'a'"):
         update_docs(page, {"a": "x"})
+
+
+def test_the_performance_page_omits_rows_that_the_report_has() -> None:
+    """The page has marks for each of its tables, and rows like its others stay in the report."""
+    page = (ROOT / "docs" / "performance.md").read_text()
+    tables = report.page_sections(some_results())
+    assert all(f"<!-- bench:{name} -->" in page for name in tables)
+    assert "redis-tcp: claims of one hot id" in tables["typical"]
+    omitted = Results.from_json(json.loads((ROOT / "benchmarks/results/results.json").read_text()))
+    assert "redis-unix" in report.sections(omitted)["typical"]
+    assert "redis-unix" not in report.page_sections(omitted)["typical"]
 
 
 def test_wrong_answers_are_reported() -> None:
