@@ -81,7 +81,7 @@ TABLE: dict[type[Exception], Row] = {
 
 @dataclass(frozen=True, slots=True)
 class ErrorReply:
-    """What a caller receives instead of an answer."""
+    """An error as the caller receives it."""
 
     code: grpc.StatusCode
     message: str

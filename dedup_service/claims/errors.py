@@ -1,4 +1,4 @@
-"""What can go wrong with a call, in the terms of the domain. `api/errors.py` maps each exception to a gRPC code."""
+"""Errors of the domain, and the stable reason of each. `api/errors.py` maps them to gRPC codes."""
 
 from dataclasses import dataclass
 from enum import Enum, StrEnum

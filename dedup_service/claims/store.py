@@ -77,7 +77,7 @@ class ClaimStore(Protocol):
 
     @property
     def description(self) -> str:
-        """Where the claims are, for people; contains no user name and no password."""
+        """The place of the claims, for people, without user name and password."""
 
     async def open(self) -> None:
         """Start. An unreachable store is not an error: the store keeps trying until `close`.

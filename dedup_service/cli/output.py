@@ -1,4 +1,4 @@
-"""What the client commands print, and their exit codes."""
+"""Output and exit codes of the client commands."""
 
 import json
 from collections.abc import Mapping

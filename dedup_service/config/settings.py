@@ -74,7 +74,7 @@ WorkerCount = Annotated[int, BeforeValidator(_worker_count)]
 
 
 class Listening(BaseModel):
-    """Where the server listens: all a probe beside it needs, whatever the other settings are."""
+    """The addresses of the server. A probe needs only these, whatever the other settings are."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 

@@ -1,4 +1,4 @@
-"""What observers learn of a call, and its log line."""
+"""A call as observers see it, and its log line."""
 
 import random
 import re

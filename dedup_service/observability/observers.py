@@ -26,7 +26,7 @@ _SAMPLE_INTERVAL_S = 0.25
 
 
 class WorkerMetricFiles(NamedTuple):
-    """Where one of several workers keeps its metrics: files with its number, in a folder of the supervisor."""
+    """The metric files of one of several workers: they have its number, in a folder of the supervisor."""
 
     number: int
     folder: str | None

@@ -48,7 +48,7 @@ LAME_DUCK_S = 0.25
 _QUIET_S = 0.5
 _QUIET_TIMEOUT_S = 2.0
 
-# What gRPC's own stop may take at most.
+# Timeout of gRPC's own stop.
 _STOP_SLACK_S = 0.5
 
 Announce = Callable[[Sequence[str]], None]

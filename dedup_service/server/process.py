@@ -18,7 +18,7 @@ from dedup_service.observability.observers import WorkerMetricFiles
 from dedup_service.server.life_cycle import serve
 from dedup_service.supervisor.messages import Refusal, WorkerStart, ready_line, refusal_line
 
-# What the drain of a worker without supervisor may take beyond its grace period.
+# Time beyond the grace period in which a worker whose supervisor is gone has to end.
 _ORPHAN_SLACK_S = 5.0
 
 

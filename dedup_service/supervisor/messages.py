@@ -9,7 +9,7 @@ from typing import Any, NoReturn, Self
 
 @dataclass(frozen=True, slots=True)
 class SupervisorStart:
-    """What the supervisor starts with: the settings as `Settings.to_json` wrote them."""
+    """The first message to the supervisor; `settings` is the output of `Settings.to_json`."""
 
     settings: str
     banner: bool
@@ -26,7 +26,7 @@ class SupervisorStart:
 
 @dataclass(frozen=True, slots=True)
 class WorkerStart:
-    """What a worker starts with. No two live workers have the same `number`."""
+    """The first message to a worker. No two live workers have the same `number`."""
 
     number: int
     settings: str

@@ -17,7 +17,7 @@ _LONGEST_PAUSE_S = 30.0
 # A worker that lived this long starts with a fresh backoff.
 _SETTLED_S = 60.0
 
-# What a worker may take to end beyond its grace period and the store's timeout, before it is killed.
+# Time beyond the grace period and the store's timeout after which a worker is killed.
 _END_SLACK_S = 3.0
 
 

@@ -1,9 +1,14 @@
 """Imports: a sidecar starts with every pod, so each process imports only what it uses."""
 
+import ast
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import dedup_service
 
 # grpcio itself imports grpc_tools where that is installed.
 NOT_FOR_SERVING = (
@@ -67,3 +72,16 @@ with observing(load_settings({flags}), logger(), "dedup.v1.DedupService", ("GetT
     assert modules_after(program.format(flags={})).isdisjoint({"prometheus_client", "opentelemetry"})
     with_metrics = modules_after(program.format(flags={"metrics_listen": "127.0.0.1:0"}))
     assert with_metrics & {"prometheus_client", "opentelemetry"} == {"prometheus_client"}
+
+
+def test_no_module_is_named_by_a_string() -> None:
+    """The import contracts see every import: no source names a module of ours in a string, or imports by name."""
+    named = re.compile(r"dedup_service(\.\w+)+")
+    found = []
+    for path in sorted((Path(dedup_service.__file__).parent).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+            imports = isinstance(node, ast.Name) and node.id in {"__import__", "importlib"}
+            if named.fullmatch(text) or imports:
+                found.append(f"{path.name}:{node.lineno}")
+    assert not found

@@ -13,7 +13,7 @@ from dedup import Client, aio
 from dedup.testing import AsyncFakeClient, FakeClient, FakeService
 from tests.support.processes import RedisProcess, ServiceProcess
 
-# Examples are slow on a busy machine, which is no failure.
+# Examples may be slow on a busy machine.
 settings.register_profile("no_deadline", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("no_deadline")
 

@@ -145,7 +145,7 @@ async def test_only_an_outage_allows_work(unique: str) -> None:
 
 
 def test_the_fake_loses_replies_and_recovers(unique: str) -> None:
-    """A lost claim is replayed, a lost release is no error, and an outage ends with the budget."""
+    """A lost claim is replayed, a lost release does not raise, and an outage ends with the budget."""
     client = FakeClient()
     client.service.lose_replies(2)
     claim = client.claim(unique)

@@ -153,7 +153,7 @@ class ClusterNodes:
             # Nodes that left are dropped, except those the URL names.
             self._order = [node for node in known if node in self._links or node in self._target.nodes]
             return
-        # The links are kept: a failed refresh is no reason to leave a master that still answers.
+        # Keep the links: the masters may still answer although the refresh failed.
         self._failure = refusal or StoreUnavailable(
             Reason.CLUSTER_UNREACHABLE,
             f"none of the {len(failures)} nodes asked returned the slot map of the Redis cluster, check that they run "

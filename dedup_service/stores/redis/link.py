@@ -210,7 +210,7 @@ class RedisLink:
             await asyncio.sleep(self._locator.recheck_s)
             try:
                 moved = await self._locator.locate() != target
-            except Exception:  # noqa: BLE001, S112 - a failed question is no reason to leave a server that still answers
+            except Exception:  # noqa: BLE001, S112 - the server may still answer
                 continue
             if moved:
                 # Not drained first: replies of a deposed server are doubt, since what it stores is lost.
