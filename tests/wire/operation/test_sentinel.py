@@ -1,4 +1,4 @@
-"""The service over a Redis whose master Sentinels name, as its callers see a failover."""
+"""A Sentinel failover as the callers of the service see it."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,12 +28,12 @@ def deployment(tmp_path: Path) -> Iterator[SentinelDeployment]:
         deployment.stop()
 
 
-def test_callers_keep_what_was_replicated_when_the_master_is_killed(
+def test_replicated_claims_survive_a_failover(
     start_service: Callable[..., ServiceProcess], deployment: SentinelDeployment, unique: str
 ) -> None:
-    """After the master was killed, replicated claims keep their holders, errors before are doubt, and health recovers.
+    """After the master is killed, replicated claims keep their holders, errors are retryable, and health recovers.
 
-    Protection: the master is located for every connection.
+    Protection: the store asks the Sentinels for the master before every connection.
     """
     service = start_service("--store-url", deployment.url)
     with service.channel() as channel:
