@@ -56,7 +56,7 @@ def test_complete_keeps_the_result_for_duplicates(command: Commands, unique: str
     assert "'paid: 7'" in stdout
 
 
-def test_complete_takes_a_file_byte_for_byte(command: Commands, unique: str, tmp_path: Path) -> None:
+def test_complete_sends_a_file_unchanged(command: Commands, unique: str, tmp_path: Path) -> None:
     """`complete --result-file` sends arbitrary bytes, from a file and from standard input."""
     content = bytes(range(256))
     (tmp_path / "result").write_bytes(content)
@@ -78,7 +78,7 @@ def test_release_lets_the_next_caller_claim(command: Commands, unique: str) -> N
 
 
 def test_extend_lengthens_and_shortens_only_on_request(command: Commands, unique: str) -> None:
-    """`extend` shows the new end. An earlier end takes effect only with `--allow-shortening`."""
+    """`extend` shows the new expiry. An earlier expiry takes effect only with `--allow-shortening`."""
     holder = (unique, "--token", TOKEN)
     command("claim", *holder, "--ttl", "60s")
     code, stdout, _ = command("extend", *holder, "--ttl", "10m")
@@ -107,7 +107,7 @@ def test_a_token_that_does_not_hold_exits_with_6(command: Commands, unique: str,
 
 
 @pytest.mark.parametrize("name", ["complete", "release", "extend"])
-def test_a_lost_answer_advises_to_repeat_the_command(unique: str, tmp_path: Path, name: str) -> None:
+def test_an_unknown_outcome_prints_advice_to_repeat(unique: str, tmp_path: Path, name: str) -> None:
     """If the change may have been made, each command says that repeating it is safe."""
     command = Commands(f"unix://{tmp_path / 'nobody.sock'}")
     code, stdout, stderr = command(name, unique, "--token", TOKEN)
@@ -118,8 +118,8 @@ def test_a_lost_answer_advises_to_repeat_the_command(unique: str, tmp_path: Path
     assert (code, reply["error"]["code"], reply["error"]["applied"]) == (1, "UNAVAILABLE", "unknown")
 
 
-def test_a_refusal_gives_no_advice(command: Commands, unique: str) -> None:
-    """An error that changed nothing is printed without the advice to repeat the command."""
+def test_a_definite_error_prints_no_advice(command: Commands, unique: str) -> None:
+    """An error that changed nothing is printed without advice to repeat the command."""
     code, _, stderr = command("release", unique, "--token", "short")
     assert (code, "INVALID_ARGUMENT" in stderr, "Repeat" in stderr) == (1, True, False)
 
