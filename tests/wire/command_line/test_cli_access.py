@@ -32,7 +32,7 @@ def commands(folder: Path) -> tuple[tuple[str, ...], ...]:
         ("complete", *held),
         ("release", *held),
         ("extend", *held),
-        ("watch", "nobodys"),
+        ("watch", "unclaimed"),
         ("batch", str(folder / "batch")),
         ("healthcheck",),
     )

@@ -145,7 +145,7 @@ def test_options_are_defaults_for_lines(service: ServiceProcess, unique: str) ->
 def test_an_unreadable_line_fails_alone(unique: str, folder: Path, line: bytes, words: str) -> None:
     """An unreadable line is recorded with its problem, sends nothing to the server, and does not stop the batch."""
     (folder / unique).write_bytes(line + b"\n" + line)
-    code, counts = summary(f"unix://{folder / 'nobody.sock'}", unique)
+    code, counts = summary(f"unix://{folder / 'missing.sock'}", unique)
     assert (code, counts["failed"], counts["failures_file"]) == (1, 2, f"{unique}.failures.jsonl")
     failures = written(folder / f"{unique}.failures.jsonl")
     assert [row["line"] for row in failures] == [1, 2]
@@ -224,7 +224,7 @@ def test_an_unreachable_server_fails_every_line(
     monkeypatch.setattr("dedup_service.cli.batch._FIRST_BACKOFF_S", 0.01)
     (folder / "ids").write_text("".join(f"{unique}-{number}\n" for number in range(3)))
     options = ("--chunk", "2", "--results", "results", "--failures", "failed", "--timeout", "100ms")
-    code, stdout, _ = batch(f"unix://{folder / 'nobody.sock'}", "ids", *options)
+    code, stdout, _ = batch(f"unix://{folder / 'missing.sock'}", "ids", *options)
     assert (code, attempts) == (1, [2, 2, 2, 2, 1, 1, 1, 1])
     assert "  failed       3\n" in stdout
     failures = written(folder / "failed")

@@ -164,7 +164,7 @@ def test_healthcheck_exits_with_0_while_serving(service: ServiceProcess) -> None
         *(0, {"status": "SERVING", "store_forgotten": 0, "store_restarts": 0}),
     )
     assert run_command("healthcheck", "--target", f"127.0.0.1:{free_port()}", "--timeout", "500ms").returncode == 1
-    assert run_command("healthcheck", "--target", service.target, "--service", "nobody").stdout == "SERVICE_UNKNOWN\n"
+    assert run_command("healthcheck", "--target", service.target, "--service", "unknown").stdout == "SERVICE_UNKNOWN\n"
 
 
 def test_help_names_every_setting_with_its_default() -> None:

@@ -97,7 +97,7 @@ def test_extend_lengthens_and_shortens_only_on_request(command: Commands, unique
 def test_a_token_that_does_not_hold_exits_with_6(command: Commands, unique: str, name: str) -> None:
     """Each command prints NOT HELD, its possible causes and that nothing changed, and exits with 6."""
     command("claim", unique, "--token", TOKEN)
-    stranger = (name, unique, "--token", "another-token-of-somebody")
+    stranger = (name, unique, "--token", "token-of-another-caller")
     code, stdout, _ = command(*stranger)
     assert (code, len(stdout.splitlines())) == (6, 1)
     assert stdout.startswith(f"NOT HELD: the token does not hold {unique}: its claim expired")
@@ -109,7 +109,7 @@ def test_a_token_that_does_not_hold_exits_with_6(command: Commands, unique: str,
 @pytest.mark.parametrize("name", ["complete", "release", "extend"])
 def test_an_unknown_outcome_prints_advice_to_repeat(unique: str, tmp_path: Path, name: str) -> None:
     """If the change may have been made, each command says that repeating it is safe."""
-    command = Commands(f"unix://{tmp_path / 'nobody.sock'}")
+    command = Commands(f"unix://{tmp_path / 'missing.sock'}")
     code, stdout, stderr = command(name, unique, "--token", TOKEN)
     assert (code, stdout) == (1, "")
     assert stderr.startswith("UNAVAILABLE: ")

@@ -161,7 +161,7 @@ async def test_store_failures_are_counted(
             await eventually(lambda: seen("dedup_store_ready", 0), what="the outage")
             proxy.hold_replies.set()
             await eventually(lambda: seen("dedup_store_ready", 1), what="the store")
-            await eventually(lambda: seen("dedup_calls_in_flight", 0), what="the end of the calls")
+            await eventually(lambda: seen("dedup_calls_in_flight", 0), what="the calls to end")
         after = await asyncio.to_thread(Scrape, service)
         assert after.total("dedup_unknown_outcomes_total", reason="STORE_TIMEOUT") == 4
         assert after.total("dedup_unknown_outcomes_total") == 4

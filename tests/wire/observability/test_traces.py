@@ -77,7 +77,7 @@ def test_every_rpc_has_one_store_span_and_spans_contain_no_secrets(
     holder: dict[str, Any] = {"transaction_id": unique, "claim_token": token, "namespace": f"n{unique}"}
     with service.channel() as channel:
         stub = dedup_pb2_grpc.DedupServiceStub(channel)
-        stub.ClaimTransaction(Claim(**holder, claimant=f"who-{unique}"))
+        stub.ClaimTransaction(Claim(**holder, claimant=f"claimant-{unique}"))
         extend = dedup_pb2.ExtendTransactionRequest(**holder)
         extend.ttl.FromSeconds(90)
         stub.ExtendTransaction(extend)

@@ -14,7 +14,7 @@ from tests.support.sentinel import SentinelDeployment
 
 MINE = "token-of-the-first"
 OTHER = "token-of-another"
-DOUBT = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
+RETRYABLE = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
 IDS = 10
 
 
@@ -66,5 +66,5 @@ def test_replicated_claims_survive_a_failover(
             other, mine = claim(number, OTHER), claim(number, MINE)
             assert other.outcome == dedup_pb2.CLAIM_OUTCOME_DUPLICATE
             assert (mine.outcome, mine.replayed, mine.claim_token) == (dedup_pb2.CLAIM_OUTCOME_CLAIMED, True, MINE)
-        assert errors <= DOUBT
+        assert errors <= RETRYABLE
         wait_until(lambda: health_is(health_pb2.HealthCheckResponse.SERVING), what="health to say SERVING")

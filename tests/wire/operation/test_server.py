@@ -232,7 +232,7 @@ async def test_calls_left_after_the_grace_are_unknown(
         async with grpc.aio.insecure_channel(service.target) as channel:
             proxy.hold_replies.clear()
             call = dedup_pb2_grpc.DedupServiceStub(channel).ClaimTransaction(Claim(transaction_id=unique))
-            await eventually(lambda: _sent(proxy, unique), what="the command")
+            await eventually(lambda: _sent(proxy, unique), what="the command to be sent")
             service.signal(signal.SIGTERM)
             if signals == 2:
                 # Two pending signals of the same number are delivered as one.
@@ -266,7 +266,7 @@ async def test_a_retry_after_a_killed_server_is_claimed_once(
         async with grpc.aio.insecure_channel(doomed.target) as channel:
             proxy.hold_replies.clear()
             call = dedup_pb2_grpc.DedupServiceStub(channel).ClaimTransaction(request)
-            await eventually(lambda: _sent(proxy, unique), what="the command")
+            await eventually(lambda: _sent(proxy, unique), what="the command to be sent")
             await asyncio.to_thread(doomed.kill)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await call
@@ -293,7 +293,7 @@ async def test_a_cancelled_call_is_logged_and_affects_no_other_call(
             proxy.hold_replies.clear()
             late = stub.ClaimTransaction(Claim(transaction_id=f"{unique}-1"), timeout=0.3)
             gone = stub.ClaimTransaction(Claim(transaction_id=f"{unique}-2"))
-            await eventually(lambda: _sent(proxy, f"{unique}-2"), what="the command")
+            await eventually(lambda: _sent(proxy, f"{unique}-2"), what="the command to be sent")
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await late
             assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED

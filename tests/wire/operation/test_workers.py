@@ -348,7 +348,7 @@ def test_workers_can_reuse_a_fixed_port_immediately(start_service: StartService,
         assert service.target == address
         with service.channel() as channel:
             look = dedup_pb2_grpc.DedupServiceStub(channel).GetTransaction.future(
-                dedup_pb2.GetTransactionRequest(transaction_id="nobody")
+                dedup_pb2.GetTransactionRequest(transaction_id="unclaimed")
             )
             assert look.code() is grpc.StatusCode.NOT_FOUND
             # The side that closes first keeps the connection in TIME_WAIT: the server must close first here.
