@@ -275,10 +275,8 @@ def test_every_worker_authenticates_callers(
     for channel in channels:
         call = dedup_pb2_grpc.DedupServiceStub(channel).ClaimTransaction
         header = (("authorization", f"Bearer {BOX}"),)
-        assert (
-            error_fields(refused(lambda call=call, header=header: call(request, timeout=10, metadata=header)))
-            == UNKNOWN
-        )  # type: ignore[misc]
+        answer = refused(lambda call=call, header=header: call(request, timeout=10, metadata=header))  # type: ignore[misc]
+        assert error_fields(answer) == UNKNOWN
         channel.close()
     assert len({tuple(line["addresses"]) for line in service.events("health_listener_started")}) == 1
     health = service.events("health_listener_started")[0]["addresses"][0]
