@@ -1,4 +1,4 @@
-"""Channels and stubs to the service under test, and services of a test's own."""
+"""Fixtures: a stub of the shared service, and factories for services that one test owns."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,31 +13,31 @@ from tests.support.processes import ServiceProcess
 
 @pytest.fixture
 def stub(service: ServiceProcess) -> Iterator[dedup_pb2_grpc.DedupServiceStub]:
-    """A stub of the service, over each store."""
+    """A stub of the shared service."""
     with service.channel() as channel:
         yield dedup_pb2_grpc.DedupServiceStub(channel)
 
 
 @pytest.fixture
 def start_service(engine: EngineName) -> Iterator[Callable[..., ServiceProcess]]:
-    """Starts services of a test's own, on each engine, and ends them with it."""
-    with _starting("--engine", engine) as start:
+    """Starts services on the engine under test and kills them after the test."""
+    with _service_factory("--engine", engine) as start:
         yield start
 
 
 @pytest.fixture
 def start_grpcio() -> Iterator[Callable[..., ServiceProcess]]:
-    """The same with the default engine alone, for what no other can do or no engine does."""
-    with _starting() as start:
+    """Starts services on the default engine, for behaviour that is engine-independent or grpcio-only."""
+    with _service_factory() as start:
         yield start
 
 
 @contextmanager
-def _starting(*before: str) -> Iterator[Callable[..., ServiceProcess]]:
+def _service_factory(*common_arguments: str) -> Iterator[Callable[..., ServiceProcess]]:
     started: list[ServiceProcess] = []
 
     def start(*arguments: str, **options: Any) -> ServiceProcess:
-        process = ServiceProcess(*before, *arguments, **options)
+        process = ServiceProcess(*common_arguments, *arguments, **options)
         started.append(process)
         return process.start()
 

@@ -32,7 +32,7 @@ def commands(folder: Path) -> tuple[tuple[str, ...], ...]:
         ("complete", *held),
         ("release", *held),
         ("extend", *held),
-        ("watch", "nobodys"),
+        ("watch", "unclaimed"),
         ("batch", str(folder / "batch")),
         ("healthcheck",),
     )
@@ -88,8 +88,8 @@ def test_the_environment_can_name_the_token_file(start_service: Start, folder: P
         (("--tls-cert", "/dev/null", "--tls-key", "/dev/null"), "--tls-ca: is missing"),
     ],
 )
-def test_a_bad_file_is_a_usage_error(options: tuple[str, ...], words: str) -> None:
-    """The error names the flag and the fault, and no server is called."""
+def test_an_invalid_credentials_file_is_a_usage_error(options: tuple[str, ...], words: str) -> None:
+    """The error names the flag and the problem, and no server is called."""
     ended = run_command("get", "order", *options)
     assert ended.returncode == 2
     assert words in " ".join(ended.stderr.replace("│", " ").split())

@@ -26,7 +26,7 @@ END_S = 30.0
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder of the test's own."""
+    """The working folder of this test."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -143,9 +143,9 @@ def test_options_are_defaults_for_lines(service: ServiceProcess, unique: str) ->
     ids=range(9),
 )
 def test_an_unreadable_line_fails_alone(unique: str, folder: Path, line: bytes, words: str) -> None:
-    """An unreadable line is recorded with its fault, sends nothing to the server, and does not stop the batch."""
+    """An unreadable line is recorded with its problem, sends nothing to the server, and does not stop the batch."""
     (folder / unique).write_bytes(line + b"\n" + line)
-    code, counts = summary(f"unix://{folder / 'nobody.sock'}", unique)
+    code, counts = summary(f"unix://{folder / 'missing.sock'}", unique)
     assert (code, counts["failed"], counts["failures_file"]) == (1, 2, f"{unique}.failures.jsonl")
     failures = written(folder / f"{unique}.failures.jsonl")
     assert [row["line"] for row in failures] == [1, 2]
@@ -154,8 +154,8 @@ def test_an_unreadable_line_fails_alone(unique: str, folder: Path, line: bytes, 
         assert (row["error"]["reason"], "request" in row) == ("BAD_LINE", False)
 
 
-def test_a_claim_the_server_refuses_fails_alone(service: ServiceProcess, unique: str, folder: Path) -> None:
-    """An invalid claim fails alone, with the code and the reason of the server."""
+def test_a_claim_rejected_by_the_server_fails_alone(service: ServiceProcess, unique: str, folder: Path) -> None:
+    """An invalid claim fails alone, with the server's code and reason."""
     refused = json.dumps({"transaction_id": unique, "namespace": "NO"})
     code, counts = summary(service.target, "-", stdin=f"{refused}\n{unique}\n")
     assert (code, counts["claimed"], counts["failed"]) == (1, 1, 1)
@@ -224,7 +224,7 @@ def test_an_unreachable_server_fails_every_line(
     monkeypatch.setattr("dedup_service.cli.batch._FIRST_BACKOFF_S", 0.01)
     (folder / "ids").write_text("".join(f"{unique}-{number}\n" for number in range(3)))
     options = ("--chunk", "2", "--results", "results", "--failures", "failed", "--timeout", "100ms")
-    code, stdout, _ = batch(f"unix://{folder / 'nobody.sock'}", "ids", *options)
+    code, stdout, _ = batch(f"unix://{folder / 'missing.sock'}", "ids", *options)
     assert (code, attempts) == (1, [2, 2, 2, 2, 1, 1, 1, 1])
     assert "  failed       3\n" in stdout
     failures = written(folder / "failed")
@@ -249,10 +249,10 @@ def test_a_batch_waits_for_a_server_that_comes_back(
 
 
 @pytest.mark.parametrize(("lost_answers", "applied"), [(0, "no"), (1, "unknown")])
-def test_doubt_outlasts_a_later_error(
+def test_an_unknown_outcome_persists_after_a_later_error(
     unique: str, folder: Path, monkeypatch: pytest.MonkeyPatch, lost_answers: int, applied: str
 ) -> None:
-    """A claim whose first attempt may have been applied stays in doubt, although the last attempt changed nothing."""
+    """If an earlier attempt may have been applied, the claim is recorded as `unknown`, whatever the last error says."""
     lost = Unavailable("away", code=grpc.StatusCode.UNAVAILABLE, applied="unknown")
     refused = CallFailed("not allowed", code=grpc.StatusCode.PERMISSION_DENIED, applied="no")
     answers = [lost] * lost_answers + [refused]
@@ -264,10 +264,10 @@ def test_doubt_outlasts_a_later_error(
     assert (row["error"]["code"], row["error"]["applied"]) == ("PERMISSION_DENIED", applied)
 
 
-def test_a_lost_answer_is_no_duplicate_of_itself(
+def test_a_retry_after_a_lost_reply_is_not_a_duplicate(
     start_service: Callable[..., ServiceProcess], unique: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Claims whose answers were lost are repeated with the same tokens and receive CLAIMED."""
+    """Claims whose replies were lost are retried with the same tokens and receive CLAIMED."""
     redis = RedisProcess(tmp_path_factory.mktemp("redis")).start()
     try:
         service = start_service("--store-url", redis.url, "--store-timeout", "200ms")
@@ -289,7 +289,7 @@ def _batches(service: ServiceProcess) -> list[dict[str, Any]]:
     return [line for line in service.events("call_finished") if line["method"] == "BatchClaimTransactions"]
 
 
-def test_lines_are_claimed_before_the_input_has_ended(service: ServiceProcess, unique: str, folder: Path) -> None:
+def test_lines_are_claimed_before_the_end_of_the_input(service: ServiceProcess, unique: str, folder: Path) -> None:
     """The batch reads at most one chunk ahead: complete chunks are claimed while the input is still being written."""
     os.mkfifo(folder / "pipe")
     with ThreadPoolExecutor(1) as threads:

@@ -16,13 +16,13 @@ pytestmark = pytest.mark.one_store
 
 
 def run_here(*arguments: str) -> Result:
-    """Run `dedup-service` in this process, which is faster than a process of its own."""
+    """Run `dedup-service` in this process, which is faster than a separate process."""
     result = CliRunner().invoke(app, arguments)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
 
 
-def test_claim_says_claimed_then_duplicate(service: ServiceProcess, unique: str) -> None:
+def test_claim_prints_claimed_then_duplicate(service: ServiceProcess, unique: str) -> None:
     """The first `claim` exits with 0 and shows its token. The second exits with 3 and shows the holder."""
     arguments = ("claim", unique, "--target", service.target, "--ttl", "90s", "--claimant", "anna")
     first, second = run_command(*arguments), run_command(*arguments)
@@ -33,8 +33,8 @@ def test_claim_says_claimed_then_duplicate(service: ServiceProcess, unique: str)
     assert "token" not in second.stdout
 
 
-def test_claim_repeats_with_its_token(service: ServiceProcess, unique: str) -> None:
-    """`claim --token` recognizes its earlier attempt."""
+def test_claim_with_the_same_token_is_a_replay(service: ServiceProcess, unique: str) -> None:
+    """`claim --token` with the token of an earlier attempt prints CLAIMED (replayed)."""
     first = run_here("claim", unique, "--target", service.target, "--json")
     token = json.loads(first.stdout)["claim_token"]
     again = run_here("claim", unique, "--target", service.target, f"--token={token}")
@@ -73,7 +73,7 @@ def test_claim_waits_longer_than_its_timeout(service: ServiceProcess, unique: st
 def test_claim_marks_a_shadow_duplicate(
     start_service: Callable[..., ServiceProcess], unique: str, tmp_path: Path
 ) -> None:
-    """In shadow mode a duplicate `claim` exits with 0 and says that enforce mode would have refused it."""
+    """In shadow mode a duplicate `claim` exits with 0 and prints that enforce mode would have refused it."""
     (tmp_path / "policies.toml").write_text('[namespaces.trial]\nmode = "shadow"\n')
     store = f"sqlite://{tmp_path / 'claims.db'}"
     service = start_service("--store-url", store, "--policy-file", str(tmp_path / "policies.toml"))
@@ -91,8 +91,8 @@ def test_claim_marks_a_shadow_duplicate(
     assert json.loads((tmp_path / "results").read_text())["shadow_duplicate"] is True
 
 
-def test_long_values_are_shown_whole(service: ServiceProcess, unique: str) -> None:
-    """An id wider than the terminal is neither cut nor wrapped."""
+def test_long_values_are_printed_in_full(service: ServiceProcess, unique: str) -> None:
+    """An id wider than the terminal is neither truncated nor wrapped."""
     transaction_id = unique * 16
     shown = run_here("claim", transaction_id, "--target", service.target)
     assert f"  transaction  {transaction_id}\n" in shown.stdout
@@ -107,8 +107,8 @@ def test_get_shows_a_transaction_or_exits_with_5(service: ServiceProcess, unique
     assert (found.exit_code, "in progress" in found.stdout) == (0, True)
 
 
-def test_an_unreachable_server_is_doubt_with_advice(unique: str) -> None:
-    """Without an answer, `claim` exits with 1 and says how to repeat the attempt."""
+def test_an_unreachable_server_prints_advice_to_retry(unique: str) -> None:
+    """Without a reply, `claim` exits with 1 and prints how to repeat the attempt."""
     ended = run_here("claim", unique, "--target", f"127.0.0.1:{free_port()}", "--token", "token-of-sixteen")
     assert ended.exit_code == 1
     assert "UNAVAILABLE" in ended.stderr
@@ -124,7 +124,7 @@ def test_an_unreachable_server_is_doubt_with_advice(unique: str) -> None:
         (("claim", "a\udcff"), "ID: is not valid UTF-8"),
     ],
 )
-def test_bad_usage_is_one_clear_sentence(arguments: tuple[str, ...], words: str) -> None:
+def test_an_invalid_flag_value_names_the_flag(arguments: tuple[str, ...], words: str) -> None:
     """An invalid flag value exits with 2, and the error names the flag."""
     ended = run_here(*arguments)
     assert ended.exit_code == 2
@@ -140,7 +140,7 @@ def test_bad_usage_is_one_clear_sentence(arguments: tuple[str, ...], words: str)
         (("serve", "--key-layout", "flat"), "DEDUP_KEY_LAYOUT (--key-layout): Input should be 'prefixed' or 'raw'"),
     ],
 )
-def test_a_bad_setting_is_one_clear_sentence(arguments: tuple[str, ...], words: str) -> None:
+def test_an_invalid_setting_is_named_without_a_traceback(arguments: tuple[str, ...], words: str) -> None:
     """An invalid setting exits with 2. The error names it and shows neither a traceback nor a password."""
     ended = run_command(*arguments)
     assert ended.returncode == 2
@@ -150,7 +150,7 @@ def test_a_bad_setting_is_one_clear_sentence(arguments: tuple[str, ...], words: 
     assert "secret" not in ended.stderr
 
 
-def test_healthcheck_is_a_probe(service: ServiceProcess) -> None:
+def test_healthcheck_exits_with_0_while_serving(service: ServiceProcess) -> None:
     """`healthcheck` exits with 0 while the server serves, otherwise with 1. It finds the server by its settings."""
     assert run_command("healthcheck", "--target", service.target).stdout == "SERVING\n"
     by_setting = run_command(
@@ -164,7 +164,7 @@ def test_healthcheck_is_a_probe(service: ServiceProcess) -> None:
         *(0, {"status": "SERVING", "store_forgotten": 0, "store_restarts": 0}),
     )
     assert run_command("healthcheck", "--target", f"127.0.0.1:{free_port()}", "--timeout", "500ms").returncode == 1
-    assert run_command("healthcheck", "--target", service.target, "--service", "nobody").stdout == "SERVICE_UNKNOWN\n"
+    assert run_command("healthcheck", "--target", service.target, "--service", "unknown").stdout == "SERVICE_UNKNOWN\n"
 
 
 def test_help_names_every_setting_with_its_default() -> None:
@@ -192,7 +192,7 @@ def test_version() -> None:
     assert run_command("--version").stdout == f"dedup-service {__version__}\n"
 
 
-def test_the_banner_says_what_to_call(tmp_path: Path) -> None:
+def test_the_banner_prints_commands_with_the_address(tmp_path: Path) -> None:
     """`serve --banner` prints commands with the address of this server."""
     process = ServiceProcess("--banner", "--store-url", f"sqlite://{tmp_path / 'claims.db'}").start()
     assert process.stop() == 0

@@ -40,14 +40,14 @@ def test_json_is_one_object(start_redis: StartRedis) -> None:
     server = start_redis(*UNFIT, "--requirepass", "secret-word")
     url = server.url.replace("redis://", "redis://:secret-word@")
     ended = run_command("doctor", "--json", environment={"DEDUP_STORE_URL": url})
-    told = json.loads(ended.stdout)
+    printed = json.loads(ended.stdout)
     assert ended.returncode == 8
-    assert told["store"] == f"Redis at {server.url}"
+    assert printed["store"] == f"Redis at {server.url}"
     assert "secret-word" not in ended.stdout + ended.stderr
-    assert {frozenset(finding) for finding in told["findings"]} == {
+    assert {frozenset(finding) for finding in printed["findings"]} == {
         frozenset(("check", "severity", "message", "remedy"))
     }
-    severities = {finding["check"]: finding["severity"] for finding in told["findings"]}
+    severities = {finding["check"]: finding["severity"] for finding in printed["findings"]}
     assert (severities["eviction"], severities["persistence"], severities["replicas"]) == ("critical", "ok", "info")
 
 
@@ -68,13 +68,13 @@ def test_settings_come_from_flags_environment_and_file(start_redis: StartRedis, 
 def test_an_unreachable_store_exits_with_1() -> None:
     """An unreachable store is an error, in text and in JSON, not a finding."""
     arguments = ("doctor", "--store-url", f"redis://127.0.0.1:{free_port()}")
-    text, told = run_command(*arguments), run_command(*arguments, "--json")
-    assert (text.returncode, told.returncode) == (1, 1)
+    text, printed = run_command(*arguments), run_command(*arguments, "--json")
+    assert (text.returncode, printed.returncode) == (1, 1)
     assert text.stderr.startswith("STORE_UNREACHABLE: ")
-    assert json.loads(told.stdout)["error"]["reason"] == "STORE_UNREACHABLE"
+    assert json.loads(printed.stdout)["error"]["reason"] == "STORE_UNREACHABLE"
 
 
-def test_the_start_logs_findings(start_redis: StartRedis, start_service: StartService) -> None:
+def test_start_up_logs_findings(start_redis: StartRedis, start_service: StartService) -> None:
     """Each warning and critical finding, and no other, is logged before the server starts to serve."""
     service = start_service("--store-url", start_redis(*UNFIT).url)
     (line,) = service.events("store_finding_reported")
@@ -83,8 +83,8 @@ def test_the_start_logs_findings(start_redis: StartRedis, start_service: StartSe
     assert not start_service("--store-url", start_redis(*SOUND).url).events("store_finding_reported")
 
 
-def test_strict_refuses_a_critical_finding(start_redis: StartRedis) -> None:
-    """With `--strict`, a critical finding ends the start with exit code 1, the finding and its remedy."""
+def test_strict_prevents_start_up_on_a_critical_finding(start_redis: StartRedis) -> None:
+    """With `--strict`, a critical finding ends `serve` with exit code 1, the finding and its remedy."""
     ended = run_command("serve", "--listen", "127.0.0.1:0", "--strict", "--store-url", start_redis(*UNFIT).url)
     assert ended.returncode == 1
     (sentence,) = [line for line in ended.stderr.splitlines() if not line.startswith("{")]
@@ -92,7 +92,7 @@ def test_strict_refuses_a_critical_finding(start_redis: StartRedis) -> None:
     assert "CONFIG SET maxmemory-policy noeviction" in sentence
 
 
-def test_strict_does_not_refuse_a_warning(start_redis: StartRedis, start_service: StartService, tmp_path: Path) -> None:
+def test_strict_allows_warnings(start_redis: StartRedis, start_service: StartService, tmp_path: Path) -> None:
     """With `DEDUP_STRICT`, a store with only warnings is served, and so is the embedded store."""
     strict = {"DEDUP_STRICT": "true"}
     service = start_service("--store-url", start_redis(*FORGETFUL).url, environment=strict)
@@ -100,9 +100,7 @@ def test_strict_does_not_refuse_a_warning(start_redis: StartRedis, start_service
     start_service("--store-url", f"sqlite://{tmp_path / 'claims.db'}", environment=strict)
 
 
-def test_a_store_that_was_away_is_examined_when_it_answers(
-    start_redis: StartRedis, start_service: StartService
-) -> None:
+def test_an_unreachable_store_is_examined_once_it_answers(start_redis: StartRedis, start_service: StartService) -> None:
     """A server that started without its store logs the findings once the store answers, and keeps serving."""
     port = free_port()
     service = start_service("--store-url", f"redis://127.0.0.1:{port}")
@@ -112,8 +110,10 @@ def test_a_store_that_was_away_is_examined_when_it_answers(
     assert service.stop() == 0
 
 
-def test_strict_ends_a_server_whose_store_turns_out_unfit(start_redis: StartRedis, start_service: StartService) -> None:
-    """With `--strict`, a store that was away at start-up and turns out unfit makes the server drain and exit."""
+def test_strict_stops_the_server_on_a_late_critical_finding(
+    start_redis: StartRedis, start_service: StartService
+) -> None:
+    """With `--strict`, a critical finding about a store unreachable at start-up makes the server drain and exit."""
     port = free_port()
     service = start_service("--strict", "--store-url", f"redis://127.0.0.1:{port}")
     start_redis(*UNFIT, port=port)
@@ -122,8 +122,8 @@ def test_strict_ends_a_server_whose_store_turns_out_unfit(start_redis: StartRedi
     assert any("DEDUP_STRICT is set" in line for line in service.stderr_lines)
 
 
-async def test_a_store_that_cannot_be_examined_is_served(start_service: StartService) -> None:
-    """A store that stops answering during the checks delays the start by at most 2 s and does not prevent it."""
+async def test_a_failed_examination_does_not_prevent_start_up(start_service: StartService) -> None:
+    """A store that stops answering during the checks delays start-up by at most 2 s."""
     never = asyncio.Event()
 
     async def silence(_: asyncio.StreamWriter) -> None:

@@ -56,7 +56,7 @@ def test_complete_keeps_the_result_for_duplicates(command: Commands, unique: str
     assert "'paid: 7'" in stdout
 
 
-def test_complete_takes_a_file_byte_for_byte(command: Commands, unique: str, tmp_path: Path) -> None:
+def test_complete_sends_a_file_unchanged(command: Commands, unique: str, tmp_path: Path) -> None:
     """`complete --result-file` sends arbitrary bytes, from a file and from standard input."""
     content = bytes(range(256))
     (tmp_path / "result").write_bytes(content)
@@ -78,7 +78,7 @@ def test_release_lets_the_next_caller_claim(command: Commands, unique: str) -> N
 
 
 def test_extend_lengthens_and_shortens_only_on_request(command: Commands, unique: str) -> None:
-    """`extend` shows the new end. An earlier end takes effect only with `--allow-shortening`."""
+    """`extend` shows the new expiry. An earlier expiry takes effect only with `--allow-shortening`."""
     holder = (unique, "--token", TOKEN)
     command("claim", *holder, "--ttl", "60s")
     code, stdout, _ = command("extend", *holder, "--ttl", "10m")
@@ -97,7 +97,7 @@ def test_extend_lengthens_and_shortens_only_on_request(command: Commands, unique
 def test_a_token_that_does_not_hold_exits_with_6(command: Commands, unique: str, name: str) -> None:
     """Each command prints NOT HELD, its possible causes and that nothing changed, and exits with 6."""
     command("claim", unique, "--token", TOKEN)
-    stranger = (name, unique, "--token", "another-token-of-somebody")
+    stranger = (name, unique, "--token", "token-of-another-caller")
     code, stdout, _ = command(*stranger)
     assert (code, len(stdout.splitlines())) == (6, 1)
     assert stdout.startswith(f"NOT HELD: the token does not hold {unique}: its claim expired")
@@ -107,9 +107,9 @@ def test_a_token_that_does_not_hold_exits_with_6(command: Commands, unique: str,
 
 
 @pytest.mark.parametrize("name", ["complete", "release", "extend"])
-def test_a_lost_answer_advises_to_repeat_the_command(unique: str, tmp_path: Path, name: str) -> None:
+def test_an_unknown_outcome_prints_advice_to_repeat(unique: str, tmp_path: Path, name: str) -> None:
     """If the change may have been made, each command says that repeating it is safe."""
-    command = Commands(f"unix://{tmp_path / 'nobody.sock'}")
+    command = Commands(f"unix://{tmp_path / 'missing.sock'}")
     code, stdout, stderr = command(name, unique, "--token", TOKEN)
     assert (code, stdout) == (1, "")
     assert stderr.startswith("UNAVAILABLE: ")
@@ -118,8 +118,8 @@ def test_a_lost_answer_advises_to_repeat_the_command(unique: str, tmp_path: Path
     assert (code, reply["error"]["code"], reply["error"]["applied"]) == (1, "UNAVAILABLE", "unknown")
 
 
-def test_a_refusal_gives_no_advice(command: Commands, unique: str) -> None:
-    """An error that changed nothing is printed without the advice to repeat the command."""
+def test_a_definite_error_prints_no_advice(command: Commands, unique: str) -> None:
+    """An error that changed nothing is printed without advice to repeat the command."""
     code, _, stderr = command("release", unique, "--token", "short")
     assert (code, "INVALID_ARGUMENT" in stderr, "Repeat" in stderr) == (1, True, False)
 

@@ -55,7 +55,7 @@ def look_ups(service: ServiceProcess, transaction_id: str) -> list[datetime]:
 
 
 def claim(service: ServiceProcess, transaction_id: str, ttl_s: int = 60) -> None:
-    """Claim the transaction to watch."""
+    """Claim the transaction under test."""
     with service.channel() as channel:
         request = dedup_pb2.ClaimTransactionRequest(
             transaction_id=transaction_id, claim_token=TOKEN, claimant="anna", ttl=Duration(seconds=ttl_s)
@@ -110,7 +110,7 @@ def test_watch_in_json_ends_with_the_completed_transaction(service: ServiceProce
     assert (code, objects(lines)[0]["transaction"]) == (0, last["transaction"])
 
 
-def test_watch_says_that_it_was_released(service: ServiceProcess, unique: str, watch: Watch) -> None:
+def test_watch_reports_a_probable_release(service: ServiceProcess, unique: str, watch: Watch) -> None:
     """If a claim disappears long before its expiry, `watch` exits with 5 and reports a probable release."""
     claim(service, unique)
     watched = watch(service, unique, "--json")
@@ -122,7 +122,7 @@ def test_watch_says_that_it_was_released(service: ServiceProcess, unique: str, w
     assert (last["state"], last["likely"], last["transaction"]) == ("NOT_FOUND", "released", None)
 
 
-def test_watch_says_that_it_expired(service: ServiceProcess, unique: str, watch: Watch) -> None:
+def test_watch_reports_a_probable_expiry(service: ServiceProcess, unique: str, watch: Watch) -> None:
     """If a claim disappears after its expiry, `watch` exits with 5 and reports the probable expiry."""
     claim(service, unique, ttl_s=1)
     code, lines = watch(service, unique).result(END_S)
@@ -130,13 +130,13 @@ def test_watch_says_that_it_expired(service: ServiceProcess, unique: str, watch:
 
 
 def test_watch_of_an_unclaimed_transaction_ends_at_once(service: ServiceProcess, unique: str, watch: Watch) -> None:
-    """Without a claim, `watch` exits with 5 after one look-up and reports no probable end."""
+    """Without a claim, `watch` exits with 5 after one look-up and reports no probable cause."""
     assert watch(service, unique).result(END_S) == (5, [f"NOT FOUND: {unique} is not claimed"])
     code, (line,) = watch(service, unique, "--json").result(END_S)
     assert (code, json.loads(line)["state"], "likely" in json.loads(line)) == (5, "NOT_FOUND", False)
 
 
-def test_watch_keeps_the_interval(service: ServiceProcess, unique: str, watch: Watch) -> None:
+def test_watch_respects_the_interval(service: ServiceProcess, unique: str, watch: Watch) -> None:
     """Look-ups start at least the interval apart, however fast the answers arrive."""
     claim(service, unique)
     watched = watch(service, unique, "--interval", "300ms")
@@ -190,8 +190,8 @@ class CancelsFirst(dedup_pb2_grpc.DedupServiceServicer):
         )
 
 
-def test_watch_survives_a_look_up_that_a_shutdown_cancels() -> None:
-    """A call that the server cancels at its shutdown is an outage, not an error that ends `watch`."""
+def test_watch_survives_a_look_up_cancelled_by_a_shutdown() -> None:
+    """`watch` treats a call that the server cancels at shutdown as an outage and continues."""
     with ThreadPoolExecutor(2) as threads:
         server = grpc.server(threads)
         dedup_pb2_grpc.add_DedupServiceServicer_to_server(CancelsFirst(), server)  # type: ignore[abstract]
@@ -206,7 +206,7 @@ def test_watch_survives_a_look_up_that_a_shutdown_cancels() -> None:
     assert (result.exit_code, states) == (0, ["UNKNOWN", "COMPLETED"])
 
 
-def test_watch_on_a_terminal_is_refreshed_in_place_until_ctrl_c(service: ServiceProcess, unique: str) -> None:
+def test_watch_on_a_terminal_redraws_in_place_until_ctrl_c(service: ServiceProcess, unique: str) -> None:
     """On a terminal `watch` redraws in place. Ctrl-C exits with 130, without a traceback, and restores the cursor."""
     claim(service, unique)
     ours, theirs = pty.openpty()

@@ -1,4 +1,4 @@
-"""Bad input over real gRPC: refused with the field and the limit, and nothing is written."""
+"""Invalid input over real gRPC: the error names the field and the limit, and nothing is written."""
 
 import time
 from collections.abc import Callable
@@ -21,7 +21,7 @@ WEEK_S = 7 * 86_400
 
 
 def from_now(seconds: float) -> Timestamp:
-    """Return a moment that many seconds from now, in whole milliseconds."""
+    """Return the time `seconds` from now, in whole milliseconds."""
     moment = Timestamp()
     moment.FromMilliseconds(int((time.time() + seconds) * 1000))
     return moment
@@ -71,8 +71,8 @@ BAD: dict[str, tuple[str, Callable[[str], Claim], str]] = {
 }
 
 
-def assert_refused(answer: RefusedCall, field: str, words: str) -> None:
-    """Fail unless the call was refused for this field, in these words, as certainly not applied."""
+def assert_invalid_request(answer: RefusedCall, field: str, words: str) -> None:
+    """Assert that the call was rejected for this field, with these words and `applied=no`."""
     assert answer.code is grpc.StatusCode.INVALID_ARGUMENT
     assert (answer.reason, answer.domain, answer.applied) == ("INVALID_REQUEST", "dedup.v1", "no")
     assert answer.retry_after_ms is None
@@ -82,25 +82,25 @@ def assert_refused(answer: RefusedCall, field: str, words: str) -> None:
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_claims_are_refused_and_write_nothing(
+def test_invalid_claims_are_rejected_and_write_nothing(
     stub: dedup_pb2_grpc.DedupServiceStub, unique: str, case: str
 ) -> None:
-    """A request outside the limits names its field and the limit, and a good claim of the same id still wins."""
+    """The error names the field and the limit, and a valid claim of the same id still wins."""
     field, make, words = BAD[case]
     request = make(unique)
-    assert_refused(refused(lambda: stub.ClaimTransaction(request)), field, words)
+    assert_invalid_request(refused(lambda: stub.ClaimTransaction(request)), field, words)
     assert stub.ClaimTransaction(Claim(transaction_id=unique)).outcome == dedup_pb2.CLAIM_OUTCOME_CLAIMED
 
 
-def test_every_fault_is_named_at_once(stub: dedup_pb2_grpc.DedupServiceStub) -> None:
-    """A request with several faults is told all of them."""
+def test_all_invalid_fields_are_reported_at_once(stub: dedup_pb2_grpc.DedupServiceStub) -> None:
+    """A request with several invalid fields receives all violations in one error."""
     request = Claim(namespace="Pay", claim_token="short", ttl=Duration(), payload_fingerprint=b"x" * 65)
     answer = refused(lambda: stub.ClaimTransaction(request))
     assert set(answer.violations) == {"transaction_id", "namespace", "claim_token", "ttl", "payload_fingerprint"}
 
 
 def field_of(number: int, payload: bytes) -> bytes:
-    """Return a length-delimited field as it stands on the wire."""
+    """Return the wire encoding of a length-delimited field."""
     return bytes([number << 3 | 2, len(payload)]) + payload
 
 
@@ -113,7 +113,7 @@ RAW: dict[str, tuple[bytes, str, str]] = {
         field_of(1, b"x") + field_of(3, b"\x08\x05") + field_of(4, b"\x08\x80\x80\x80\x80\x08"),
         *("ttl", "together with expire_time"),
     ),
-    "both, the other way round": (
+    "both, reversed": (
         field_of(1, b"x") + field_of(4, b"\x08\x80\x80\x80\x80\x08") + field_of(3, b"\x08\x05"),
         *("ttl", "together with expire_time"),
     ),
@@ -122,16 +122,16 @@ RAW: dict[str, tuple[bytes, str, str]] = {
 
 
 @pytest.mark.parametrize("case", RAW)
-def test_what_no_stub_would_send_is_refused(service: ServiceProcess, case: str) -> None:
-    """Bad UTF-8, both of ttl and expire_time, and bytes that are no message are refused in the same words."""
+def test_invalid_raw_bytes_are_rejected(service: ServiceProcess, case: str) -> None:
+    """Requests that no stub can build, such as invalid UTF-8 or both ttl and expire_time, get the same errors."""
     raw, field, words = RAW[case]
     with service.channel() as channel:
         call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(METHOD)
-        assert_refused(refused(lambda: call(raw)), field, words)
+        assert_invalid_request(refused(lambda: call(raw)), field, words)
 
 
-def test_fields_of_a_newer_contract_are_ignored(service: ServiceProcess, unique: str) -> None:
-    """A field that this version does not know does not fail the claim."""
+def test_unknown_fields_are_ignored(service: ServiceProcess, unique: str) -> None:
+    """A field of a newer contract does not fail the claim."""
     with service.channel() as channel:
         call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(METHOD)
         raw = call(field_of(1, unique.encode()) + b"\xfa\x3e\x01x")

@@ -1,4 +1,4 @@
-"""Claiming and looking up over real gRPC, on both stores."""
+"""Every rpc over real gRPC, on both stores: outcomes, batches, waits, and token secrecy."""
 
 import time
 from typing import Any
@@ -20,8 +20,8 @@ Stub = dedup_pb2_grpc.DedupServiceStub
 Claim = dedup_pb2.ClaimTransactionRequest
 
 
-def test_claimed_then_duplicate_with_the_holder(stub: Stub, unique: str) -> None:
-    """The first claim is CLAIMED with a token; the second is DUPLICATE and shows the holder without its token."""
+def test_a_duplicate_shows_the_holder(stub: Stub, unique: str) -> None:
+    """The first claim receives CLAIMED and a token; the second receives DUPLICATE and the holder without its token."""
     before = time.time()
     first = stub.ClaimTransaction(Claim(transaction_id=unique, claimant="worker-1", ttl=Duration(seconds=30)))
     second = stub.ClaimTransaction(Claim(transaction_id=unique))
@@ -39,8 +39,8 @@ def test_claimed_then_duplicate_with_the_holder(stub: Stub, unique: str) -> None
     assert not held.HasField("completion_time")
 
 
-def test_the_same_token_is_replayed(stub: Stub, unique: str) -> None:
-    """A retry with its own token is CLAIMED again and says that it is a replay."""
+def test_a_retry_with_the_same_token_is_a_replay(stub: Stub, unique: str) -> None:
+    """A retry with its own token receives CLAIMED again, with `replayed` set."""
     request = Claim(transaction_id=unique, claim_token="token-of-sixteen")
     first, again = stub.ClaimTransaction(request), stub.ClaimTransaction(request)
     assert (first.outcome, first.replayed) == (dedup_pb2.CLAIM_OUTCOME_CLAIMED, False)
@@ -49,7 +49,7 @@ def test_the_same_token_is_replayed(stub: Stub, unique: str) -> None:
 
 
 def test_another_fingerprint_is_a_mismatch(stub: Stub, unique: str) -> None:
-    """The same id for other work is PAYLOAD_MISMATCH, without a token."""
+    """The same id with another fingerprint receives PAYLOAD_MISMATCH and no token."""
     stub.ClaimTransaction(Claim(transaction_id=unique, payload_fingerprint=b"1" * 64))
     reply = stub.ClaimTransaction(Claim(transaction_id=unique, payload_fingerprint=b"2"))
     assert reply.outcome == dedup_pb2.CLAIM_OUTCOME_PAYLOAD_MISMATCH
@@ -58,7 +58,7 @@ def test_another_fingerprint_is_a_mismatch(stub: Stub, unique: str) -> None:
 
 
 def test_a_look_up_changes_nothing(stub: Stub, unique: str) -> None:
-    """GetTransaction shows a claim without its token, and NOT_FOUND where there is none, and claims nothing."""
+    """GetTransaction returns a claim without its token or NOT_FOUND, and claims nothing."""
     answer = refused(lambda: stub.GetTransaction(dedup_pb2.GetTransactionRequest(transaction_id=unique)))
     assert (answer.code, answer.reason, answer.applied) == (
         *(grpc.StatusCode.NOT_FOUND, "TRANSACTION_NOT_FOUND", "no"),
@@ -74,14 +74,14 @@ def test_a_look_up_changes_nothing(stub: Stub, unique: str) -> None:
     "transaction_id", ["x", "é" * 256, "a b:c/d?e=f&g", "\u65e5\u672c", "e\u0301", "x" * 512], ids=range(6)
 )
 def test_ids_are_taken_byte_for_byte(stub: Stub, unique: str, transaction_id: str) -> None:
-    """Any UTF-8 of 1 to 512 bytes without control characters is an id, and comes back as it was sent."""
+    """Any UTF-8 of 1 to 512 bytes without control characters is a valid id and is returned unchanged."""
     reply = stub.ClaimTransaction(Claim(transaction_id=transaction_id, namespace=unique))
     assert reply.outcome == dedup_pb2.CLAIM_OUTCOME_CLAIMED
     assert reply.transaction.transaction_id == transaction_id
 
 
 def test_an_expire_time_is_kept_to_the_millisecond(stub: Stub, unique: str) -> None:
-    """A claim until a moment shows that moment."""
+    """The reply carries the requested expire_time."""
     moment = Timestamp()
     moment.FromMilliseconds(int(time.time() * 1000) + 61_234)
     reply = stub.ClaimTransaction(Claim(transaction_id=unique, expire_time=moment))
@@ -95,8 +95,8 @@ def hold(stub: Stub, unique: str, **fields: Any) -> str:
     return str(reply.claim_token)
 
 
-def test_complete_then_everybody_sees_the_result(stub: Stub, unique: str) -> None:
-    """A completed transaction keeps its result; repeating that with token and result is fine."""
+def test_completion_stores_the_result(stub: Stub, unique: str) -> None:
+    """Duplicates receive the stored result, and completing again with the same token and result succeeds."""
     token = hold(stub, unique, claimant="anna")
     request = dedup_pb2.CompleteTransactionRequest(
         transaction_id=unique, claim_token=token, result=b"paid \xff", ttl=Duration(seconds=90)
@@ -115,16 +115,16 @@ def test_complete_then_everybody_sees_the_result(stub: Stub, unique: str) -> Non
         assert (reply.outcome, reply.HasField("transaction")) == (dedup_pb2.COMPLETE_OUTCOME_NOT_HELD, False)
 
 
-def test_release_then_the_next_one_wins(stub: Stub, unique: str) -> None:
-    """A released transaction can be claimed at once, and the old token holds it no more."""
+def test_a_released_id_can_be_claimed(stub: Stub, unique: str) -> None:
+    """A released id can be claimed at once, and the old token no longer holds it."""
     request = dedup_pb2.ReleaseTransactionRequest(transaction_id=unique, claim_token=hold(stub, unique))
     assert stub.ReleaseTransaction(request).outcome == dedup_pb2.RELEASE_OUTCOME_RELEASED
     hold(stub, unique)
     assert stub.ReleaseTransaction(request).outcome == dedup_pb2.RELEASE_OUTCOME_NOT_HELD
 
 
-def test_extend_moves_the_end(stub: Stub, unique: str) -> None:
-    """An extension shows the new end; one that would shorten leaves it, unless that is allowed."""
+def test_extend_moves_the_expiry(stub: Stub, unique: str) -> None:
+    """An extension returns the new expiry; it shortens the claim only with `allow_shortening`."""
     token = hold(stub, unique, ttl=Duration(seconds=30))
     request = dedup_pb2.ExtendTransactionRequest(transaction_id=unique, claim_token=token, ttl=Duration(seconds=300))
     longer = stub.ExtendTransaction(request)
@@ -141,7 +141,7 @@ def test_extend_moves_the_end(stub: Stub, unique: str) -> None:
 
 
 def test_a_batch_answers_each_entry_in_order(stub: Stub, unique: str) -> None:
-    """A thousand entries are answered in order: claimed, duplicate of an earlier one, and refused each alone."""
+    """A thousand entries are answered in order; an invalid entry fails alone."""
     requests = [Claim(transaction_id=f"{unique}-{number}", claimant=str(number)) for number in range(997)]
     requests += [
         Claim(transaction_id=f"{unique}-3", claimant="again"),
@@ -167,23 +167,23 @@ def test_a_batch_answers_each_entry_in_order(stub: Stub, unique: str) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1_001])
-def test_a_batch_has_a_size(stub: Stub, unique: str, size: int) -> None:
-    """No entry, or more than a thousand, is refused as a whole and claims nothing."""
+def test_a_batch_has_1_to_1000_entries(stub: Stub, unique: str, size: int) -> None:
+    """A batch of no entries, or of more than a thousand, is rejected as a whole and claims nothing."""
     batch = dedup_pb2.BatchClaimTransactionsRequest(requests=[Claim(transaction_id=unique)] * size)
     answer = refused(lambda: stub.BatchClaimTransactions(batch))
     assert (answer.code, list(answer.violations)) == (grpc.StatusCode.INVALID_ARGUMENT, ["requests"])
     hold(stub, unique)
 
 
-def test_waiting_ends_before_the_deadline_does(stub: Stub, unique: str) -> None:
-    """A wait that is longer than the caller's deadline is cut, so that the answer still arrives."""
+def test_a_wait_ends_before_the_deadline(stub: Stub, unique: str) -> None:
+    """A wait longer than the caller's deadline is shortened so that the reply still arrives."""
     hold(stub, unique)
     reply = stub.ClaimTransaction(Claim(transaction_id=unique, wait=Duration(seconds=300)), timeout=4)
     assert reply.outcome == dedup_pb2.CLAIM_OUTCOME_DUPLICATE
 
 
-def test_of_fifty_waiters_on_a_released_claim_exactly_one_wins(stub: Stub, unique: str) -> None:
-    """Fifty calls wait on one id; when it is released one of them is CLAIMED, and the others hear its result."""
+def test_one_of_fifty_waiters_wins_a_released_claim(stub: Stub, unique: str) -> None:
+    """Fifty calls wait on one id: after the release one receives CLAIMED, and the others receive its result."""
     release = dedup_pb2.ReleaseTransactionRequest(transaction_id=unique, claim_token=hold(stub, unique))
     request = Claim(transaction_id=unique, wait=Duration(seconds=60))
     waiters = [stub.ClaimTransaction.future(request, timeout=30) for _ in range(50)]
@@ -206,8 +206,8 @@ def test_of_fifty_waiters_on_a_released_claim_exactly_one_wins(stub: Stub, uniqu
     assert len(duplicates) == 49
 
 
-def test_no_token_leaks_through_any_reply(service: ServiceProcess, stub: Stub, unique: str) -> None:
-    """Whatever others ask about a transaction, neither reply, error nor log shows its token."""
+def test_tokens_never_leak(service: ServiceProcess, stub: Stub, unique: str) -> None:
+    """No reply, error or log line shows another caller's token."""
     token = f"secret-{unique}"
     hold(stub, unique, claim_token=token)
     seen: list[bytes] = []

@@ -1,4 +1,4 @@
-"""The guard around every rpc: whatever a store raises becomes what the error table says, and nothing else gets out."""
+"""Error mapping around every rpc: each store exception becomes the documented status, and nothing else leaks."""
 
 import io
 import json
@@ -35,7 +35,7 @@ SECRET = "redis://:hunter2@10.0.0.1"
 
 
 class FailingStore:
-    """A store of which every call raises what it was given, or answers with it."""
+    """A store whose every call raises or returns the given answer."""
 
     description = "failing"
 
@@ -49,7 +49,7 @@ class FailingStore:
         """Do nothing."""
 
     async def check(self) -> Sequence[StoreNotice]:
-        """Notice nothing."""
+        """Report nothing."""
         return ()
 
     async def claim(self, _: Transaction, __: Expiry) -> Transaction | None:
@@ -100,16 +100,14 @@ CASES: dict[str, tuple[Callable[[], Exception], grpc.StatusCode, str, str, bool]
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("method", ["claim", "get"])
-async def test_every_failure_has_its_place_in_the_table(
-    case: str, method: str, unique: str, engine: EngineName
-) -> None:
-    """Code, reason, applied and retry advice are those of the table, and the log line says the same.
+async def test_store_failures_map_to_the_error_table(case: str, method: str, unique: str, engine: EngineName) -> None:
+    """Code, reason, applied and retry advice match the table, and the log line agrees.
 
     Protection: the outermost guard. Without it gRPC puts the text of an unexpected exception into the status.
     """
     make, code, reason, applied, retry = CASES[case]
     if method == "get" and code is grpc.StatusCode.UNAVAILABLE:
-        # Whatever became of a question, it changed nothing.
+        # A look-up never changes anything.
         applied = "no"
     log = io.StringIO()
     async with serving(FailingStore(make()), log, engine) as stub:
@@ -138,7 +136,7 @@ async def test_every_failure_has_its_place_in_the_table(
         assert "hunter2" in line["exception"]
 
 
-async def test_a_token_in_the_store_reaches_nobody_but_its_owner(unique: str, engine: EngineName) -> None:
+async def test_a_stored_token_is_never_shown_to_other_callers(unique: str, engine: EngineName) -> None:
     """A duplicate's reply and log line show the holder without its token."""
     log = io.StringIO()
     holder = a_claim(unique, token="the-holders-secret")
@@ -150,8 +148,8 @@ async def test_a_token_in_the_store_reaches_nobody_but_its_owner(unique: str, en
     assert "the-holders-secret" not in repr(holder)
 
 
-def test_no_outcome_is_ever_unspecified() -> None:
-    """The zero value of every enum is UNSPECIFIED, so an empty reply never means go."""
+def test_the_zero_value_of_every_enum_is_unspecified() -> None:
+    """An empty reply must not read as CLAIMED."""
     enums = dedup_pb2.DESCRIPTOR.enum_types_by_name.values()
     assert len(list(enums)) == 5
     assert all(enum.values_by_number[0].name.endswith("_UNSPECIFIED") for enum in enums)

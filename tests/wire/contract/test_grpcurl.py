@@ -1,4 +1,4 @@
-"""grpcurl without a proto file, by server reflection."""
+"""grpcurl without a proto file, through server reflection."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from tests.support.processes import ServiceProcess
 
 GRPCURL = shutil.which("grpcurl")
 
-# CI builds grpcurl and sets the variable, so a missing grpcurl fails there. Elsewhere it is optional.
+# CI builds grpcurl and sets REQUIRE_GRPCURL, so a missing grpcurl fails there. Elsewhere it is optional.
 pytestmark = [
     pytest.mark.every_engine,
     pytest.mark.skipif(GRPCURL is None and "REQUIRE_GRPCURL" not in os.environ, reason="grpcurl is not on PATH"),

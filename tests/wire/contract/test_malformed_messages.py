@@ -1,4 +1,4 @@
-"""Malformed messages in every rpc of a live service over Redis: refused in its own words, with nothing changed."""
+"""Malformed messages to every rpc of a live service over Redis: each gets a readable error and changes nothing."""
 
 import gzip
 import uuid
@@ -27,10 +27,10 @@ TOKEN = "token-of-sixteen"
 TTL = Duration(seconds=50)
 SEED = 20261123
 DAMAGED = 150
-# What is answered at all is answered with one of these: by the service, or by gRPC for what it reads itself.
+# The only allowed error statuses, from the service or from gRPC's own parser.
 REFUSALS = {"status 3", "status 8", "status 12", "status 13"}
-# What would betray the inside of the service.
-INSIDE = ("Traceback", "Exception", "<class", "DecodeError", "google.", "dedup_service", ".py", "0x")
+# Error messages must not reveal the service's internals.
+INTERNALS = ("Traceback", "Exception", "<class", "DecodeError", "google.", "dedup_service", ".py", "0x")
 
 Claim = dedup_pb2.ClaimTransactionRequest
 GOOD: dict[str, Callable[[str], Message]] = {
@@ -45,7 +45,7 @@ GOOD: dict[str, Callable[[str], Message]] = {
         requests=[Claim(transaction_id=u, claim_token=TOKEN), Claim(transaction_id=f"{u}-2", claim_token=TOKEN)]
     ),
 }
-"""A good request of each rpc about one transaction."""
+"""A valid request of each rpc about one transaction."""
 
 CLAIMS = ("ClaimTransaction", "BatchClaimTransactions")
 BROKEN = [(rpc, case) for rpc in GOOD for case in malformed.broken(GOOD[rpc]("x"))]
@@ -53,8 +53,8 @@ ODD = [(rpc, case) for rpc in GOOD for case in malformed.odd(GOOD[rpc]("x"))]
 
 
 @pytest.fixture(scope="module")
-def broken_into(engine: EngineName, redis_server: RedisProcess) -> Iterator[ServiceProcess]:
-    """A service of this module's own, which logs no error in all of it and then ends as every other."""
+def own_service(engine: EngineName, redis_server: RedisProcess) -> Iterator[ServiceProcess]:
+    """A service for this module; teardown fails if it logged an error or does not exit with 0."""
     process = ServiceProcess("--engine", engine, "--store-url", redis_server.url).start()
     yield process
     assert process.stop() == 0
@@ -62,63 +62,63 @@ def broken_into(engine: EngineName, redis_server: RedisProcess) -> Iterator[Serv
 
 
 @pytest.fixture
-def channel(broken_into: ServiceProcess) -> Iterator[grpc.Channel]:
-    """A channel to that service."""
-    with broken_into.channel() as opened:
+def channel(own_service: ServiceProcess) -> Iterator[grpc.Channel]:
+    """A channel to this module's service."""
+    with own_service.channel() as opened:
         yield opened
 
 
 def path_of(rpc: str) -> str:
-    """Return the path of an rpc."""
+    """Return the HTTP/2 path of an rpc."""
     return f"/dedup.v1.DedupService/{rpc}"
 
 
 def send(channel: grpc.Channel, rpc: str, raw: bytes) -> bytes:
-    """Call an rpc with any bytes, and return those of the reply."""
+    """Call an rpc with raw bytes and return the raw reply."""
     call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(path_of(rpc))
     return call(raw, timeout=20)
 
 
-def prepared(channel: grpc.Channel, rpc: str, unique: str) -> None:
-    """Claim the transaction that an rpc is about, unless it is the rpc that claims."""
+def claim_first(channel: grpc.Channel, rpc: str, unique: str) -> None:
+    """Claim the transaction, unless the rpc under test is itself a claim."""
     if rpc not in CLAIMS:
         send(channel, "ClaimTransaction", GOOD["ClaimTransaction"](unique).SerializeToString())
 
 
 def stored(client: redis.Redis, unique: str) -> dict[bytes, Any]:
-    """Return everything that Redis holds about the transactions of a test."""
+    """Return everything Redis stores about the transactions of a test."""
     return {key: client.get(key) for key in client.scan_iter(f"dedup:*{unique}*", count=1_000)}
 
 
-def assert_tells_nothing(answer: RefusedCall) -> None:
-    """Fail when the words of a refusal are no sentence for the caller."""
+def assert_readable(answer: RefusedCall) -> None:
+    """Assert that the error text is printable and reveals no internals."""
     words = [answer.message, *answer.violations, *answer.violations.values()]
     assert all(text.isprintable() for text in words), words
-    assert not [inside for inside in INSIDE for text in words if inside in text], words
+    assert not [inside for inside in INTERNALS for text in words if inside in text], words
 
 
 @pytest.mark.parametrize(("rpc", "case"), BROKEN)
-def test_a_broken_message_is_refused_and_changes_nothing(
+def test_a_broken_message_is_rejected_and_changes_nothing(
     channel: grpc.Channel, redis_client: redis.Redis, unique: str, rpc: str, case: str
 ) -> None:
-    """What is no message is INVALID_ARGUMENT, certainly not applied, also when it begins with a good one."""
-    prepared(channel, rpc, unique)
+    """Undecodable bytes receive INVALID_ARGUMENT with `applied=no`, even after a valid message."""
+    claim_first(channel, rpc, unique)
     before = stored(redis_client, unique)
     raw = malformed.broken(GOOD[rpc](unique))[case]
     answer = refused(lambda: send(channel, rpc, raw))
     assert answer.code is grpc.StatusCode.INVALID_ARGUMENT
     assert (answer.reason, answer.domain, answer.applied) == ("INVALID_REQUEST", "dedup.v1", "no")
     assert answer.violations
-    assert_tells_nothing(answer)
+    assert_readable(answer)
     assert stored(redis_client, unique) == before
-    # The good one is served afterwards.
+    # The valid request still succeeds.
     assert send(channel, rpc, GOOD[rpc](unique).SerializeToString())
 
 
 @pytest.mark.parametrize(("rpc", "case"), ODD)
-def test_an_odd_message_is_served_as_the_good_one(channel: grpc.Channel, unique: str, rpc: str, case: str) -> None:
-    """Unknown fields of every kind, anywhere, and what protobuf merges are answered as if they were not there."""
-    prepared(channel, rpc, unique)
+def test_an_odd_but_valid_message_is_served(channel: grpc.Channel, unique: str, rpc: str, case: str) -> None:
+    """Unknown fields and repeated fields that protobuf merges do not change the reply."""
+    claim_first(channel, rpc, unique)
     raw = malformed.odd(GOOD[rpc](unique))[case]
     reply = getattr(dedup_pb2, f"{rpc}Response").FromString(send(channel, rpc, raw))
     if rpc == "BatchClaimTransactions":
@@ -126,12 +126,12 @@ def test_an_odd_message_is_served_as_the_good_one(channel: grpc.Channel, unique:
     elif rpc == "GetTransaction":
         assert reply.transaction.transaction_id == unique
     else:
-        # CLAIMED, COMPLETED, RELEASED, EXTENDED: the good outcome of each is its first.
+        # CLAIMED, COMPLETED, RELEASED and EXTENDED are all 1.
         assert reply.outcome == 1
 
 
-def refused_or_none(channel: grpc.Channel, rpc: str, raw: bytes) -> RefusedCall | None:
-    """Return what an rpc is refused with, or None when it is answered."""
+def rejection_of(channel: grpc.Channel, rpc: str, raw: bytes) -> RefusedCall | None:
+    """Return the error of an rpc, or None if it succeeds."""
 
     def raise_again(error: grpc.RpcError) -> None:
         raise error
@@ -144,22 +144,22 @@ def refused_or_none(channel: grpc.Channel, rpc: str, raw: bytes) -> RefusedCall 
 
 
 @pytest.mark.parametrize("rpc", GOOD)
-def test_damaged_messages_are_answered_or_refused(
-    broken_into: ServiceProcess, channel: grpc.Channel, redis_client: redis.Redis, unique: str, rpc: str
+def test_randomly_damaged_messages_are_answered_or_rejected(
+    own_service: ServiceProcess, channel: grpc.Channel, redis_client: redis.Redis, unique: str, rpc: str
 ) -> None:
-    """Of messages with chance damage each is answered, or refused as certainly not applied; then others are served."""
+    """Each damaged message is answered or rejected with `applied=no`, and later calls succeed."""
     for number, raw in enumerate(malformed.damaged(GOOD[rpc](unique), DAMAGED, SEED)):
-        if answer := refused_or_none(channel, rpc, raw):
+        if answer := rejection_of(channel, rpc, raw):
             assert answer.code in {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND}, (number, raw)
             assert answer.applied == "no"
-            assert_tells_nothing(answer)
+            assert_readable(answer)
     assert all(redis_client.pttl(key) > 0 for key in stored(redis_client, unique))
-    with broken_into.channel() as other:
+    with own_service.channel() as other:
         reply = dedup_pb2_grpc.DedupServiceStub(other).ClaimTransaction(Claim(transaction_id=uuid.uuid4().hex))
     assert reply.outcome == dedup_pb2.CLAIM_OUTCOME_CLAIMED
 
 
-LIES: dict[str, tuple[Callable[[bytes], bytes], tuple[tuple[str, str], ...]]] = {
+FALSE_PREFIXES: dict[str, tuple[Callable[[bytes], bytes], tuple[tuple[str, str], ...]]] = {
     "a length too long": (lambda m: grpc_message(m, length=len(m) + 1), ()),
     "a length too short": (lambda m: grpc_message(m, length=len(m) - 1), ()),
     "a length of 4 GiB": (lambda m: grpc_message(m, length=2**32 - 1), ()),
@@ -179,35 +179,35 @@ LIES: dict[str, tuple[Callable[[bytes], bytes], tuple[tuple[str, str], ...]]] = 
     "flag 2": (lambda m: grpc_message(m, flag=2), ()),
     "flag 255": (lambda m: grpc_message(m, flag=255), ()),
 }
-"""What a prefix of five bytes says that is not so, with the headers around it."""
+"""Five-byte message prefixes that do not match the message, with the headers to send."""
 
 
-def a_call(peer: HostilePeer, rpc: str, body: bytes, *headers: tuple[str, str]) -> bytes:
-    """Return the frames of a call with any body."""
+def call_frames(peer: HostilePeer, rpc: str, body: bytes, *headers: tuple[str, str]) -> bytes:
+    """Return the HTTP/2 frames of a call with a raw body."""
     return peer.headers(1, *headers, path=path_of(rpc)) + data(1, body, end_stream=True)
 
 
-@pytest.mark.parametrize("case", LIES)
-def test_a_prefix_that_lies_changes_nothing(
-    broken_into: ServiceProcess, channel: grpc.Channel, redis_client: redis.Redis, unique: str, case: str
+@pytest.mark.parametrize("case", FALSE_PREFIXES)
+def test_a_false_message_prefix_changes_nothing(
+    own_service: ServiceProcess, channel: grpc.Channel, redis_client: redis.Redis, unique: str, case: str
 ) -> None:
-    """What is not the one message that its prefix announces is never answered OK, in no rpc, and changes nothing."""
-    make, headers = LIES[case]
+    """No rpc answers OK if the body is not the one message that its prefix announces, and nothing changes."""
+    make, headers = FALSE_PREFIXES[case]
     for rpc, good in GOOD.items():
         name = f"{unique}-{rpc}"
         message = good(name).SerializeToString()
-        prepared(channel, rpc, name)
+        claim_first(channel, rpc, name)
         before = stored(redis_client, name)
-        with HostilePeer(broken_into.target).shake_hands() as peer:
-            peer.send(a_call(peer, rpc, make(message), *headers))
+        with HostilePeer(own_service.target).shake_hands() as peer:
+            peer.send(call_frames(peer, rpc, make(message), *headers))
             said = peer.answers(0.1)
         assert {one for one in said if one.startswith("status")} <= REFUSALS, (rpc, said)
-        assert not [inside for inside in INSIDE for text in peer.messages if inside in text], peer.messages
+        assert not [inside for inside in INTERNALS for text in peer.messages if inside in text], peer.messages
         assert stored(redis_client, name) == before, rpc
         assert send(channel, rpc, message)
 
 
-AFTERWARDS: dict[str, Callable[[bytes], bytes]] = {
+TRAILING_BYTES: dict[str, Callable[[bytes], bytes]] = {
     "another message": lambda m: grpc_message(m) + grpc_message(m.replace(b"first-", b"other-")),
     "half a message": lambda m: grpc_message(m) + grpc_message(m)[:-1],
     "half a prefix": lambda m: grpc_message(m) + bytes(2),
@@ -215,18 +215,18 @@ AFTERWARDS: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("case", AFTERWARDS)
-def test_what_follows_a_message_is_never_claimed(
-    broken_into: ServiceProcess, redis_client: redis.Redis, unique: str, case: str
+@pytest.mark.parametrize("case", TRAILING_BYTES)
+def test_bytes_after_a_message_are_never_claimed(
+    own_service: ServiceProcess, redis_client: redis.Redis, unique: str, case: str
 ) -> None:
-    """A whole claim with more behind it is answered OK and claimed, or neither; what is behind it is not claimed.
+    """A claim followed by more bytes is answered OK and claimed, or neither; the extra bytes are never claimed.
 
-    The engines differ here: gRPC's own reads one message of a unary call and passes over the rest.
+    The engines differ: grpcio reads one message of a unary call and ignores the rest.
     """
     message = GOOD["ClaimTransaction"](f"first-{unique}").SerializeToString()
     said: Counter[str] = Counter()
-    with HostilePeer(broken_into.target).shake_hands() as peer:
-        peer.send(a_call(peer, "ClaimTransaction", AFTERWARDS[case](message)))
+    with HostilePeer(own_service.target).shake_hands() as peer:
+        peer.send(call_frames(peer, "ClaimTransaction", TRAILING_BYTES[case](message)))
         wait_until(lambda: said.update(peer.answers(0.1)) or said, what="an answer")
     held = stored(redis_client, unique)
     assert ("status 0" in said) == bool(held)

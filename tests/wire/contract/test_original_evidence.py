@@ -1,4 +1,4 @@
-"""The evidence of the original: its four scenarios over real gRPC on both stores, and the bug that it was written for.
+"""The original project's four scenarios over real gRPC on both stores, and the bug that it fixed.
 
 The original's transaction ids look like `lucky_box:{device}:{unit}:{event}:{date}`.
 """
@@ -23,10 +23,10 @@ CLAIMED, DUPLICATE = dedup_pb2.CLAIM_OUTCOME_CLAIMED, dedup_pb2.CLAIM_OUTCOME_DU
 
 
 async def claim_together(target: str, transaction_id: str, callers: int, ttl_ms: int = 60_000) -> Counter[int]:
-    """Claim one id from that many channels at once, and count the outcomes."""
+    """Claim one id `callers` times at once and count the outcomes."""
     request = dedup_pb2.ClaimTransactionRequest(transaction_id=transaction_id)
     request.ttl.FromMilliseconds(ttl_ms)
-    # Channels of their own, as different instances of a service have.
+    # Separate channels, as separate instances of a caller have.
     channels = [grpc.aio.insecure_channel(target, options=[("grpc.use_local_subchannel_pool", 1)]) for _ in range(10)]
     try:
         await asyncio.gather(*(channel.channel_ready() for channel in channels))
@@ -38,14 +38,14 @@ async def claim_together(target: str, transaction_id: str, callers: int, ttl_ms:
 
 
 @pytest.mark.parametrize("callers", [10, 100])
-async def test_of_concurrent_callers_exactly_one_wins(service: ServiceProcess, unique: str, callers: int) -> None:
-    """Of 10 (100) concurrent claims of one id, 1 is CLAIMED and 9 (99) are DUPLICATE."""
+async def test_exactly_one_concurrent_caller_wins(service: ServiceProcess, unique: str, callers: int) -> None:
+    """Of 10 (100) concurrent claims of one id, 1 receives CLAIMED and 9 (99) receive DUPLICATE."""
     outcomes = await claim_together(service.target, f"lucky_box:{unique}:405:daily:2025-11-28", callers)
     assert outcomes == {CLAIMED: 1, DUPLICATE: callers - 1}
 
 
-async def test_after_its_expiry_a_claim_wins_again(service: ServiceProcess, unique: str) -> None:
-    """A claim that has expired can be claimed again, and not before."""
+async def test_an_id_can_be_claimed_again_after_its_expiry(service: ServiceProcess, unique: str) -> None:
+    """An id can be claimed again once its claim has expired, and not before."""
     transaction_id = f"lucky_box:{unique}:405:daily:2025-11-28"
     request = dedup_pb2.ClaimTransactionRequest(transaction_id=transaction_id)
     request.ttl.FromMilliseconds(400)
@@ -75,7 +75,7 @@ CheckThenSet = Callable[[str], Awaitable[bool]]
 
 @asynccontextmanager
 async def legacy_service(check_then_set: CheckThenSet) -> AsyncIterator[str]:
-    """Yield the target of a gRPC server with the guard as it was before the fix."""
+    """Yield the target of a gRPC server with the check-then-set guard from before the fix."""
 
     async def claim(request: dedup_pb2.ClaimTransactionRequest, _: object) -> dedup_pb2.ClaimTransactionResponse:
         won = await check_then_set(request.transaction_id)
@@ -99,17 +99,17 @@ async def legacy_service(check_then_set: CheckThenSet) -> AsyncIterator[str]:
 
 
 async def assert_several_win(check_then_set: CheckThenSet, unique: str) -> None:
-    """Fail unless the old guard tells several of 100 concurrent callers that they won, in one of many rounds."""
+    """Assert that in one of 50 rounds the old guard lets several of 100 concurrent callers win."""
     async with legacy_service(check_then_set) as target:
         for round_number in range(50):
             outcomes = await claim_together(target, f"lucky_box:{unique}:{round_number}:daily:2025-11-28", 100)
             if outcomes[CLAIMED] > 1:
                 return
-    raise AssertionError("the race of the old guard did not show")
+    raise AssertionError("the old guard's race did not occur")
 
 
 async def test_the_old_guard_on_redis_lets_several_win(redis_server: RedisProcess, unique: str) -> None:
-    """GET then SET, under the load of the scenarios above, pays more than once: the bug is real."""
+    """GET then SET lets several callers win under the load of the scenarios above."""
     async with redis.asyncio.Redis(port=redis_server.port) as client:
 
         async def check_then_set(transaction_id: str) -> bool:
@@ -122,7 +122,7 @@ async def test_the_old_guard_on_redis_lets_several_win(redis_server: RedisProces
 
 
 async def test_the_old_guard_on_sqlite_lets_several_win(tmp_path: Path, unique: str) -> None:
-    """SELECT then INSERT, under the load of the scenarios above, pays more than once as well."""
+    """SELECT then INSERT has the same race."""
     path = tmp_path / "legacy.db"
     with sqlite3.connect(path) as database:
         database.execute("CREATE TABLE flags (id TEXT PRIMARY KEY)")

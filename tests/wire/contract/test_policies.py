@@ -1,4 +1,4 @@
-"""Namespaces and their policies as callers and operators meet them: lifetimes, shadow mode, and files read anew."""
+"""Namespace policies over real gRPC: lifetimes, unknown namespaces, shadow mode, and reloads."""
 
 import asyncio
 import itertools
@@ -37,13 +37,13 @@ mode = "shadow"
 
 @pytest.fixture
 def policy_file(tmp_path: Path) -> Path:
-    """Where the policy file of this test is."""
+    """The path of this test's policy file."""
     return tmp_path / "policies.toml"
 
 
 @pytest.fixture
 def start_with(start_service: StartService, redis_server: RedisProcess, policy_file: Path) -> StartWithPolicies:
-    """Starts the service over Redis with a policy file of this text."""
+    """Starts the service over Redis with the given policy file content."""
 
     def start(text: str) -> ServiceProcess:
         policy_file.write_text(text)
@@ -52,92 +52,92 @@ def start_with(start_service: StartService, redis_server: RedisProcess, policy_f
     return start
 
 
-def ask(service: ServiceProcess, method: str, request: Any) -> Any:
-    """Call one method over a channel of its own."""
+def call_method(service: ServiceProcess, method: str, request: Any) -> Any:
+    """Call one method over a new channel."""
     with service.channel() as channel:
         return getattr(dedup_pb2_grpc.DedupServiceStub(channel), method)(request)
 
 
 def claim(service: ServiceProcess, transaction_id: str, namespace: str = "", **fields: Any) -> Any:
     """Claim and return the reply."""
-    return ask(service, "ClaimTransaction", Claim(transaction_id=transaction_id, namespace=namespace, **fields))
+    return call_method(service, "ClaimTransaction", Claim(transaction_id=transaction_id, namespace=namespace, **fields))
 
 
-def hang_up(service: ServiceProcess, event: str) -> dict[str, Any]:
-    """Send SIGHUP, and return the next log line of this event."""
+def send_sighup(service: ServiceProcess, event: str) -> dict[str, Any]:
+    """Send SIGHUP and return the next log line of this event."""
     before = len(service.events(event))
     service.signal(signal.SIGHUP)
     wait_until(lambda: len(service.events(event)) > before, what=event)
     return service.events(event)[before]
 
 
-def lived_ms(transaction: dedup_pb2.Transaction, begin: str) -> int:
-    """Return the milliseconds from one of its times to its end."""
-    begun: int = getattr(transaction, begin).ToMilliseconds()
-    return transaction.expire_time.ToMilliseconds() - begun
+def lifetime_ms(transaction: dedup_pb2.Transaction, begin: str) -> int:
+    """Return the milliseconds from the timestamp field `begin` to `expire_time`."""
+    start: int = getattr(transaction, begin).ToMilliseconds()
+    return transaction.expire_time.ToMilliseconds() - start
 
 
 @pytest.mark.parametrize(("namespace", "ms"), [("short", 120_000), ("", 60_000), ("other", 60_000)])
 def test_a_namespace_has_its_own_default_ttl(
     start_with: StartWithPolicies, redis_client: redis.Redis, unique: str, namespace: str, ms: int
 ) -> None:
-    """A claim without a ttl lives as long as its namespace says, in the reply and in the store."""
+    """A claim without a ttl gets the default of its namespace, in the reply and in the store."""
     reply = claim(start_with(POLICIES), unique, namespace)
-    assert lived_ms(reply.transaction, "claim_time") == ms
+    assert lifetime_ms(reply.transaction, "claim_time") == ms
     assert ms - 20_000 < redis_client.pttl(f"dedup:{namespace or 'default'}:{unique}") <= ms
 
 
 def test_a_namespace_has_its_own_maximum_ttl(start_with: StartWithPolicies, unique: str) -> None:
-    """What is too long for one namespace is fine in another; the refusal says the maximum of its own."""
+    """A ttl over one namespace's maximum is valid in another; the error names the namespace's own maximum."""
     service = start_with(POLICIES)
     request = Claim(transaction_id=unique, namespace="short")
     request.ttl.FromSeconds(3_601)
-    answer = refused(lambda: ask(service, "ClaimTransaction", request))
+    answer = refused(lambda: call_method(service, "ClaimTransaction", request))
     assert (answer.code, answer.applied) == (grpc.StatusCode.INVALID_ARGUMENT, "no")
     assert answer.violations == {"ttl": "is longer than the maximum of 1h"}
     request.namespace = "other"
-    assert ask(service, "ClaimTransaction", request).outcome == CLAIMED
+    assert call_method(service, "ClaimTransaction", request).outcome == CLAIMED
 
 
 @pytest.mark.parametrize(("namespace", "ms"), [("short", 1_800_000), ("other", 86_400_000)])
 def test_a_namespace_has_its_own_retention(
     start_with: StartWithPolicies, redis_client: redis.Redis, unique: str, namespace: str, ms: int
 ) -> None:
-    """A completed transaction is remembered as long as its namespace says, and a day without a word about it."""
+    """A completed transaction is kept for its namespace's retention, by default one day."""
     service = start_with(POLICIES)
     token = claim(service, unique, namespace).claim_token
     request = dedup_pb2.CompleteTransactionRequest(transaction_id=unique, namespace=namespace, claim_token=token)
-    reply = ask(service, "CompleteTransaction", request)
+    reply = call_method(service, "CompleteTransaction", request)
     assert reply.outcome == dedup_pb2.COMPLETE_OUTCOME_COMPLETED
-    assert lived_ms(reply.transaction, "completion_time") == ms
+    assert lifetime_ms(reply.transaction, "completion_time") == ms
     assert ms - 20_000 < redis_client.pttl(f"dedup:{namespace}:{unique}") <= ms
 
 
-def test_a_result_may_have_as_many_bytes_as_the_setting_says(
+def test_max_result_bytes_limits_the_result(
     start_service: StartService, redis_server: RedisProcess, unique: str
 ) -> None:
-    """One byte more than DEDUP_MAX_RESULT_BYTES is refused, and leaves the claim as it was."""
+    """A result one byte over DEDUP_MAX_RESULT_BYTES is rejected and leaves the claim unchanged."""
     service = start_service("--store-url", redis_server.url, "--max-result-bytes", "8")
     token = claim(service, unique).claim_token
     request = dedup_pb2.CompleteTransactionRequest(transaction_id=unique, claim_token=token, result=b"123456789")
-    answer = refused(lambda: ask(service, "CompleteTransaction", request))
+    answer = refused(lambda: call_method(service, "CompleteTransaction", request))
     assert (answer.code, list(answer.violations)) == (grpc.StatusCode.INVALID_ARGUMENT, ["result"])
     request.result = b"12345678"
-    assert ask(service, "CompleteTransaction", request).outcome == dedup_pb2.COMPLETE_OUTCOME_COMPLETED
+    assert call_method(service, "CompleteTransaction", request).outcome == dedup_pb2.COMPLETE_OUTCOME_COMPLETED
 
 
 @pytest.mark.parametrize("namespace", ["", "other"])
-def test_unknown_namespaces_are_refused(
+def test_unknown_namespaces_are_rejected(
     start_with: StartWithPolicies, redis_client: redis.Redis, unique: str, namespace: str
 ) -> None:
-    """Where unknown namespaces are not allowed, a claim or look-up in one is refused, and nothing is written."""
+    """With `allow_unknown_namespaces = false` claims and look-ups in other namespaces fail and write nothing."""
     service = start_with("allow_unknown_namespaces = false\n" + POLICIES)
     name = namespace or "default"
     for method, request in (
         ("ClaimTransaction", Claim(transaction_id=unique, namespace=namespace)),
         ("GetTransaction", dedup_pb2.GetTransactionRequest(transaction_id=unique, namespace=namespace)),
     ):
-        answer = refused(lambda method=method, request=request: ask(service, method, request))  # type: ignore[misc]
+        answer = refused(lambda method=method, request=request: call_method(service, method, request))  # type: ignore[misc]
         assert (answer.code, answer.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
         assert list(answer.violations) == ["namespace"]
         assert f"'{name}' is not known here" in answer.violations["namespace"]
@@ -145,12 +145,12 @@ def test_unknown_namespaces_are_refused(
     assert claim(service, unique, "short").outcome == CLAIMED
 
 
-def test_shadow_mode_lets_duplicates_go_and_marks_them(
+def test_shadow_mode_claims_and_marks_duplicates(
     start_with: StartWithPolicies, redis_client: redis.Redis, unique: str
 ) -> None:
-    """In shadow mode a duplicate or mismatch is told CLAIMED and marked, and the claim of the holder stays untouched.
+    """In shadow mode a duplicate or mismatch receives a marked CLAIMED, and the holder's claim does not change.
 
-    The token of the reply is the caller's own: the holder's would let a stranger complete the holder's work.
+    The reply carries the caller's own token: with the holder's token, it could complete the holder's work.
     """
     service = start_with(POLICIES)
     first = claim(service, unique, "trial", claimant="holder", payload_fingerprint=b"one")
@@ -167,32 +167,30 @@ def test_shadow_mode_lets_duplicates_go_and_marks_them(
     assert len(set(tokens)) == len(tokens)
     for token in tokens[1:]:
         request = dedup_pb2.CompleteTransactionRequest(transaction_id=unique, namespace="trial", claim_token=token)
-        assert ask(service, "CompleteTransaction", request).outcome == dedup_pb2.COMPLETE_OUTCOME_NOT_HELD
+        assert call_method(service, "CompleteTransaction", request).outcome == dedup_pb2.COMPLETE_OUTCOME_NOT_HELD
     assert redis_client.get(f"dedup:trial:{unique}") == stored
     replay = claim(service, unique, "trial", claim_token=first.claim_token, payload_fingerprint=b"one")
     assert (replay.outcome, replay.replayed, replay.shadow_duplicate) == (CLAIMED, True, False)
     assert claim(service, f"{unique}-enforced").outcome == CLAIMED
     assert claim(service, f"{unique}-enforced").outcome == DUPLICATE
-    assert hang_up(service, "policy_loaded")["shadow_duplicates"] == {"trial": 3}
+    assert send_sighup(service, "policy_loaded")["shadow_duplicates"] == {"trial": 3}
     assert service.stop() == 0
     assert service.events("server_stopped")[0]["shadow_duplicates"] == {"trial": 3}
 
 
-def test_shadow_mode_ends_with_the_next_file(start_with: StartWithPolicies, policy_file: Path, unique: str) -> None:
-    """A namespace goes from shadow to enforce by one edit and SIGHUP, and the claims of before count from then on."""
+def test_a_reload_ends_shadow_mode(start_with: StartWithPolicies, policy_file: Path, unique: str) -> None:
+    """An edit and SIGHUP switch a namespace from shadow to enforce, also for existing claims."""
     service = start_with(POLICIES)
     claim(service, unique, "trial", payload_fingerprint=b"one")
     assert claim(service, unique, "trial").outcome == CLAIMED
     policy_file.write_text(POLICIES.replace('"shadow"', '"enforce"'))
-    hang_up(service, "policy_loaded")
+    send_sighup(service, "policy_loaded")
     assert claim(service, unique, "trial").outcome == DUPLICATE
     assert claim(service, unique, "trial", payload_fingerprint=b"two").outcome == MISMATCH
 
 
-async def test_a_new_file_applies_without_dropping_a_call(
-    start_with: StartWithPolicies, policy_file: Path, unique: str
-) -> None:
-    """SIGHUP under load applies the file to later claims, and every call is answered in the meantime."""
+async def test_a_policy_reload_drops_no_call(start_with: StartWithPolicies, policy_file: Path, unique: str) -> None:
+    """SIGHUP under load applies the new file to later claims, and every call succeeds."""
     service = await asyncio.to_thread(start_with, POLICIES)
     applied = asyncio.Event()
     lives: list[int] = []
@@ -204,7 +202,7 @@ async def test_a_new_file_applies_without_dropping_a_call(
                 Claim(transaction_id=f"{unique}-{number}-{attempt}", namespace="short"), timeout=20
             )
             assert reply.outcome == CLAIMED
-            lives.append(lived_ms(reply.transaction, "claim_time"))
+            lives.append(lifetime_ms(reply.transaction, "claim_time"))
             if late:
                 assert lives[-1] == 180_000
                 return
@@ -218,7 +216,7 @@ async def test_a_new_file_applies_without_dropping_a_call(
 
         await eventually(busy, what="load")
         await asyncio.to_thread(policy_file.write_text, POLICIES.replace('"2m"', '"3m"'))
-        line = await asyncio.to_thread(hang_up, service, "policy_loaded")
+        line = await asyncio.to_thread(send_sighup, service, "policy_loaded")
         applied.set()
         await asyncio.gather(*callers)
     assert set(lives) == {120_000, 180_000}
@@ -231,22 +229,22 @@ async def test_a_new_file_applies_without_dropping_a_call(
     )
 
 
-def test_many_hangups_end_with_the_last_file(start_with: StartWithPolicies, policy_file: Path, unique: str) -> None:
-    """Of signals in quick succession the last one's file is in force at the end."""
+def test_rapid_sighups_apply_the_last_file(start_with: StartWithPolicies, policy_file: Path, unique: str) -> None:
+    """After many signals in quick succession the last file is in effect."""
     service = start_with(POLICIES)
     for seconds in range(1, 101):
-        # Replaced and not rewritten, as an editor or a mounted volume does, so that no reader sees half of it.
+        # Replace atomically, as editors and mounted volumes do, so that no read sees a partial file.
         fresh = policy_file.with_suffix(".new")
         fresh.write_text(f'[namespaces.short]\ndefault_ttl = "{seconds}s"\n')
         fresh.replace(policy_file)
         service.signal(signal.SIGHUP)
     attempts = itertools.count()
 
-    def last_one_applies() -> bool:
+    def last_file_applies() -> bool:
         reply = claim(service, f"{unique}-{next(attempts)}", "short")
-        return lived_ms(reply.transaction, "claim_time") == 100_000
+        return lifetime_ms(reply.transaction, "claim_time") == 100_000
 
-    wait_until(last_one_applies, what="the last file")
+    wait_until(last_file_applies, what="the last file")
     assert not service.events("policy_reload_failed")
 
 
@@ -258,31 +256,31 @@ def test_many_hangups_end_with_the_last_file(start_with: StartWithPolicies, poli
         (None, "No such file or directory"),
     ],
 )
-def test_a_broken_new_file_keeps_the_old_one(
+def test_a_failed_reload_keeps_the_previous_policies(
     start_with: StartWithPolicies, policy_file: Path, unique: str, broken: str | None, words: str
 ) -> None:
-    """SIGHUP with a file that is not usable changes nothing and says why, and the mended file applies later."""
+    """SIGHUP with an invalid file changes nothing and logs the reason; a corrected file applies later."""
     service = start_with(POLICIES)
     if broken is None:
         policy_file.unlink()
     else:
         policy_file.write_text(broken)
-    line = hang_up(service, "policy_reload_failed")
+    line = send_sighup(service, "policy_reload_failed")
     assert (line["level"], line["file"], words in line["message"]) == ("error", str(policy_file), True)
-    assert lived_ms(claim(service, unique, "short").transaction, "claim_time") == 120_000
-    assert len(service.events("policy_loaded")) == 1, "the one of the start"
+    assert lifetime_ms(claim(service, unique, "short").transaction, "claim_time") == 120_000
+    assert len(service.events("policy_loaded")) == 1, "only the load at start-up"
     policy_file.write_text(POLICIES.replace('"2m"', '"4m"'))
-    hang_up(service, "policy_loaded")
-    assert lived_ms(claim(service, f"{unique}-later", "short").transaction, "claim_time") == 240_000
+    send_sighup(service, "policy_loaded")
+    assert lifetime_ms(claim(service, f"{unique}-later", "short").transaction, "claim_time") == 240_000
     assert service.stop() == 0
 
 
-def test_a_hangup_without_a_policy_file_ends_nothing(
+def test_sighup_without_a_policy_file_is_harmless(
     start_service: StartService, redis_server: RedisProcess, unique: str
 ) -> None:
-    """SIGHUP to a service without a policy file leaves a line in the log, and the service goes on."""
+    """SIGHUP to a service without a policy file logs one line, and the service keeps serving."""
     service = start_service("--store-url", redis_server.url)
-    assert hang_up(service, "policy_reload_skipped")["level"] == "info"
+    assert send_sighup(service, "policy_reload_skipped")["level"] == "info"
     assert claim(service, unique).outcome == CLAIMED
     assert not service.events("policy_loaded")
     assert service.stop() == 0
@@ -296,8 +294,10 @@ def test_a_hangup_without_a_policy_file_ends_nothing(
         (None, "it cannot be read: No such file or directory"),
     ],
 )
-def test_a_broken_file_refuses_the_start(tmp_path: Path, policy_file: Path, text: str | None, words: str) -> None:
-    """A server with a broken policy file ends with 2 and one sentence, before it touches its store."""
+def test_an_invalid_policy_file_prevents_start_up(
+    tmp_path: Path, policy_file: Path, text: str | None, words: str
+) -> None:
+    """A server with an invalid policy file exits with 2 and one sentence, before it opens its store."""
     if text is not None:
         policy_file.write_text(text)
     store = tmp_path / "claims.db"
@@ -308,12 +308,12 @@ def test_a_broken_file_refuses_the_start(tmp_path: Path, policy_file: Path, text
     assert not os.path.lexists(store)
 
 
-async def test_those_who_wait_are_answered_at_the_shutdown(
+async def test_waiting_calls_are_answered_at_shutdown(
     start_service: StartService, redis_server: RedisProcess, unique: str
 ) -> None:
-    """A duplicate that waits for the holder's end is told DUPLICATE when the server stops, long before the grace ends.
+    """A waiting duplicate receives DUPLICATE when the shutdown starts, long before the grace period ends.
 
-    Protection: the claim service is closed together with the door.
+    Protection: the claim service closes together with admission.
     """
     service = await asyncio.to_thread(start_service, "--store-url", redis_server.url, "--shutdown-grace", "60s")
     async with grpc.aio.insecure_channel(service.target) as channel:
@@ -322,7 +322,7 @@ async def test_those_who_wait_are_answered_at_the_shutdown(
         request = Claim(transaction_id=unique, claimant="waits")
         request.wait.FromSeconds(50)
         waiting = stub.ClaimTransaction(request, timeout=55)
-        # One call of the same connection after it, so that the first has arrived.
+        # A second call on the same connection proves that the first one arrived.
         later = stub.GetTransaction(dedup_pb2.GetTransactionRequest(transaction_id=unique))
         assert (await later).transaction.transaction_id == unique
         assert not waiting.done()

@@ -20,7 +20,7 @@ AT_LEAST, AT_MOST = 40, 400
 async def test_a_completion_and_the_next_claim_never_both_win(
     start_service: Callable[..., ServiceProcess], redis_server: RedisProcess, tmp_path: Path, unique: str, kind: str
 ) -> None:
-    """Either the completion is in time and everybody sees its result, or the next claim wins and it is not held.
+    """Either the completion is in time and others see its result, or the next claim wins and completing fails.
 
     Protection: the token is compared and the value replaced in one atomic step.
     """
@@ -32,7 +32,7 @@ async def test_a_completion_and_the_next_claim_never_both_win(
         holder, rival = dedup_pb2_grpc.DedupServiceStub(one), dedup_pb2_grpc.DedupServiceStub(two)
 
         async def complete(transaction_id: str, token: str) -> bool:
-            # Where in the last moments of the claim, or after them, is up to chance.
+            # A random moment around the expiry of the claim.
             await asyncio.sleep(chance.uniform(TTL_MS - 8, TTL_MS + 4) / 1_000)
             reply = await holder.CompleteTransaction(
                 dedup_pb2.CompleteTransactionRequest(transaction_id=transaction_id, claim_token=token, result=b"paid")
@@ -60,4 +60,4 @@ async def test_a_completion_and_the_next_claim_never_both_win(
             wins["completion" if completed else "claim"] += 1
             if number >= AT_LEAST and min(wins["completion"], wins["claim"]) >= 5:
                 return
-    raise AssertionError(f"there was no race: {wins}")
+    raise AssertionError(f"no race occurred: {wins}")

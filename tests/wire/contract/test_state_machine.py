@@ -1,7 +1,7 @@
-"""All rpcs in any order against a plain model in memory, over each store.
+"""Random sequences of all rpcs, compared with an in-memory model, over each store.
 
-The clock of the model is moved by hand and follows the real one, except around the end of a short claim: there the test
-waits until the store must have forgotten it too, and only then moves on.
+The test sets the model's clock to the real time before each call. Around the expiry of a short claim it waits until the
+store must have dropped the claim too.
 """
 
 import time
@@ -23,13 +23,13 @@ DUPLICATE = dedup_pb2.CLAIM_OUTCOME_DUPLICATE
 MISMATCH = dedup_pb2.CLAIM_OUTCOME_PAYLOAD_MISMATCH
 
 SHORT_MS, LONG_MS = 400, 60_000
-# How long before and after the end that the model knows nothing is asked: the store's own end lies in between.
+# No call is made this close to an expiry in the model: the store's own expiry lies in this window.
 BEFORE_MS, AFTER_MS = 150, 150
 
-# Few names, and often the token of whoever holds the name at that moment: chance alone would hardly ever complete.
-HOLDERS = "the holder's"
+# Few names, and often the current holder's token: random tokens would hardly ever complete a claim.
+HOLDER_TOKEN = "the holder's"
 NAMES = st.sampled_from(["one", "two"])
-TOKENS = st.sampled_from([HOLDERS, HOLDERS, "token-number-0001", "token-number-0002"])
+TOKENS = st.sampled_from([HOLDER_TOKEN, HOLDER_TOKEN, "token-number-0001", "token-number-0002"])
 FINGERPRINTS = st.sampled_from([b"", b"\x01", b"\xff\xfe"])
 RESULTS = st.sampled_from([b"", b"paid", b"\xff" * 300])
 LIFETIMES = st.sampled_from([SHORT_MS, LONG_MS])
@@ -44,7 +44,7 @@ def real_ms() -> int:
 
 @dataclass
 class Held:
-    """What the model knows of one transaction."""
+    """One transaction in the model."""
 
     token: str
     claimant: str
@@ -54,23 +54,23 @@ class Held:
 
 
 class Model:
-    """The service as a dictionary and a clock that is moved by hand."""
+    """The service as a dictionary and a manual clock."""
 
     def __init__(self) -> None:
         self.now_ms = real_ms()
         self._held: dict[str, Held] = {}
 
     def live(self, name: str) -> Held | None:
-        """Return what is held and has not ended."""
+        """Return the unexpired transaction of this name."""
         held = self._held.get(name)
         return held if held is not None and held.ends_ms > self.now_ms else None
 
     def next_end_ms(self) -> int | None:
-        """Return the next end of anything that is held."""
+        """Return the earliest expiry in the model."""
         return min((held.ends_ms for name in self._held if (held := self.live(name)) is not None), default=None)
 
     def claim(self, name: str, claim: Held) -> tuple[int, bool]:
-        """Return the outcome, and whether it is a replay."""
+        """Return the outcome and whether it is a replay."""
         held = self.live(name)
         if held is None:
             self._held[name] = claim
@@ -91,7 +91,7 @@ class Model:
         return held.result == result
 
     def release(self, name: str, token: str) -> bool:
-        """Return whether the claim was given back."""
+        """Return whether the claim was released."""
         held = self.live(name)
         if held is None or held.token != token or held.result is not None:
             return False
@@ -99,7 +99,7 @@ class Model:
         return True
 
     def extend(self, name: str, token: str, ends_ms: int, *, allow_shortening: bool) -> bool:
-        """Return whether the token holds the claim, until its new end."""
+        """Return whether the claim was extended."""
         held = self.live(name)
         if held is None or held.token != token or held.result is not None:
             return False
@@ -108,7 +108,7 @@ class Model:
 
 
 class Machine(RuleBasedStateMachine):
-    """Asks the service and the model the same, and compares."""
+    """Sends each call to the service and the model, and compares the answers."""
 
     stub: dedup_pb2_grpc.DedupServiceStub
     unique: str
@@ -122,36 +122,36 @@ class Machine(RuleBasedStateMachine):
         self.model = Model()
         self.claims = 0
         self.seen: Counter[str] = Machine.all_seen
-        self.followed = True
-        """Whether model and service could be kept in step so far."""
+        self.in_step = True
+        """Whether the model still matches the service; False after a call that took too long."""
 
-    def ask(self, call: Callable[[Any], ReplyT], request: Any) -> ReplyT:
-        """Call the service away from any end, with the model's clock at the present."""
+    def call_service(self, call: Callable[[Any], ReplyT], request: Any) -> ReplyT:
+        """Set the model's clock and call the service, away from any expiry."""
         while (end_ms := self.model.next_end_ms()) is not None and real_ms() > end_ms - BEFORE_MS:
-            self.pass_by(end_ms)
+            self.wait_past(end_ms)
         self.model.now_ms = begun_ms = real_ms()
         request.namespace = self.namespace
         reply = call(request)
         if real_ms() - begun_ms >= BEFORE_MS:
-            # On a machine that stood still nobody knows what had ended before the store was asked.
-            self.followed = False
+            # After a stall it is unknown which claims had expired before the store handled the call.
+            self.in_step = False
         return reply
 
     def token_for(self, name: str, token: str) -> str:
-        """Return the token meant: that of the holder, where there is one and it is asked for."""
+        """Return the token, with HOLDER_TOKEN replaced by the current holder's token."""
         held = self.model.live(name)
-        if token != HOLDERS:
+        if token != HOLDER_TOKEN:
             return token
         return held.token if held is not None else "token-number-0001"
 
-    def pass_by(self, end_ms: int) -> None:
-        """Let the real clock pass an end, and the model's after it."""
-        wait_until(lambda: real_ms() > end_ms + AFTER_MS, what="the end of a claim")
+    def wait_past(self, end_ms: int) -> None:
+        """Wait until an expiry is over, then update the model's clock."""
+        wait_until(lambda: real_ms() > end_ms + AFTER_MS, what="the expiry of a claim")
         self.model.now_ms = real_ms()
 
-    def show(self, name: str, shown: dedup_pb2.Transaction) -> None:
-        """Fail unless a reply shows what the model holds."""
-        if not self.followed:
+    def check_transaction(self, name: str, shown: dedup_pb2.Transaction) -> None:
+        """Assert that a returned transaction matches the model."""
+        if not self.in_step:
             return
         held = self.model.live(name)
         assert held is not None
@@ -165,7 +165,7 @@ class Machine(RuleBasedStateMachine):
         assert shown.HasField("completion_time") == (held.result is not None)
 
     def new_claim(self, name: str, token: str, fingerprint: bytes, ttl_ms: int) -> dedup_pb2.ClaimTransactionRequest:
-        """Return a request whose claimant nobody else has."""
+        """Return a request with a unique claimant."""
         self.claims += 1
         token = self.token_for(name, token)
         request = dedup_pb2.ClaimTransactionRequest(
@@ -177,26 +177,26 @@ class Machine(RuleBasedStateMachine):
     def check_claim(
         self, request: dedup_pb2.ClaimTransactionRequest, reply: dedup_pb2.ClaimTransactionResponse
     ) -> None:
-        """Fail unless the model answers a claim as the service did."""
+        """Assert that the model gives the same answer to a claim."""
         ends_ms = self.model.now_ms + request.ttl.ToMilliseconds()
         claim = Held(request.claim_token, request.claimant, request.payload_fingerprint, ends_ms)
         outcome, replayed = self.model.claim(request.transaction_id, claim)
-        if not self.followed:
+        if not self.in_step:
             return
         assert (reply.outcome, reply.replayed) == (outcome, replayed)
         self.seen[f"claim {outcome} replayed={replayed} {reply.transaction.state}"] += 1
         assert reply.claim_token == (request.claim_token if outcome == CLAIMED else "")
-        self.show(request.transaction_id, reply.transaction)
+        self.check_transaction(request.transaction_id, reply.transaction)
 
     @rule(name=NAMES, token=TOKENS, fingerprint=FINGERPRINTS, ttl_ms=LIFETIMES)
     def claim(self, name: str, token: str, fingerprint: bytes, ttl_ms: int) -> None:
         """ClaimTransaction."""
         request = self.new_claim(name, token, fingerprint, ttl_ms)
-        self.check_claim(request, self.ask(self.stub.ClaimTransaction, request))
+        self.check_claim(request, self.call_service(self.stub.ClaimTransaction, request))
 
     @rule(claims=st.lists(st.tuples(NAMES, TOKENS, FINGERPRINTS, LIFETIMES), min_size=1, max_size=5))
     def batch(self, claims: list[tuple[str, str, bytes, int]]) -> None:
-        """BatchClaimTransactions: as the same claims one after another."""
+        """BatchClaimTransactions, equal to the same claims one after another."""
         requests = [self.new_claim(*claim) for claim in claims]
         for request in requests:
             request.namespace = self.namespace
@@ -206,7 +206,7 @@ class Machine(RuleBasedStateMachine):
             reply: dedup_pb2.BatchClaimTransactionsResponse = self.stub.BatchClaimTransactions(batch)
             return reply
 
-        entries = self.ask(call, requests[0]).entries
+        entries = self.call_service(call, requests[0]).entries
         for request, entry in zip(requests, entries, strict=True):
             self.check_claim(request, entry.response)
 
@@ -216,24 +216,24 @@ class Machine(RuleBasedStateMachine):
         token = self.token_for(name, token)
         request = dedup_pb2.CompleteTransactionRequest(transaction_id=name, claim_token=token, result=result)
         request.ttl.FromMilliseconds(ttl_ms)
-        reply = self.ask(self.stub.CompleteTransaction, request)
+        reply = self.call_service(self.stub.CompleteTransaction, request)
         completed = self.model.complete(name, token, result, self.model.now_ms + ttl_ms)
-        if not self.followed:
+        if not self.in_step:
             return
         assert (reply.outcome == dedup_pb2.COMPLETE_OUTCOME_COMPLETED) == completed
         self.seen[f"complete {completed}"] += 1
         assert reply.HasField("transaction") == completed
         if completed:
-            self.show(name, reply.transaction)
+            self.check_transaction(name, reply.transaction)
 
     @rule(name=NAMES, token=TOKENS)
     def release(self, name: str, token: str) -> None:
         """ReleaseTransaction."""
         token = self.token_for(name, token)
         request = dedup_pb2.ReleaseTransactionRequest(transaction_id=name, claim_token=token)
-        reply = self.ask(self.stub.ReleaseTransaction, request)
+        reply = self.call_service(self.stub.ReleaseTransaction, request)
         released = self.model.release(name, token)
-        if not self.followed:
+        if not self.in_step:
             return
         assert (reply.outcome == dedup_pb2.RELEASE_OUTCOME_RELEASED) == released
         self.seen[f"release {released}"] += 1
@@ -248,27 +248,27 @@ class Machine(RuleBasedStateMachine):
             ttl=Duration(seconds=ttl_ms // 1000, nanos=ttl_ms % 1000 * 1_000_000),
             allow_shortening=allow_shortening,
         )
-        reply = self.ask(self.stub.ExtendTransaction, request)
+        reply = self.call_service(self.stub.ExtendTransaction, request)
         extended = self.model.extend(name, token, self.model.now_ms + ttl_ms, allow_shortening=allow_shortening)
-        if not self.followed:
+        if not self.in_step:
             return
         assert (reply.outcome == dedup_pb2.EXTEND_OUTCOME_EXTENDED) == extended
         self.seen[f"extend {extended}"] += 1
         if extended:
-            self.show(name, reply.transaction)
+            self.check_transaction(name, reply.transaction)
 
     @rule(names=st.permutations(["one", "two"]))
     def get(self, names: list[str]) -> None:
-        """GetTransaction, for what is held and for what is not."""
+        """GetTransaction of both names, claimed or not."""
         for name in names:
             request = dedup_pb2.GetTransactionRequest(transaction_id=name)
-            found = self.ask(self._look, request)
-            if not self.followed:
+            found = self.call_service(self._look, request)
+            if not self.in_step:
                 return
             assert (found is not None) == (self.model.live(name) is not None)
             self.seen[f"get {found is not None}"] += 1
             if found is not None:
-                self.show(name, found.transaction)
+                self.check_transaction(name, found.transaction)
 
     def _look(self, request: dedup_pb2.GetTransactionRequest) -> dedup_pb2.GetTransactionResponse | None:
         call = self.stub.GetTransaction.future(request)
@@ -279,15 +279,15 @@ class Machine(RuleBasedStateMachine):
         return None
 
     @rule()
-    def let_the_next_claim_end(self) -> None:
-        """Let time pass until the next short claim has ended, if there is one."""
+    def let_the_next_claim_expire(self) -> None:
+        """Wait for the expiry of the next short claim, if there is one."""
         end_ms = self.model.next_end_ms()
         if end_ms is not None and end_ms - real_ms() <= 2 * SHORT_MS:
-            self.pass_by(end_ms)
+            self.wait_past(end_ms)
             self.seen["end"] += 1
 
 
-# Claims by outcome, whether replayed, and the state that the reply shows.
+# Claims by outcome, replayed, and the state in the reply.
 ALL_KINDS = {
     *("claim 1 replayed=False 1", "claim 1 replayed=True 1", "claim 2 replayed=False 1", "claim 2 replayed=False 2"),
     *("claim 3 replayed=False 1", "claim 3 replayed=False 2"),
@@ -296,10 +296,10 @@ ALL_KINDS = {
 }
 
 
-def test_any_order_of_calls_agrees_with_the_model(stub: dedup_pb2_grpc.DedupServiceStub, unique: str) -> None:
-    """Whatever is asked in whatever order, the service answers as the model does.
+def test_random_call_sequences_match_the_model(stub: dedup_pb2_grpc.DedupServiceStub, unique: str) -> None:
+    """The service answers any sequence of calls as the model does.
 
-    Protection: the token is compared before anything changes.
+    Protection: the store compares the token before it changes anything.
     """
     machine = type("ServiceMachine", (Machine,), {"stub": stub, "unique": unique})
     Machine.all_seen = Counter()
@@ -314,6 +314,6 @@ def test_any_order_of_calls_agrees_with_the_model(stub: dedup_pb2_grpc.DedupServ
             suppress_health_check=list(HealthCheck),
         ),
     )
-    # A run that met none of some kind of answer would show nothing about it.
+    # Every kind of answer must have occurred, or the run proves nothing about it.
     assert set(Machine.all_seen) == ALL_KINDS
     assert min(Machine.all_seen.values()) >= 5, Machine.all_seen

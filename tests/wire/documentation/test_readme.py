@@ -1,4 +1,4 @@
-"""The programs of the README and of the documentation do what their pages say."""
+"""The Python programs in the README and the documentation print what their pages show."""
 
 import re
 import subprocess
@@ -15,10 +15,10 @@ PROGRAM = re.compile(r"```python\n(.+?)```\n\nRun twice it prints\n\n```\n(.+?)`
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/other-languages.md"])
-def test_a_program_prints_what_its_page_says(
+def test_a_program_prints_the_output_on_its_page(
     page: str, start_service: Callable[..., ServiceProcess], tmp_path: Path
 ) -> None:
-    """The Python program of a page, run twice against a fresh service, prints the lines that follow it."""
+    """The program of a page, run twice against a fresh service, prints the output that follows it."""
     match = PROGRAM.search((ROOT / page).read_text())
     assert match is not None
     service = start_service("--store-url", f"sqlite://{tmp_path / 'claims.db'}")

@@ -1,4 +1,4 @@
-"""Every command of the documentation does what its page says, against a real Redis in the state that it is about."""
+"""The commands in the documentation print what their pages show, against a real Redis in the described state."""
 
 import subprocess
 from collections.abc import Callable, Generator, Iterator
@@ -26,7 +26,7 @@ SECTIONS = {f"{page.relative_to(ROOT)}#{anchor}": blocks for page in PAGES for a
 
 @dataclass
 class Stage:
-    """What a section is tried on: a folder, a Redis, and a service in front of it."""
+    """The environment of one section: a folder, a Redis, and a service over it."""
 
     folder: Path
     redis: RedisProcess
@@ -35,7 +35,7 @@ class Stage:
     service: ServiceProcess | None = None
 
     def start(self, *arguments: str, store_url: str = "") -> ServiceProcess:
-        """Start the service that the pages call 127.0.0.1:50051, and return when it answers its health check."""
+        """Start the service that the pages call 127.0.0.1:50051 and wait until it is SERVING."""
         self.service = self.serve("--store-url", store_url or self.redis.url, *arguments)
         self.names |= {"127.0.0.1:50051": self.service.target, "127.0.0.1:6379": f"127.0.0.1:{self.redis.port}"}
         self.wait_for("SERVING")
@@ -43,7 +43,7 @@ class Stage:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The variables that the pages tell their reader to set."""
+        """The environment variables that the pages tell the reader to set."""
         assert self.service is not None
         return {
             "DEDUP_TARGET": self.service.target,
@@ -57,28 +57,28 @@ class Stage:
         return run_command(*arguments, "--target", self.service.target)
 
     def wait_for(self, status: str) -> None:
-        """Return when health says so."""
+        """Wait until the service has this health status."""
         assert self.service is not None
         with self.service.channel() as channel:
             stub = health_pb2_grpc.HealthStub(channel)
 
-            def says_so() -> bool:
+            def has_status() -> bool:
                 reply = stub.Check(health_pb2.HealthCheckRequest(), timeout=10, wait_for_ready=True)
                 return bool(reply.status == health_pb2.HealthCheckResponse.ServingStatus.Value(status))
 
-            wait_until(says_so, what=status)
+            wait_until(has_status, what=status)
 
     def redis_cli(self, *arguments: str) -> str:
-        """Run a command of Redis, and return what it answers."""
+        """Run a Redis command and return its output."""
         command = ["redis-cli", "-p", str(self.redis.port), *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-Play = Callable[[Stage], Generator[None, None, None]]
+Setup = Callable[[Stage], Generator[None, None, None]]
 
 
 def plain(stage: Stage) -> Generator[None, None, None]:
-    """A service in order."""
+    """A healthy service."""
     stage.start()
     while True:
         yield
@@ -91,23 +91,23 @@ def on_one_host(stage: Stage) -> Generator[None, None, None]:
         yield
 
 
-def with_a_file_of_orders(stage: Stage) -> Generator[None, None, None]:
-    """A file to claim from."""
+def with_an_order_file(stage: Stage) -> Generator[None, None, None]:
+    """A file of orders to claim."""
     stage.start()
     second = '{"transaction_id": "order-2", "ttl": "90s", "claimant": "import", "payload_fingerprint": "c2hhMjU2"}'
     (stage.folder / "orders").write_text(f"order-1\n{second}\norder-1\n")
     yield
 
 
-def that_ended(stage: Stage) -> Generator[None, None, None]:
-    """No service where the pages say that there is one."""
+def with_a_stopped_service(stage: Stage) -> Generator[None, None, None]:
+    """A service that was killed."""
     service = stage.start()
     service.kill()
     yield
 
 
-def with_other_contents(stage: Stage) -> Generator[None, None, None]:
-    """An id that comes with two fingerprints, and the log of that."""
+def with_a_payload_mismatch(stage: Stage) -> Generator[None, None, None]:
+    """A log of one id claimed with two fingerprints."""
     service = stage.start()
     assert stage.ask("claim", "order-1234", "--fingerprint", "aaaa").returncode == 0
     assert stage.ask("claim", "order-1234", "--fingerprint", "bbbb").returncode == 4
@@ -116,16 +116,16 @@ def with_other_contents(stage: Stage) -> Generator[None, None, None]:
     yield
 
 
-def that_evicts(stage: Stage) -> Generator[None, None, None]:
-    """A Redis that may forget."""
+def with_an_evicting_redis(stage: Stage) -> Generator[None, None, None]:
+    """A Redis whose configuration allows eviction."""
     stage.redis_cli("config", "set", "maxmemory", "52428800")
     stage.redis_cli("config", "set", "maxmemory-policy", "allkeys-lru")
     stage.start()
     yield
 
 
-def that_goes_and_returns(stage: Stage) -> Generator[None, None, None]:
-    """A Redis that is away, and then is there again."""
+def with_a_redis_outage(stage: Stage) -> Generator[None, None, None]:
+    """A Redis that stops and then starts again."""
     stage.start()
     stage.redis.stop()
     stage.wait_for("NOT_SERVING")
@@ -135,16 +135,16 @@ def that_goes_and_returns(stage: Stage) -> Generator[None, None, None]:
     yield
 
 
-def that_was_flushed(stage: Stage) -> Generator[None, None, None]:
-    """A Redis that has lost everything once the service knew what it had."""
+def with_a_flushed_redis(stage: Stage) -> Generator[None, None, None]:
+    """A Redis that is flushed after the service wrote its canary."""
     service = stage.start()
-    wait_until(lambda: stage.redis_cli("dbsize") != "0", what="the service to count on something")
+    wait_until(lambda: stage.redis_cli("dbsize") != "0", what="the canary")
     stage.redis_cli("flushall")
-    wait_until(lambda: service.events("claims_forgotten"), what="the service to notice")
+    wait_until(lambda: service.events("claims_forgotten"), what="the claims_forgotten event")
     yield
 
 
-def that_fails_over(stage: Stage) -> Generator[None, None, None]:
+def with_a_failover(stage: Stage) -> Generator[None, None, None]:
     """A master with a replica and three Sentinels."""
     (stage.folder / "sentinel").mkdir()
     deployment = SentinelDeployment(stage.folder / "sentinel")
@@ -153,15 +153,15 @@ def that_fails_over(stage: Stage) -> Generator[None, None, None]:
         service = stage.start(store_url=deployment.url)
         stage.names["26379"] = str(deployment.sentinels[0].port)
         yield
-        wait_until(lambda: service.events("store_moved"), what="the service to follow")
+        wait_until(lambda: service.events("store_moved"), what="the store_moved event")
         stage.wait_for("SERVING")
         yield
     finally:
         deployment.stop()
 
 
-def that_hangs(stage: Stage) -> Generator[None, None, None]:
-    """A Redis that does not answer, and then does; the service is patient, so that the caller gives up first."""
+def with_a_hanging_redis(stage: Stage) -> Generator[None, None, None]:
+    """A Redis that hangs and then answers; the store timeout is long, so that the caller times out first."""
     stage.start("--store-timeout", "1m")
     stage.redis.pause()
     yield
@@ -170,8 +170,8 @@ def that_hangs(stage: Stage) -> Generator[None, None, None]:
     yield
 
 
-def that_is_full(stage: Stage) -> Generator[None, None, None]:
-    """A service whose one place is taken by a call that waits."""
+def at_the_in_flight_limit(stage: Stage) -> Generator[None, None, None]:
+    """A service whose in-flight limit of 1 is used up by a waiting call."""
     service = stage.start("--max-in-flight", "1")
     assert stage.ask("claim", "order-1234", "--ttl", "1h").returncode == 0
     with service.channel() as channel:
@@ -183,7 +183,7 @@ def that_is_full(stage: Stage) -> Generator[None, None, None]:
         def refused() -> bool:
             nonlocal waiting
             if waiting.done():
-                # It met a look-up of this function, and was refused itself.
+                # The waiting call collided with the look-up below and was itself rejected.
                 waiting = stub.ClaimTransaction.future(request, timeout=110)
             try:
                 stub.GetTransaction(dedup_pb2.GetTransactionRequest(transaction_id="order-1234"), timeout=10)
@@ -191,13 +191,13 @@ def that_is_full(stage: Stage) -> Generator[None, None, None]:
                 return error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             return False
 
-        wait_until(refused, what="the waiting call to take its place")
+        wait_until(refused, what="the waiting call to be in flight")
         yield
         waiting.cancel()
 
 
 def with_a_hot_id(stage: Stage) -> Generator[None, None, None]:
-    """A log in which one id stands most often."""
+    """A log with one most frequent id."""
     service = stage.start()
     for _ in range(3):
         stage.ask("claim", "order-1234")
@@ -207,7 +207,7 @@ def with_a_hot_id(stage: Stage) -> Generator[None, None, None]:
 
 
 def with_a_stuck_claim(stage: Stage) -> Generator[None, None, None]:
-    """A claim that nobody completes."""
+    """A claim that is never completed."""
     stage.start()
     assert stage.ask("claim", "order-1234", "--claimant", "lucky-box-api").returncode == 0
     yield
@@ -225,12 +225,12 @@ def in_shadow_mode(stage: Stage) -> Generator[None, None, None]:
     (stage.folder / "dedup.log").write_text("".join(service.stderr_lines))
     yield
     yield
-    wait_until(lambda: len(service.events("policy_loaded")) == 2, what="the new rules")
+    wait_until(lambda: len(service.events("policy_loaded")) == 2, what="the new policies")
     yield
 
 
-def that_is_replaced(stage: Stage) -> Generator[None, None, None]:
-    """An instance that ends, and its successor."""
+def with_a_rolling_restart(stage: Stage) -> Generator[None, None, None]:
+    """An instance that stops, and its successor."""
     service = stage.start()
     assert stage.ask("claim", "order-1234").returncode == 0
     yield
@@ -239,40 +239,40 @@ def that_is_replaced(stage: Stage) -> Generator[None, None, None]:
     yield
 
 
-def beside_old_code(stage: Stage) -> Generator[None, None, None]:
-    """A service that shares the keys of services with a SETNX of their own."""
+def with_raw_keys(stage: Stage) -> Generator[None, None, None]:
+    """A service with the raw key layout, next to services that use their own SETNX."""
     stage.start("--key-layout", "raw")
     yield
     yield
 
 
-PLAYS: dict[str, Play] = {
+SETUPS: dict[str, Setup] = {
     "README.md#60-seconds-to-the-first-claim": on_one_host,
     "README.md#choose-your-client": plain,
-    "docs/command-line.md#batches": with_a_file_of_orders,
-    "docs/command-line.md#the-doctor": that_evicts,
+    "docs/command-line.md#batches": with_an_order_file,
+    "docs/command-line.md#the-doctor": with_an_evicting_redis,
     "docs/errors.md#what-an-error-looks-like": plain,
     "docs/runbook.md#runbook": plain,
-    "docs/runbook.md#service-down": that_ended,
-    "docs/runbook.md#payload-mismatch": with_other_contents,
-    "docs/runbook.md#store-unreachable": that_goes_and_returns,
-    "docs/runbook.md#claims-forgotten": that_was_flushed,
-    "docs/runbook.md#failover": that_fails_over,
-    "docs/runbook.md#unknown-outcomes": that_hangs,
+    "docs/runbook.md#service-down": with_a_stopped_service,
+    "docs/runbook.md#payload-mismatch": with_a_payload_mismatch,
+    "docs/runbook.md#store-unreachable": with_a_redis_outage,
+    "docs/runbook.md#claims-forgotten": with_a_flushed_redis,
+    "docs/runbook.md#failover": with_a_failover,
+    "docs/runbook.md#unknown-outcomes": with_a_hanging_redis,
     "docs/runbook.md#slow-claims": plain,
-    "docs/runbook.md#in-flight": that_is_full,
+    "docs/runbook.md#in-flight": at_the_in_flight_limit,
     "docs/runbook.md#hot-id": with_a_hot_id,
     "docs/runbook.md#stuck-claims": with_a_stuck_claim,
     "docs/runbook.md#shadow-duplicates": in_shadow_mode,
-    "docs/runbook.md#redis-evicts": that_evicts,
-    "docs/runbook.md#rolling-restart": that_is_replaced,
-    "docs/runbook.md#rolling-migration-from-in-process-setnx": beside_old_code,
+    "docs/runbook.md#redis-evicts": with_an_evicting_redis,
+    "docs/runbook.md#rolling-restart": with_a_rolling_restart,
+    "docs/runbook.md#rolling-migration-from-in-process-setnx": with_raw_keys,
 }
 
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., ServiceProcess]]:
-    """Starts services, and ends them with the test."""
+    """Starts services and kills them after the test."""
     started: list[ServiceProcess] = []
 
     def start(*arguments: str) -> ServiceProcess:
@@ -285,19 +285,19 @@ def serve() -> Iterator[Callable[..., ServiceProcess]]:
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_a_section_can_be_walked(
+def test_the_commands_of_a_section_work(
     section: str, start_redis: Callable[..., RedisProcess], serve: Callable[..., ServiceProcess], tmp_path: Path
 ) -> None:
-    """Each of its commands, in order, prints what the page says."""
+    """Each command of a section, in order, prints what the page shows."""
     stage, reader = Stage(tmp_path, start_redis(), serve), Reader(tmp_path)
-    play = PLAYS[section](stage)
+    setup = SETUPS[section](stage)
     for block in SECTIONS[section]:
-        next(play)
+        next(setup)
         for step in filter(runs_here, block):
             reader.follow(step, stage.names, stage.environment)
-    play.close()
+    setup.close()
 
 
-def test_every_section_with_commands_is_known() -> None:
-    """A section that nobody arranged anything for, or that is no more, is noticed."""
-    assert set(SECTIONS) == set(PLAYS)
+def test_every_section_with_commands_has_a_setup() -> None:
+    """A new section without a setup, or a setup of a removed section, fails this test."""
+    assert set(SECTIONS) == set(SETUPS)

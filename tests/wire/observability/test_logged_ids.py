@@ -26,10 +26,10 @@ def key_file(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_an_id_is_found_in_the_log_with_the_key_and_only_with_it(
+def test_logged_ids_are_keyed_hashes(
     start_service: StartService, key_file: str, tmp_path: Path, unique: str, workers: str
 ) -> None:
-    """The log contains the HMAC of an id with the key of the file, and `hash-id` prints the same, not its SHA-256."""
+    """The log contains the HMAC of an id with the configured key, and `hash-id` with this key prints the same."""
     store = f"sqlite://{tmp_path / 'claims.db'}"
     environment = {"DEDUP_LOG_ID_KEY_FILE": key_file, "DEDUP_LOG_SAMPLE": "1"}
     service = start_service("--store-url", store, "--workers", workers, environment=environment)
@@ -56,7 +56,7 @@ def test_many_ids_are_read_from_standard_input() -> None:
     ]
 
 
-def test_an_id_that_is_not_utf8_is_refused_with_its_line() -> None:
+def test_an_id_that_is_not_utf8_is_rejected_with_its_line() -> None:
     """An id that is not valid UTF-8 is a usage error that names its line."""
     command = [sys.executable, "-m", "dedup_service", "hash-id", "-"]
     run = subprocess.run(command, input=b"good\n\xff\n", capture_output=True, check=False, timeout=60)
@@ -75,10 +75,10 @@ def test_ids_are_printed_unchanged_for_a_plain_log(key_file: str) -> None:
     ("content", "complaint"),
     [(None, "No such file or directory"), (b"", "holds 0 bytes"), (b" 0123456789abcde\n", "holds 15 bytes")],
 )
-def test_a_useless_key_is_refused(
+def test_an_invalid_key_file_is_rejected(
     tmp_path: Path, command: tuple[str, ...], content: bytes | None, complaint: str
 ) -> None:
-    """The server and the command refuse a missing, empty or short key file, and name the setting and the file."""
+    """The server and `hash-id` reject a missing, empty or short key file, and name the setting and the file."""
     path = tmp_path / "key"
     if content is not None:
         path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""The metrics as Prometheus reads them, from one process and from several workers."""
+"""Prometheus metrics of one process and of several workers."""
 
 import asyncio
 import os
@@ -37,7 +37,7 @@ mode = "shadow"
 def start_measured(
     request: pytest.FixtureRequest, start_service: StartService, redis_server: RedisProcess, tmp_path: Path
 ) -> StartService:
-    """Starts a service with metrics and a policy file, of one process and of two workers."""
+    """Starts a service with metrics and a policy file, as one process and with two workers."""
     policies = tmp_path / "policies.toml"
     policies.write_text(POLICIES)
 
@@ -56,14 +56,14 @@ def each_stub(service: ServiceProcess) -> list[dedup_pb2_grpc.DedupServiceStub]:
 
 
 def calls(scrape: Scrape, name: str, **labels: str) -> float:
-    """Return the sum over the calls of the contract, without the look-ups that find out which worker answers."""
+    """Return the sum over METHODS, without the GetTransaction calls that identify the workers."""
     return sum(scrape.total(name, grpc_method=method, **labels) for method in METHODS)
 
 
-def test_a_scrape_adds_up_to_the_calls_made(start_measured: StartService, unique: str) -> None:
-    """Every call, claim, replay, shadow duplicate and store operation is counted once, over all workers together.
+def test_metrics_add_up_over_all_workers(start_measured: StartService, unique: str) -> None:
+    """Every call, claim, replay, shadow duplicate and store operation is counted once, summed over all workers.
 
-    Protection: the files of the workers, which the supervisor adds up.
+    Protection: the supervisor adds up the workers' metric files.
     """
     service = start_measured()
     stubs = each_stub(service)
@@ -100,8 +100,8 @@ def test_a_scrape_adds_up_to_the_calls_made(start_measured: StartService, unique
     assert scrape.total("dedup_workers") == (2 if len(stubs) == 2 else 0)
 
 
-def test_labels_are_closed_and_hold_no_id(start_measured: StartService, unique: str) -> None:
-    """A namespace that nobody wrote down is `other`, one that is written down later is itself, and no id is shown."""
+def test_labels_have_bounded_cardinality_and_no_ids(start_measured: StartService, unique: str) -> None:
+    """A namespace missing from the policy file is `other` until a reload adds it, and no label contains an id."""
     service = start_measured()
     secrets = {name: f"{name}-{unique}" for name in ("id", "token", "claimant", "result")}
     for stub in each_stub(service):
@@ -133,10 +133,10 @@ def test_labels_are_closed_and_hold_no_id(start_measured: StartService, unique: 
     assert unique not in text
 
 
-async def test_what_the_store_does_is_counted(
+async def test_store_failures_are_counted(
     start_measured: StartService, redis_server: RedisProcess, unique: str
 ) -> None:
-    """Doubt by its reason, lost connections, readiness, and calls under way are seen while they are so."""
+    """Metrics show unknown outcomes by reason, reconnects, readiness and in-flight calls during an outage."""
     async with FaultProxy(redis_server.port) as proxy:
         service = await asyncio.to_thread(start_measured, proxy.url, "--store-timeout", "3s")
         before = await asyncio.to_thread(Scrape, service)
@@ -161,7 +161,7 @@ async def test_what_the_store_does_is_counted(
             await eventually(lambda: seen("dedup_store_ready", 0), what="the outage")
             proxy.hold_replies.set()
             await eventually(lambda: seen("dedup_store_ready", 1), what="the store")
-            await eventually(lambda: seen("dedup_calls_in_flight", 0), what="the end of the calls")
+            await eventually(lambda: seen("dedup_calls_in_flight", 0), what="the calls to end")
         after = await asyncio.to_thread(Scrape, service)
         assert after.total("dedup_unknown_outcomes_total", reason="STORE_TIMEOUT") == 4
         assert after.total("dedup_unknown_outcomes_total") == 4
@@ -172,7 +172,7 @@ async def test_what_the_store_does_is_counted(
 
 
 def test_forgotten_claims_are_counted(start_service: StartService, start_redis: Callable[..., RedisProcess]) -> None:
-    """A flush of Redis is one loss in the metrics, and a restart of it one restart."""
+    """The metrics count a flush of Redis as one loss and a restart as one restart."""
     redis_server = start_redis()
     service = start_service("--store-url", redis_server.url, "--metrics-listen", "127.0.0.1:0")
     with redis.Redis(port=redis_server.port, protocol=2) as client:
@@ -188,12 +188,10 @@ def test_forgotten_claims_are_counted(start_service: StartService, start_redis: 
     wait_until(lambda: Scrape(service).total("dedup_store_restarts_total") == 1, what="the restart")
 
 
-def test_counts_survive_the_death_of_a_worker(
-    start_service: StartService, redis_server: RedisProcess, unique: str
-) -> None:
-    """After kill -9 of a worker its counts stay, its successor goes on from them, and what was true of it alone goes.
+def test_counters_survive_a_killed_worker(start_service: StartService, redis_server: RedisProcess, unique: str) -> None:
+    """After kill -9 of a worker its counters stay and its successor continues them; its gauges are dropped.
 
-    Protection: a successor takes the number, and with it the files, of the dead one.
+    Protection: a successor takes the number of the dead worker and with it the metric files.
     """
     service = start_service("--workers", "2", "--store-url", redis_server.url, "--metrics-listen", "127.0.0.1:0")
 
@@ -215,15 +213,15 @@ def test_counts_survive_the_death_of_a_worker(
     scrape = Scrape(service)
     assert scrape.total("dedup_worker_restarts_total") == 1
     assert (scrape.total("dedup_workers"), scrape.total("dedup_store_connections")) == (2, 2)
-    # This one is looked up from time to time only.
-    wait_until(lambda: Scrape(service).total("dedup_calls_in_flight") == 0, what="no call under way")
+    # This gauge is updated only periodically.
+    wait_until(lambda: Scrape(service).total("dedup_calls_in_flight") == 0, what="no in-flight call")
 
 
-def test_the_files_of_the_workers_are_private_and_go_with_the_service(
+def test_the_metric_files_are_private_and_are_removed_at_exit(
     start_service: StartService, redis_server: RedisProcess
 ) -> None:
-    """The folder of the figures is for its owner alone, and is removed at the end."""
-    # The native engine puts a socket there, whose path has to be shorter than that of tmp_path may be.
+    """Only its owner can access the folder of the metric files, and the service removes it at exit."""
+    # tmp_path may be too long for the path of the native engine's socket, which is in this folder too.
     with TemporaryDirectory() as temporary:
         service = start_service(
             *("--workers", "2", "--store-url", redis_server.url, "--metrics-listen", "127.0.0.1:0"),
@@ -237,8 +235,8 @@ def test_the_files_of_the_workers_are_private_and_go_with_the_service(
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_taken_metrics_port_is_refused_clearly(redis_server: RedisProcess, workers: str) -> None:
-    """The service does not start without the metrics that it was asked for, and says which setting to change."""
+def test_a_metrics_port_in_use_prevents_start_up(redis_server: RedisProcess, workers: str) -> None:
+    """The service exits with 1, and the error names the setting."""
     address = f"127.0.0.1:{redis_server.port}"
     given = ("--listen", "127.0.0.1:0", "--store-url", redis_server.url, "--workers", workers)
     ended = run_command("serve", *given, "--metrics-listen", address)
@@ -247,8 +245,10 @@ def test_a_taken_metrics_port_is_refused_clearly(redis_server: RedisProcess, wor
     assert sentence in ended.stderr
 
 
-def test_without_metrics_their_library_is_not_loaded(start_service: StartService, redis_server: RedisProcess) -> None:
-    """Neither the command line nor the server imports prometheus_client unless metrics are asked for."""
+def test_prometheus_client_is_imported_only_for_metrics(
+    start_service: StartService, redis_server: RedisProcess
+) -> None:
+    """Neither the command line nor the server imports prometheus_client without `--metrics-listen`."""
     script = "import dedup_service.cli, dedup_service.server.process, sys; sys.exit('prometheus_client' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
     service: Any = start_service("--store-url", redis_server.url)

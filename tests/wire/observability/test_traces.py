@@ -1,4 +1,4 @@
-"""The traces as a collector gets them: spans of calls and of the store below them, and none where none is wanted."""
+"""Exported traces: spans of calls and store commands, sampling, and export errors."""
 
 import asyncio
 import subprocess
@@ -28,15 +28,15 @@ UNSAMPLED = ("traceparent", f"00-{TRACE}-{PARENT}-00")
 
 @pytest.fixture
 def collector() -> Iterator[Collector]:
-    """A collector that listens."""
+    """A running OTLP collector."""
     with Collector() as listening:
         yield listening
 
 
-def test_a_call_is_a_span_of_the_callers_trace_with_the_store_below_it(
+def test_a_call_and_its_store_command_are_spans_of_the_callers_trace(
     start_service: StartService, redis_server: RedisProcess, collector: Collector, unique: str
 ) -> None:
-    """The server span has the caller's span as its parent, the SET has the server span, and the log has both ids."""
+    """The SET span is a child of the server span, which is a child of the caller's; the log has trace and span id."""
     service = start_service("--store-url", redis_server.url, environment=collector.environment)
     with service.channel() as channel:
         stub = dedup_pb2_grpc.DedupServiceStub(channel)
@@ -68,16 +68,16 @@ def test_a_call_is_a_span_of_the_callers_trace_with_the_store_below_it(
     assert {line["correlation_id"] for line in lines} == {TRACE}
 
 
-def test_every_rpc_has_its_command_and_no_span_has_a_secret(
+def test_every_rpc_has_one_store_span_and_spans_contain_no_secrets(
     start_service: StartService, redis_server: RedisProcess, collector: Collector, unique: str
 ) -> None:
-    """Each rpc has one span with its command below it; no id, token, claimant, result or unknown namespace is sent."""
+    """Each rpc has one span with one store span; no id, token, claimant, result or unknown namespace is exported."""
     service = start_service("--store-url", redis_server.url, environment=collector.environment)
     token = f"token-{unique}"
     holder: dict[str, Any] = {"transaction_id": unique, "claim_token": token, "namespace": f"n{unique}"}
     with service.channel() as channel:
         stub = dedup_pb2_grpc.DedupServiceStub(channel)
-        stub.ClaimTransaction(Claim(**holder, claimant=f"who-{unique}"))
+        stub.ClaimTransaction(Claim(**holder, claimant=f"claimant-{unique}"))
         extend = dedup_pb2.ExtendTransactionRequest(**holder)
         extend.ttl.FromSeconds(90)
         stub.ExtendTransaction(extend)
@@ -117,14 +117,14 @@ def test_every_rpc_has_its_command_and_no_span_has_a_secret(
     ("sampler", "metadata"),
     [("", (UNSAMPLED,)), ("parentbased_always_off", ()), ("always_off", (SAMPLED,))],
 )
-def test_what_is_not_sampled_is_not_sent(
+def test_unsampled_calls_are_not_exported(
     start_service: StartService,
     collector: Collector,
     tmp_path: Path,
     sampler: str,
     metadata: tuple[tuple[str, str], ...],
 ) -> None:
-    """The caller's flag and the standard sampler variables decide; the log still has the ids of the trace."""
+    """The caller's sampled flag and the OTEL sampler variables apply; the log has the trace id in any case."""
     environment = collector.environment | {"OTEL_TRACES_SAMPLER": sampler}
     service = start_service("--store-url", f"sqlite://{tmp_path / 'claims.db'}", environment=environment)
     with service.channel() as channel:
@@ -136,10 +136,10 @@ def test_what_is_not_sampled_is_not_sent(
     assert not metadata or line["trace_id"] == TRACE
 
 
-async def test_an_outage_of_the_store_is_an_error_of_both_spans(
+async def test_a_store_timeout_marks_both_spans_as_errors(
     start_service: StartService, redis_server: RedisProcess, collector: Collector, unique: str
 ) -> None:
-    """A swallowed reply makes the span of the store and that of the call fail, with the stable reason as their text."""
+    """If Redis does not reply, the store span and the call span fail with the error reason as their description."""
     async with FaultProxy(redis_server.port) as proxy:
         arguments = ("--store-url", proxy.url, "--store-timeout", "500ms")
         service = await asyncio.to_thread(start_service, *arguments, environment=collector.environment)
@@ -162,12 +162,12 @@ async def test_an_outage_of_the_store_is_an_error_of_both_spans(
     assert [(child.name, child.error is None) for child in collector.children(batched)] == [("SET", False)]
 
 
-def test_a_wait_is_one_span_with_the_claims_that_it_made(
+def test_polling_for_waiting_calls_creates_no_spans(
     start_service: StartService, redis_server: RedisProcess, collector: Collector, unique: str
 ) -> None:
-    """What polls the store for all who wait has no spans, so a wait of any length has two below it.
+    """A wait of any length has only the two store spans of its own claims.
 
-    Protection: the poller begins outside the call that came first.
+    Protection: the shared poller starts outside the context of the first waiting call.
     """
     service = start_service("--store-url", redis_server.url, environment=collector.environment)
     with service.channel() as channel:
@@ -182,10 +182,10 @@ def test_a_wait_is_one_span_with_the_claims_that_it_made(
     assert [child.name for child in collector.children(waited)] == ["SET", "SET"]
 
 
-def test_each_worker_sends_its_own(
+def test_each_worker_exports_its_spans(
     start_service: StartService, redis_server: RedisProcess, collector: Collector, unique: str
 ) -> None:
-    """Calls to any of several workers are in the trace, also those of the last moment before the end."""
+    """Calls to each worker are exported, including spans that are still buffered at shutdown."""
     environment = collector.environment | {"OTEL_BSP_SCHEDULE_DELAY": "60000", "OTEL_SERVICE_NAME": "lucky-box-dedup"}
     service = start_service("--workers", "2", "--store-url", redis_server.url, environment=environment)
     for number, channel in channels_to_each(service, 2).items():
@@ -199,10 +199,10 @@ def test_each_worker_sends_its_own(
     assert {call.resource["service.name"] for call in calls} == {"lucky-box-dedup"}
 
 
-def test_a_missing_collector_delays_nothing_but_the_end(
+def test_a_missing_collector_does_not_affect_calls(
     start_service: StartService, redis_server: RedisProcess, unique: str
 ) -> None:
-    """Without a collector calls are answered, the log says what is lost, and the service still ends with 0."""
+    """Without a collector calls succeed, the failed export is logged, and the service exits with 0."""
     environment = {"DEDUP_TRACES": "otlp", "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{free_port()}"}
     service = start_service("--store-url", redis_server.url, environment=environment)
     with service.channel() as channel:
@@ -212,8 +212,8 @@ def test_a_missing_collector_delays_nothing_but_the_end(
     assert any("export" in line["event"] for line in service.logs)
 
 
-def test_without_the_package_traces_are_refused() -> None:
-    """The service says in one sentence which package is missing."""
+def test_traces_without_the_package_are_an_error() -> None:
+    """The server exits with 1 and one sentence that names the extra to install."""
     program = (
         "import sys; sys.modules['opentelemetry'] = None; sys.argv[1:] = ['serve', '--traces', 'otlp'];"
         "from dedup_service.cli import main; main()"
@@ -232,10 +232,10 @@ def test_without_the_package_traces_are_refused() -> None:
         ({"OTEL_EXPORTER_OTLP_TIMEOUT": "soon"}, 1, "OpenTelemetry rejects its settings"),
     ],
 )
-def test_variables_that_cannot_be_followed_are_refused(
+def test_unsupported_otel_variables_are_an_error(
     redis_server: RedisProcess, variables: dict[str, str], code: int, complaint: str
 ) -> None:
-    """A protocol that is not spoken, and what OpenTelemetry itself cannot read, end the start with one sentence."""
+    """An unsupported protocol, or a value that OpenTelemetry rejects, prevents start-up with one sentence."""
     environment = {"DEDUP_TRACES": "otlp", "DEDUP_STORE_URL": redis_server.url, **variables}
     ended = run_command("serve", "--listen", "127.0.0.1:0", environment=environment)
     assert ended.returncode == code

@@ -1,4 +1,4 @@
-"""The service over deployments of more than one Redis, as its callers see them."""
+"""The service over Redis Cluster and with `--min-replicas`, as its callers see it."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ StartService = Callable[..., ServiceProcess]
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[ClusterDeployment]:
-    """Three masters."""
+    """A cluster of three masters without replicas."""
     deployment = ClusterDeployment(tmp_path, replicas=False)
     try:
         yield deployment.start()
@@ -26,7 +26,7 @@ def cluster(tmp_path: Path) -> Iterator[ClusterDeployment]:
 
 
 def test_a_batch_is_split_by_node(start_service: StartService, cluster: ClusterDeployment, unique: str) -> None:
-    """Entries on three nodes are answered in their order, and what a lost node held fails alone.
+    """Entries on three nodes are answered in order, and only the entries of a lost node fail.
 
     Protection: each entry goes to the node of its key.
     """
@@ -50,8 +50,13 @@ def test_a_batch_is_split_by_node(start_service: StartService, cluster: ClusterD
     }
 
 
-def test_durable_mode_without_a_replica(start_service: StartService, redis_server: RedisProcess, unique: str) -> None:
-    """Without the replica that is asked for nobody is told CLAIMED, and the start says so. Protection: WAIT."""
+def test_claims_fail_without_the_required_replica(
+    start_service: StartService, redis_server: RedisProcess, unique: str
+) -> None:
+    """Without the replica that `--min-replicas` requires, no claim succeeds, and start-up logs a critical finding.
+
+    Protection: WAIT.
+    """
     service = start_service("--store-url", redis_server.url, "--min-replicas", "1", "--store-timeout", "200ms")
     assert [line["check"] for line in service.events("store_finding_reported") if line["severity"] == "critical"].count(
         "replicas"

@@ -1,4 +1,4 @@
-"""The engines: which one serves, and how one that cannot says so. That both serve alike is shown by all tests here."""
+"""Engine selection and engine-specific errors. The `every_engine` tests cover the equal behaviour of both engines."""
 
 import subprocess
 import sys
@@ -28,35 +28,35 @@ pytestmark = pytest.mark.every_engine
 def test_the_log_names_the_engine(
     start_service: Callable[..., ServiceProcess], engine: EngineName, tmp_path: Path
 ) -> None:
-    """The log line of the start names the engine that serves."""
+    """The server_started event names the engine."""
     service = start_service("--store-url", f"sqlite://{tmp_path / 'claims.db'}")
     assert service.events("server_started")[0]["engine"] == engine
 
 
-def test_grpcio_is_the_default_and_needs_no_other() -> None:
-    """Without the setting grpcio serves, and the other engine is not even loaded."""
+def test_the_native_engine_is_not_imported_by_default() -> None:
+    """The default engine is grpcio, and the native engine's package is not loaded."""
     code = "import sys, dedup_service.cli, dedup_service.server.life_cycle; print('pygrpc_native' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "False\n"
 
 
-def test_an_engine_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The refusal names the package to install and the setting to change."""
+def test_a_missing_engine_package_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the extra to install and the setting to change."""
     monkeypatch.setitem(sys.modules, "pygrpc_native", None)
     monkeypatch.delitem(sys.modules, "dedup_service.server.engines.native", raising=False)
     with pytest.raises(FatalError, match="install the extra `native`, or set DEDUP_ENGINE=grpcio"):
         make_engine("native", lambda _: None, EngineOptions(max_streams=1))
 
 
-def test_an_engine_that_does_not_exist_is_refused() -> None:
-    """A misspelt engine is one sentence that names the setting and its values."""
+def test_an_unknown_engine_is_an_error() -> None:
+    """The error names the setting and its valid values."""
     ended = run_command("serve", environment={"DEDUP_ENGINE": "rust"})
     assert ended.returncode == 2
     assert "DEDUP_ENGINE (--engine): Input should be 'grpcio' or 'native'" in ended.stderr
 
 
-def test_without_a_temporary_folder_the_native_engine_is_refused(tmp_path: Path) -> None:
-    """The socket for what it hands to grpcio has to have a place; the sentence says what to set."""
+def test_the_native_engine_needs_a_temporary_folder(tmp_path: Path) -> None:
+    """The native engine forwards some calls to grpcio over a temporary socket; the error says what to set."""
     folder = tmp_path / ("x" * 100)
     folder.mkdir()
     arguments = ("--engine", "native", "--listen", "127.0.0.1:0", "--store-url", f"sqlite://{tmp_path / 'claims.db'}")
@@ -65,10 +65,10 @@ def test_without_a_temporary_folder_the_native_engine_is_refused(tmp_path: Path)
     assert "set TMPDIR to a writable one with a short path, or set DEDUP_ENGINE=grpcio" in ended.stderr
 
 
-def test_the_native_engine_leaves_nothing_behind(tmp_path: Path) -> None:
-    """The temporary socket has gone when the server has ended."""
+def test_the_native_engine_removes_its_temporary_socket(tmp_path: Path) -> None:
+    """The folder of the temporary socket is empty after the server exits."""
     arguments = ("--engine", "native", "--store-url", f"sqlite://{tmp_path / 'claims.db'}")
-    # The path of a socket has to be shorter than that of tmp_path may be.
+    # tmp_path may be too long for the path of a socket.
     with tempfile.TemporaryDirectory() as folder:
         service = ServiceProcess(*arguments, environment={"TMPDIR": folder}).start()
         wait_until(lambda: list(Path(folder).iterdir()), what="the folder of the socket")
@@ -76,10 +76,10 @@ def test_the_native_engine_leaves_nothing_behind(tmp_path: Path) -> None:
         assert list(Path(folder).iterdir()) == []
 
 
-async def test_several_processes_share_a_port_only_when_they_say_so(engine: EngineName) -> None:
-    """With reuse_port two servers listen on one port; a third that does not say so is refused.
+async def test_a_port_is_shared_only_with_reuse_port(engine: EngineName) -> None:
+    """With reuse_port two servers listen on one port; a third without it cannot.
 
-    Protections: grpc.so_reuseport, and the probe that asks in the same way.
+    Protections: grpc.so_reuseport, and the probe that uses the same option.
     """
     sharing = [make_engine(engine, lambda _: None, EngineOptions(max_streams=1, reuse_port=True)) for _ in range(2)]
     address = sharing[0].listen("127.0.0.1:0")
@@ -93,10 +93,10 @@ async def test_several_processes_share_a_port_only_when_they_say_so(engine: Engi
 
 
 @pytest.mark.parametrize("timeout_s", [None, 60])
-async def test_only_a_call_with_a_deadline_has_one(engine: EngineName, timeout_s: float | None) -> None:
-    """A handler learns how long its caller waits, or that it waits for ever, in the same words from each engine.
+async def test_a_handler_receives_its_callers_deadline(engine: EngineName, timeout_s: float | None) -> None:
+    """On each engine the handler receives the remaining time, or None for a call without a deadline.
 
-    Protection: what the native engine says of a call without a deadline is read as none.
+    Protection: the native engine's value for "no deadline" is read as None.
     """
     budgets: list[float | None] = []
 

@@ -1,4 +1,4 @@
-"""The listener of health alone: live whatever the store does, ready when it should be, and nothing else."""
+"""The health listener: liveness is independent of the store, readiness follows it, and nothing else is served."""
 
 import asyncio
 import signal
@@ -23,7 +23,7 @@ READY_NAMES = ("", "dedup.v1.DedupService", "readiness")
 
 
 def health_target(service: ServiceProcess) -> str:
-    """Return where its health is asked for."""
+    """Return the address of the health listener."""
     address: str = service.events("health_listener_started")[0]["addresses"][0]
     return address.replace("0.0.0.0", "127.0.0.1")  # noqa: S104 - read, not bound
 
@@ -36,14 +36,16 @@ def health_of(target: str, name: str) -> int:
 
 
 def readiness(target: str) -> set[int]:
-    """Return the statuses of all names that say whether to call."""
+    """Return the distinct statuses of all readiness names."""
     return {health_of(target, name) for name in READY_NAMES}
 
 
-def test_live_without_redis_and_ready_with_it(start_service: Start, start_redis: Callable[..., RedisProcess]) -> None:
-    """While Redis hangs the service is live and not ready, on both listeners, and ready again by itself.
+def test_readiness_follows_redis_and_liveness_does_not(
+    start_service: Start, start_redis: Callable[..., RedisProcess]
+) -> None:
+    """While Redis hangs the service is live and not ready on both listeners; it becomes ready again by itself.
 
-    Protections: liveness asks no store, and readiness goes on asking it.
+    Protections: liveness does not check the store, and readiness keeps checking it.
     """
     server = start_redis()
     service = start_service("--health-listen", "127.0.0.1:0", "--store-url", server.url, "--store-timeout", "300ms")
@@ -59,15 +61,15 @@ def test_live_without_redis_and_ready_with_it(start_service: Start, start_redis:
         assert health_of(target, "liveness") == SERVING
 
 
-def test_live_before_redis_is_there(start_service: Start) -> None:
-    """A service that starts before its Redis is live, so that nothing restarts it in vain."""
+def test_the_service_is_live_before_redis_starts(start_service: Start) -> None:
+    """A service that starts before its Redis is live, so no liveness probe restarts it."""
     service = start_service("--health-listen", "127.0.0.1:0", "--store-url", "redis://127.0.0.1:1")
     assert health_of(health_target(service), "liveness") == SERVING
     assert readiness(health_target(service)) == {NOT_SERVING}
 
 
-def test_readiness_of_the_process_does_not_follow_redis(start_service: Start, unique: str) -> None:
-    """With DEDUP_READINESS=process a sidecar does not take its pod out of service; claims are refused all the same."""
+def test_process_readiness_does_not_follow_redis(start_service: Start, unique: str) -> None:
+    """With DEDUP_READINESS=process an outage of Redis does not make the pod unready; claims still fail."""
     service = start_service(
         *("--health-listen", "127.0.0.1:0", "--store-url", "redis://127.0.0.1:1", "--readiness", "process")
     )
@@ -78,8 +80,8 @@ def test_readiness_of_the_process_does_not_follow_redis(start_service: Start, un
     assert answer.reason == "STORE_UNREACHABLE"
 
 
-def test_nothing_but_health_is_served_there(start_service: Start, tmp_path: Path, unique: str) -> None:
-    """Neither claims nor reflection are on the health listener, which may therefore be open to every host of a pod."""
+def test_the_health_listener_serves_only_health(start_service: Start, tmp_path: Path, unique: str) -> None:
+    """The health listener serves neither claims nor reflection, so it may listen on every address of a pod."""
     service = start_service(
         *("--health-listen", "0.0.0.0:0", "--store-url", f"sqlite://{tmp_path / 'c.db'}", "--reflection", "on")
     )
@@ -94,8 +96,8 @@ def test_nothing_but_health_is_served_there(start_service: Start, tmp_path: Path
     assert not service.events("unauthenticated_listener_opened")
 
 
-def test_probes_need_no_certificate(start_grpcio: Start, tmp_path: Path) -> None:
-    """Where callers must show certificates probes need none, and the command asks the health listener by itself."""
+def test_health_probes_need_no_certificate(start_grpcio: Start, tmp_path: Path) -> None:
+    """Probes need no client certificate under mutual TLS, and `healthcheck` uses the health listener by itself."""
     authority = Authority(tmp_path)
     cert, key = authority.server_files()
     service = start_grpcio(
@@ -109,10 +111,10 @@ def test_probes_need_no_certificate(start_grpcio: Start, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("mode", ["store", "process"])
-async def test_not_ready_and_still_live_while_it_drains(
+async def test_a_draining_service_is_live_but_not_ready(
     start_service: Start, redis_server: RedisProcess, unique: str, mode: str
 ) -> None:
-    """From SIGTERM until its end the service says that nobody should call it, and that it lives.
+    """From SIGTERM until it exits, the service is NOT_SERVING for readiness and SERVING for liveness.
 
     Protection: the health listener outlives the drain.
     """
@@ -130,7 +132,7 @@ async def test_not_ready_and_still_live_while_it_drains(
             async def not_ready() -> bool:
                 return await asyncio.to_thread(readiness, health_target(service)) == {NOT_SERVING}
 
-            await eventually(sent, what="the command")
+            await eventually(sent, what="the command to be sent")
             service.signal(signal.SIGTERM)
             await eventually(not_ready, what="not ready")
             assert await asyncio.to_thread(health_of, health_target(service), "liveness") == SERVING

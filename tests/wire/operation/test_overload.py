@@ -1,4 +1,4 @@
-"""Deadlines, too many calls, and callers that go away: doubt is told in time, and nobody hears another's answer."""
+"""In-flight limit, deadlines and cancelled calls: errors arrive in time, and each caller gets its own reply."""
 
 import asyncio
 import io
@@ -29,8 +29,8 @@ StartService = Callable[..., ServiceProcess]
 Claim = dedup_pb2.ClaimTransactionRequest
 
 
-def told(error: grpc.aio.AioRpcError) -> tuple[grpc.StatusCode, str, str]:
-    """Return code, reason and applied; the latter two are empty where gRPC itself made the error."""
+def error_fields(error: grpc.aio.AioRpcError) -> tuple[grpc.StatusCode, str, str]:
+    """Return code, reason and applied; the last two are empty if gRPC itself made the error."""
     status = rpc_status.from_call(error)
     info = error_details_pb2.ErrorInfo()
     if status is None or not status.details[0].Unpack(info):
@@ -38,12 +38,12 @@ def told(error: grpc.aio.AioRpcError) -> tuple[grpc.StatusCode, str, str]:
     return error.code(), info.reason, info.metadata["applied"]
 
 
-async def test_too_many_calls_are_refused_and_health_is_not(
+async def test_the_in_flight_limit_rejects_claims_but_not_health_checks(
     start_service: StartService, redis_server: RedisProcess, unique: str
 ) -> None:
-    """Beyond the limit a call is refused as certainly not applied; health still answers, and the others get theirs.
+    """A call over the limit is rejected with `applied=no`; health still answers, and the in-flight calls succeed.
 
-    Protection: the server's own limit on the claim rpcs, instead of gRPC's, which counts health checks too.
+    Protection: the server's own limit on the claim rpcs. gRPC's limit would also count health checks.
     """
     async with FaultProxy(redis_server.port) as proxy:
         arguments = ("--store-url", proxy.url, "--store-timeout", "20s", "--max-in-flight", "5")
@@ -56,11 +56,11 @@ async def test_too_many_calls_are_refused_and_health_is_not(
             async def one_is_refused() -> bool:
                 return any(call.done() for call in calls)
 
-            await eventually(one_is_refused, what="the refusal")
+            await eventually(one_is_refused, what="the rejected call")
             refused = next(call for call in calls if call.done())
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await refused
-            assert told(caught.value) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_CALLS", "no")
+            assert error_fields(caught.value) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_CALLS", "no")
             health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
             assert health.status == health_pb2.HealthCheckResponse.SERVING
             proxy.hold_replies.set()
@@ -68,12 +68,12 @@ async def test_too_many_calls_are_refused_and_health_is_not(
             assert {reply.outcome for reply in replies} == {dedup_pb2.CLAIM_OUTCOME_CLAIMED}
 
 
-async def test_a_deadline_too_near_is_refused_unsent(
+async def test_a_call_with_too_little_time_left_is_not_sent(
     redis_server: RedisProcess, unique: str, engine: EngineName, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A call that leaves no time for an answer is not begun: nothing reaches Redis.
+    """A call whose deadline leaves no time to reply is rejected, and nothing reaches Redis.
 
-    Protection: the margin that is kept for the way back.
+    Protection: the margin reserved for the reply.
     """
     monkeypatch.setattr(endpoint, "ANSWER_MARGIN_S", 100)
     async with FaultProxy(redis_server.port) as proxy:
@@ -82,17 +82,17 @@ async def test_a_deadline_too_near_is_refused_unsent(
         async with serving(store, io.StringIO(), engine) as stub:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await stub.ClaimTransaction(Claim(transaction_id=unique), timeout=50)
-            assert told(caught.value) == (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_TOO_NEAR", "no")
+            assert error_fields(caught.value) == (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_TOO_NEAR", "no")
         await store.close()
         assert b"\r\nSET\r\n" not in proxy.sent_upstream
 
 
-async def test_a_store_that_is_late_is_doubt_before_the_deadline(
+async def test_a_slow_store_is_reported_before_the_deadline(
     redis_server: RedisProcess, unique: str, engine: EngineName
 ) -> None:
-    """Over a slow Redis calls of every deadline end by it; those with time left are told what is known.
+    """Over a slow Redis every call ends by its deadline, and calls with enough time receive reason and applied.
 
-    Protection: the store is waited for no longer than the caller does, less the margin.
+    Protection: the server waits for the store until the caller's deadline minus the margin.
     """
     async with FaultProxy(redis_server.port) as proxy:
         store = make_store(StoreConfig(proxy.url, timeout_ms=20_000))
@@ -105,15 +105,18 @@ async def test_a_store_that_is_late_is_doubt_before_the_deadline(
                 for step, deadline_s in enumerate(deadlines_s)
             ]
             results = await asyncio.gather(*calls, return_exceptions=True)
-            errors = [told(error) for error in results if isinstance(error, grpc.aio.AioRpcError)]
+            errors = [error_fields(error) for error in results if isinstance(error, grpc.aio.AioRpcError)]
             assert len(errors) == len(results)
             assert {code for code, _, _ in errors} == {grpc.StatusCode.DEADLINE_EXCEEDED}
             assert {error[1:] for error in errors} <= {
                 *(("", ""), ("DEADLINE_TOO_NEAR", "no"), ("DEADLINE_PASSED", "unknown")),
             }
             claim, look = Claim(transaction_id=unique), dedup_pb2.GetTransactionRequest(transaction_id=unique)
-            assert await first_told(lambda: stub.ClaimTransaction(claim, timeout=0.7)) == ("DEADLINE_PASSED", "unknown")
-            assert await first_told(lambda: stub.GetTransaction(look, timeout=0.5)) == ("DEADLINE_PASSED", "no")
+            assert await first_with_reason(lambda: stub.ClaimTransaction(claim, timeout=0.7)) == (
+                "DEADLINE_PASSED",
+                "unknown",
+            )
+            assert await first_with_reason(lambda: stub.GetTransaction(look, timeout=0.5)) == ("DEADLINE_PASSED", "no")
             proxy.hold_replies.set()
             reply = await stub.ClaimTransaction(Claim(transaction_id=f"{unique}-after"), timeout=20)
             assert reply.outcome == dedup_pb2.CLAIM_OUTCOME_CLAIMED
@@ -121,21 +124,21 @@ async def test_a_store_that_is_late_is_doubt_before_the_deadline(
         assert proxy.connections == 1
 
 
-async def first_told(call: Callable[[], Awaitable[object]]) -> tuple[str, str]:
-    """Return reason and applied of the first failed call that has them.
+async def first_with_reason(call: Callable[[], Awaitable[object]]) -> tuple[str, str]:
+    """Repeat a failing call until its error has a reason; return reason and applied.
 
-    On a busy machine the caller's own deadline can pass before the reply arrives; then it calls again.
+    On a loaded machine the caller's own deadline can pass before the server's error arrives.
     """
     for _ in range(50):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call()
-        if (found := told(caught.value)[1:]) != ("", ""):
+        if (found := error_fields(caught.value)[1:]) != ("", ""):
             return found
-    raise AssertionError("every call was ended by its own deadline")
+    raise AssertionError("every call ended by its own deadline")
 
 
 def memory_kib(pid: int) -> int:
-    """Return the resident memory of a process."""
+    """Return the resident memory of a process, in KiB."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.split("VmRSS:")[1].split()[0])
 
@@ -143,15 +146,15 @@ def memory_kib(pid: int) -> int:
 async def test_ten_thousand_random_cancels(
     start_service: StartService, redis_server: RedisProcess, unique: str, engine: EngineName
 ) -> None:
-    """Of 10,000 calls under load a random part is cancelled: every answer carries its own token.
+    """A random half of 10,000 calls under load is cancelled; every reply carries its caller's token.
 
-    Protection: replies to cancelled callers are read in their turn, over one Redis connection, and the memory of the
-    service stays flat. The engine native may close the caller's connection meanwhile (docs/engines.md): its calls then
-    end as UNAVAILABLE, and none receives a wrong answer.
+    Protection: the store reads the replies of cancelled calls in order, over one Redis connection, and the service's
+    memory stays flat. The native engine may close the caller's connection (docs/engines.md): its calls then end as
+    UNAVAILABLE, and none receives a wrong reply.
     """
     async with FaultProxy(redis_server.port) as proxy:
         service = await asyncio.to_thread(start_service, "--store-url", proxy.url, "--store-timeout", "20s")
-        # The checks of the start had one of their own.
+        # The start-up checks used a connection of their own.
         connections = proxy.connections
         chance = random.Random(20251128)
         ends: Counter[str] = Counter()
@@ -193,5 +196,5 @@ async def test_ten_thousand_random_cancels(
         assert ends["answered"] > 1_000
         assert proxy.connections == connections
         if memory:
-            # The second half may not cost what the first one did: 5,000 leaked calls of 4 KiB would be 20 MiB.
+            # 5,000 leaked calls of 4 KiB would add 20 MiB in the second half.
             assert memory[1] - memory[0] < 10_000, memory

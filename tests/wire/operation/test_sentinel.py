@@ -1,4 +1,4 @@
-"""The service over a Redis whose master Sentinels name, as its callers see a failover."""
+"""A Sentinel failover as the callers of the service see it."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.support.sentinel import SentinelDeployment
 
 MINE = "token-of-the-first"
 OTHER = "token-of-another"
-DOUBT = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
+RETRYABLE = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
 IDS = 10
 
 
@@ -28,12 +28,12 @@ def deployment(tmp_path: Path) -> Iterator[SentinelDeployment]:
         deployment.stop()
 
 
-def test_callers_keep_what_was_replicated_when_the_master_is_killed(
+def test_replicated_claims_survive_a_failover(
     start_service: Callable[..., ServiceProcess], deployment: SentinelDeployment, unique: str
 ) -> None:
-    """After the master was killed, replicated claims keep their holders, errors before are doubt, and health recovers.
+    """After the master is killed, replicated claims keep their holders, errors are retryable, and health recovers.
 
-    Protection: the master is located for every connection.
+    Protection: the store asks the Sentinels for the master before every connection.
     """
     service = start_service("--store-url", deployment.url)
     with service.channel() as channel:
@@ -66,5 +66,5 @@ def test_callers_keep_what_was_replicated_when_the_master_is_killed(
             other, mine = claim(number, OTHER), claim(number, MINE)
             assert other.outcome == dedup_pb2.CLAIM_OUTCOME_DUPLICATE
             assert (mine.outcome, mine.replayed, mine.claim_token) == (dedup_pb2.CLAIM_OUTCOME_CLAIMED, True, MINE)
-        assert errors <= DOUBT
+        assert errors <= RETRYABLE
         wait_until(lambda: health_is(health_pb2.HealthCheckResponse.SERVING), what="health to say SERVING")

@@ -1,4 +1,4 @@
-"""The server as operators meet it: health, reflection, listeners, shutdown, outages, and what it logs."""
+"""The server as operators see it: health, reflection, listeners, shutdown, outages, and logs."""
 
 import asyncio
 import hashlib
@@ -40,7 +40,7 @@ def health_of(service: ServiceProcess, name: str) -> int:
 
 
 def claim(service: ServiceProcess, transaction_id: str, **metadata: str) -> grpc.Call:
-    """Claim over a channel of its own and return the finished call."""
+    """Claim over a new channel and return the finished call."""
     pairs = tuple((name.replace("_", "-"), value) for name, value in metadata.items())
     with service.channel() as channel:
         _, call = dedup_pb2_grpc.DedupServiceStub(channel).ClaimTransaction.with_call(
@@ -50,7 +50,7 @@ def claim(service: ServiceProcess, transaction_id: str, **metadata: str) -> grpc
 
 
 def test_reflection_describes_the_service(service: ServiceProcess) -> None:
-    """Tools without the proto file find the service and its messages."""
+    """Tools without the proto file can list the service and its messages."""
     with service.channel() as channel:
         database = ProtoReflectionDescriptorDatabase(channel)
         assert {"dedup.v1.DedupService", "grpc.health.v1.Health"} <= set(database.get_services())
@@ -58,16 +58,16 @@ def test_reflection_describes_the_service(service: ServiceProcess) -> None:
         assert file.name == "dedup/v1/dedup.proto"
 
 
-def test_health_is_serving_by_both_names(service: ServiceProcess) -> None:
-    """The server as a whole and the service by its name are SERVING while the store answers."""
+def test_both_health_names_are_serving(service: ServiceProcess) -> None:
+    """The server and the service are SERVING while the store answers."""
     assert health_of(service, "") == SERVING
     assert health_of(service, "dedup.v1.DedupService") == SERVING
 
 
 def test_health_follows_redis(start_service: StartService, tmp_path: Path, unique: str) -> None:
-    """Not serving until Redis answers, serving then, not serving while it is gone, and serving again by itself.
+    """Health is SERVING only while Redis answers, and recovers by itself.
 
-    Protection: the readiness check, which runs for ever, and the keeper of the connection.
+    Protections: the continuous readiness check and the automatic reconnect.
     """
     port = free_port()
     service = start_service("--store-url", f"redis://127.0.0.1:{port}", "--store-timeout", "500ms")
@@ -85,17 +85,17 @@ def test_health_follows_redis(start_service: StartService, tmp_path: Path, uniqu
         wait_until(lambda: health_of(service, "") == NOT_SERVING, what="NOT_SERVING")
         redis_server.resume()
         wait_until(lambda: health_of(service, "dedup.v1.DedupService") == SERVING, what="SERVING again")
-        # Health is told before the log.
+        # Health changes before the log line is written.
         wait_until(lambda: len(service.events("store_became_ready")) == 2, what="the log line")
         assert len(service.events("store_became_unavailable")) == 2
     finally:
         redis_server.stop()
 
 
-def test_a_second_server_on_the_port_fails_loudly(service: ServiceProcess, tmp_path: Path, engine: EngineName) -> None:
-    """A server does not share another one's port in silence.
+def test_a_port_in_use_prevents_start_up(service: ServiceProcess, tmp_path: Path, engine: EngineName) -> None:
+    """A second server on the same port exits with an error instead of sharing the port.
 
-    Protections: grpc.so_reuseport is off, and the probe before the bind, which also says why. Either one is enough.
+    Protections: grpc.so_reuseport is off, and a probe before the bind explains the error. Either one is enough.
     """
     arguments = ("--engine", engine, "--listen", service.target, "--store-url", f"sqlite://{tmp_path / 'x.db'}")
     ended = run_command("serve", *arguments)
@@ -105,10 +105,10 @@ def test_a_second_server_on_the_port_fails_loudly(service: ServiceProcess, tmp_p
     assert sentence in ended.stderr
 
 
-def test_a_unix_socket_is_narrow_and_is_not_taken_from_a_living_server(
+def test_a_unix_socket_has_mode_0660_and_is_not_taken_from_a_running_server(
     start_service: StartService, tmp_path: Path, unique: str, engine: EngineName
 ) -> None:
-    """A Unix socket serves with mode 0660; a second server leaves it alone, and replaces that of a dead one.
+    """A second server does not take over the socket of a running server, but replaces that of a dead one.
 
     Protections: the umask around the bind, and the probe before it.
     """
@@ -126,8 +126,8 @@ def test_a_unix_socket_is_narrow_and_is_not_taken_from_a_living_server(
     claim(start_service("--listen", f"unix://{path}", *store), f"{unique}-again")
 
 
-def test_a_file_in_the_place_of_the_socket_is_kept(tmp_path: Path, engine: EngineName) -> None:
-    """A server does not remove a file that is no socket."""
+def test_a_file_at_the_socket_path_is_not_removed(tmp_path: Path, engine: EngineName) -> None:
+    """A server does not start if a regular file has the path of its socket."""
     path = tmp_path / "precious"
     path.write_text("data")
     arguments = ("--engine", engine, "--listen", f"unix://{path}", "--store-url", f"sqlite://{tmp_path / 'claims.db'}")
@@ -136,10 +136,8 @@ def test_a_file_in_the_place_of_the_socket_is_kept(tmp_path: Path, engine: Engin
     assert path.read_text() == "data"
 
 
-def test_the_service_starts_over_one_socket_and_several_ports(
-    start_service: StartService, tmp_path: Path, unique: str
-) -> None:
-    """All addresses of the setting serve the same claims."""
+def test_all_listen_addresses_serve_the_same_claims(start_service: StartService, tmp_path: Path, unique: str) -> None:
+    """A server can listen on a Unix socket and several ports at once."""
     path = tmp_path / "dedup.sock"
     listen = f"127.0.0.1:0,unix://{path},[::1]:0" if socket.has_ipv6 else f"127.0.0.1:0,unix://{path}"
     service = start_service("--listen", listen, "--store-url", f"sqlite://{tmp_path / 'claims.db'}")
@@ -152,10 +150,10 @@ def test_the_service_starts_over_one_socket_and_several_ports(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_signal_under_load_ends_every_call_with_an_answer(
+async def test_a_shutdown_under_load_answers_every_call(
     start_service: StartService, redis_server: RedisProcess, unique: str, number: signal.Signals
 ) -> None:
-    """At the shutdown calls under way are answered, later ones are told UNAVAILABLE, and the server exits with 0."""
+    """During shutdown in-flight calls are answered, later ones receive UNAVAILABLE, and the server exits with 0."""
     service = await asyncio.to_thread(start_service, "--store-url", redis_server.url, "--shutdown-grace", "5s")
     codes: list[grpc.StatusCode] = []
 
@@ -189,12 +187,12 @@ async def test_a_signal_under_load_ends_every_call_with_an_answer(
     ]
 
 
-async def test_calls_under_way_at_the_shutdown_get_the_grace(
+async def test_in_flight_calls_get_the_shutdown_grace(
     start_service: StartService, redis_server: RedisProcess, unique: str
 ) -> None:
-    """A claim that Redis has not answered when SIGTERM comes is answered before the server ends.
+    """A claim in flight at SIGTERM is answered before the server exits.
 
-    Protection: the wait for calls under way, during which new ones are refused. Health says NOT_SERVING before.
+    Protection: the server waits for in-flight calls and rejects new ones. Health is NOT_SERVING first.
     """
     async with FaultProxy(redis_server.port) as proxy:
         service = await asyncio.to_thread(
@@ -205,7 +203,7 @@ async def test_calls_under_way_at_the_shutdown_get_the_grace(
             assert (await health.read()).status == SERVING
             proxy.hold_replies.clear()
             call = dedup_pb2_grpc.DedupServiceStub(channel).ClaimTransaction(Claim(transaction_id=unique))
-            await eventually(lambda: _sent(proxy, unique), what="the command")
+            await eventually(lambda: _sent(proxy, unique), what="the command to be sent")
             service.signal(signal.SIGTERM)
             assert (await health.read()).status == NOT_SERVING
             begun = time.monotonic()
@@ -220,12 +218,12 @@ async def test_calls_under_way_at_the_shutdown_get_the_grace(
 
 
 @pytest.mark.parametrize("signals", [1, 2])
-async def test_what_the_grace_does_not_end_is_told_doubt(
+async def test_calls_left_after_the_grace_are_unknown(
     start_service: StartService, redis_server: RedisProcess, unique: str, signals: int
 ) -> None:
-    """A claim that Redis never answers ends with the grace, or with a second signal, as perhaps applied; the exit is 0.
+    """A claim that Redis never answers ends with `applied=unknown` after the grace or a second signal; the exit is 0.
 
-    Protection: the store is closed before gRPC stops, which would only cancel the call.
+    Protection: the store closes before gRPC stops; gRPC alone would only cancel the call.
     """
     async with FaultProxy(redis_server.port) as proxy:
         grace = "300ms" if signals == 1 else "60s"
@@ -234,10 +232,10 @@ async def test_what_the_grace_does_not_end_is_told_doubt(
         async with grpc.aio.insecure_channel(service.target) as channel:
             proxy.hold_replies.clear()
             call = dedup_pb2_grpc.DedupServiceStub(channel).ClaimTransaction(Claim(transaction_id=unique))
-            await eventually(lambda: _sent(proxy, unique), what="the command")
+            await eventually(lambda: _sent(proxy, unique), what="the command to be sent")
             service.signal(signal.SIGTERM)
             if signals == 2:
-                # Two at once would arrive as one.
+                # Two pending signals of the same number are delivered as one.
                 await asyncio.to_thread(wait_until, lambda: service.events("shutdown_started"), what="the drain")
                 service.signal(signal.SIGTERM)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -255,10 +253,10 @@ async def _sent(proxy: FaultProxy, transaction_id: str) -> bool:
     return transaction_id.encode() in proxy.sent_upstream
 
 
-async def test_killed_between_redis_and_the_reply_then_retried(
+async def test_a_retry_after_a_killed_server_is_claimed_once(
     start_service: StartService, redis_server: RedisProcess, unique: str
 ) -> None:
-    """A server killed after Redis decided loses the reply; a retry of the same token elsewhere is CLAIMED, once.
+    """If a server is killed before it replies, a retry with the same token on another server receives CLAIMED.
 
     Protection: the caller's token in the stored value.
     """
@@ -268,7 +266,7 @@ async def test_killed_between_redis_and_the_reply_then_retried(
         async with grpc.aio.insecure_channel(doomed.target) as channel:
             proxy.hold_replies.clear()
             call = dedup_pb2_grpc.DedupServiceStub(channel).ClaimTransaction(request)
-            await eventually(lambda: _sent(proxy, unique), what="the command")
+            await eventually(lambda: _sent(proxy, unique), what="the command to be sent")
             await asyncio.to_thread(doomed.kill)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await call
@@ -283,10 +281,10 @@ async def test_killed_between_redis_and_the_reply_then_retried(
         assert stranger.outcome == dedup_pb2.CLAIM_OUTCOME_DUPLICATE
 
 
-async def test_a_cancelled_call_is_logged_and_harms_nobody(
+async def test_a_cancelled_call_is_logged_and_affects_no_other_call(
     start_service: StartService, redis_server: RedisProcess, unique: str
 ) -> None:
-    """Calls that end by deadline or cancel are logged as such, and the next call gets its own answer."""
+    """Calls that end by deadline or cancellation are logged as such, and the next call gets its own reply."""
     async with FaultProxy(redis_server.port) as proxy:
         service = await asyncio.to_thread(start_service, "--store-url", proxy.url, "--store-timeout", "20s")
         async with grpc.aio.insecure_channel(service.target) as channel:
@@ -295,7 +293,7 @@ async def test_a_cancelled_call_is_logged_and_harms_nobody(
             proxy.hold_replies.clear()
             late = stub.ClaimTransaction(Claim(transaction_id=f"{unique}-1"), timeout=0.3)
             gone = stub.ClaimTransaction(Claim(transaction_id=f"{unique}-2"))
-            await eventually(lambda: _sent(proxy, f"{unique}-2"), what="the command")
+            await eventually(lambda: _sent(proxy, f"{unique}-2"), what="the command to be sent")
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await late
             assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
@@ -311,7 +309,7 @@ async def test_a_cancelled_call_is_logged_and_harms_nobody(
 
 
 def last_call(service: ServiceProcess, correlation_id: str) -> dict[str, object]:
-    """Return the log line of a call, once it is there."""
+    """Wait for the log line of a call and return it."""
 
     def found() -> list[dict[str, object]]:
         return [line for line in service.events("call_finished") if line["correlation_id"] == correlation_id]
@@ -359,7 +357,7 @@ def test_the_callers_correlation_id_is_logged_and_returned(
 
 
 def test_ids_and_tokens_stay_out_of_the_log(service: ServiceProcess, unique: str) -> None:
-    """No line of the log holds a transaction id or a token, of a claim or of a refusal."""
+    """No log line contains a transaction id or a token, neither for a claim nor for an error."""
     request = Claim(transaction_id=unique, claim_token=f"secret-{unique}")
     with service.channel() as channel:
         stub = dedup_pb2_grpc.DedupServiceStub(channel)
@@ -372,8 +370,8 @@ def test_ids_and_tokens_stay_out_of_the_log(service: ServiceProcess, unique: str
     assert not [text for text in service.stderr_lines if unique in text]
 
 
-def test_ids_are_plain_where_a_setting_says_so(start_service: StartService, tmp_path: Path, unique: str) -> None:
-    """With DEDUP_LOG_TRANSACTION_IDS=plain the id itself is in the log line."""
+def test_a_setting_logs_plain_transaction_ids(start_service: StartService, tmp_path: Path, unique: str) -> None:
+    """With DEDUP_LOG_TRANSACTION_IDS=plain the log line contains the id itself."""
     service = start_service(
         "--store-url",
         f"sqlite://{tmp_path / 'claims.db'}",
@@ -383,8 +381,8 @@ def test_ids_are_plain_where_a_setting_says_so(start_service: StartService, tmp_
     assert last_call(service, str(dict(call.trailing_metadata())["x-correlation-id"]))["transaction"] == unique
 
 
-def test_without_a_store_url_the_embedded_store_is_used_and_said(tmp_path: Path, unique: str) -> None:
-    """Without a URL claims are in a file of the user's state folder, and the start says that only this host sees it."""
+def test_without_a_store_url_the_embedded_store_is_used(tmp_path: Path, unique: str) -> None:
+    """Claims are stored in the user's state folder, and start-up logs that only this host sees them."""
     service = ServiceProcess(environment={"XDG_STATE_HOME": str(tmp_path)}).start()
     try:
         claim(service, unique)
@@ -394,8 +392,8 @@ def test_without_a_store_url_the_embedded_store_is_used_and_said(tmp_path: Path,
         service.stop()
 
 
-def test_successes_are_logged_when_asked_for_or_slow(redis_server: RedisProcess, unique: str) -> None:
-    """By default a quick success leaves no line and no id behind, a failure and a slow call do."""
+def test_only_failures_and_slow_calls_are_logged_without_sampling(redis_server: RedisProcess, unique: str) -> None:
+    """With a sample rate of 0 a fast success has no log line and no correlation id; failures and slow calls do."""
     environment = {"DEDUP_LOG_SAMPLE": "0", "DEDUP_LOG_SLOW": "300ms", "DEDUP_STORE_URL": redis_server.url}
     service = ServiceProcess(environment=environment).start()
     try:

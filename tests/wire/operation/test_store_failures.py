@@ -1,7 +1,7 @@
-"""Every way in which Redis can fail to answer a claim, as the caller sees it over gRPC.
+"""Every way Redis can fail to answer a claim, as the caller sees it over gRPC.
 
-Protection in each case: the table of refusals in the store and the table of errors in the servicer. Whatever happens,
-the answer is an error that says whether the claim was made: never CLAIMED, never DUPLICATE, and never a second SET.
+Protections: the table of Redis errors in the store and the error table in the servicer. The caller always receives an
+error that says whether the claim was made: never CLAIMED, never DUPLICATE, and never a second SET.
 """
 
 import io
@@ -56,10 +56,10 @@ FAULTS: dict[str, tuple[Behaviour, str]] = {
 
 
 @asynccontextmanager
-async def claiming(
+async def failed_claim(
     behaviour: Behaviour, engine: EngineName
 ) -> AsyncIterator[tuple[grpc.aio.AioRpcError, ScriptedRedis]]:
-    """Claim through a service over a Redis of this behaviour, and yield the error with which that ended."""
+    """Claim through a service over a Redis with this behaviour, and yield the error and the Redis."""
     async with ScriptedRedis(behaviour) as server:
         store = make_store(StoreConfig(server.url, timeout_ms=300))
         await store.open()
@@ -72,8 +72,8 @@ async def claiming(
             await store.close()
 
 
-def assert_told(error: grpc.aio.AioRpcError, code: grpc.StatusCode, reason: str, applied: str) -> None:
-    """Fail unless the error says so, with advice to retry where that may help."""
+def assert_error(error: grpc.aio.AioRpcError, code: grpc.StatusCode, reason: str, applied: str) -> None:
+    """Assert code, reason and applied, and retry advice for UNAVAILABLE only."""
     status = rpc_status.from_call(error)
     assert status is not None
     info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
@@ -82,38 +82,38 @@ def assert_told(error: grpc.aio.AioRpcError, code: grpc.StatusCode, reason: str,
     assert [detail.Unpack(retry) for detail in status.details[1:]] == ([True] if code is UNAVAILABLE else [])
 
 
-def assert_told_any(error: grpc.aio.AioRpcError, reasons: set[str], applied: str) -> None:
-    """Fail unless the error is UNAVAILABLE for one of these reasons and says this of the claim."""
+def assert_unavailable(error: grpc.aio.AioRpcError, reasons: set[str], applied: str) -> None:
+    """Assert that the error is UNAVAILABLE with one of these reasons and this `applied`."""
     status = rpc_status.from_call(error)
     info = error_details_pb2.ErrorInfo()
     assert status is not None
     assert status.details[0].Unpack(info)
     assert info.reason in reasons
-    assert_told(error, UNAVAILABLE, info.reason, applied)
+    assert_error(error, UNAVAILABLE, info.reason, applied)
 
 
 @pytest.mark.parametrize("reply", REFUSALS, ids=lambda reply: reply.split()[0].decode())
-async def test_every_error_reply_has_its_place(reply: bytes, engine: EngineName) -> None:
-    """An error reply of Redis becomes its code, reason and applied; its text, which may quote a token, goes nowhere."""
-    async with claiming(says(b"-%b\r\n" % reply), engine) as (error, server):
-        assert_told(error, *REFUSALS[reply])
+async def test_redis_error_replies_map_to_the_error_table(reply: bytes, engine: EngineName) -> None:
+    """A Redis error reply maps to its code, reason and applied; its text is not shown, as it may quote a token."""
+    async with failed_claim(says(b"-%b\r\n" % reply), engine) as (error, server):
+        assert_error(error, *REFUSALS[reply])
         assert reply.partition(b" ")[2].decode() not in repr(error)
         assert server.sets == 1
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-async def test_every_fault_of_the_connection_is_doubt(fault: str, engine: EngineName) -> None:
-    """Whatever comes instead of a reply, or nothing, is UNAVAILABLE and says that the claim may have been made."""
+async def test_connection_faults_leave_the_claim_unknown(fault: str, engine: EngineName) -> None:
+    """A missing or invalid reply is UNAVAILABLE with `applied=unknown`."""
     behaviour, reason = FAULTS[fault]
-    async with claiming(behaviour, engine) as (error, server):
-        assert_told(error, UNAVAILABLE, reason, "unknown")
+    async with failed_claim(behaviour, engine) as (error, server):
+        assert_error(error, UNAVAILABLE, reason, "unknown")
         assert server.sets == 1
 
 
 @pytest.mark.parametrize("reply", [b"READONLY x", b"NOAUTH x", b"MASTERDOWN x"])
 async def test_a_connection_to_the_wrong_server_is_replaced(reply: bytes, engine: EngineName) -> None:
-    """After a refusal that shows another server behind the address, claims go over a new connection."""
-    async with claiming(says(b"-%b\r\n" % reply), engine) as (_, server):
+    """After an error reply that suggests another server behind the address, the store reconnects."""
+    async with failed_claim(says(b"-%b\r\n" % reply), engine) as (_, server):
 
         async def connected_again() -> bool:
             return server.connections >= 2
@@ -122,10 +122,10 @@ async def test_a_connection_to_the_wrong_server_is_replaced(reply: bytes, engine
 
 
 @pytest.mark.parametrize("noticed", [True, False])
-async def test_a_connection_that_ended_while_idle_claims_nothing(engine: EngineName, *, noticed: bool) -> None:
-    """A claim right after its connection ended is not sent, or sent into a dead socket: no or unknown, never twice.
+async def test_a_claim_on_a_closed_connection_is_sent_at_most_once(engine: EngineName, *, noticed: bool) -> None:
+    """After the connection closed, a claim is not sent (`no`) or is lost in the dead socket (`unknown`).
 
-    Protection: what was written to a connection that ends is doubt, and is never written to the next one.
+    Protection: a command written to a closed connection is never repeated on the next one.
     """
     async with ScriptedRedis(says(b"$-1\r\n")) as server:
         store = make_store(StoreConfig(server.url, timeout_ms=5_000))
@@ -137,11 +137,11 @@ async def test_a_connection_that_ended_while_idle_claims_nothing(engine: EngineN
         if noticed:
             server.refuse_connections()
         else:
-            # Until it reads again the service cannot see the end, however long the scheduler lets it wait.
+            # While reading is paused the service cannot notice the close, whatever the scheduler does.
             channel._transport.pause_reading()
         await server.hang_up()
 
-        async def gone() -> bool:
+        async def close_noticed() -> bool:
             return link.channel is None
 
         async def written() -> bool:
@@ -153,7 +153,7 @@ async def test_a_connection_that_ended_while_idle_claims_nothing(engine: EngineN
         request = dedup_pb2.ClaimTransactionRequest(transaction_id="x")
         async with serving(store, io.StringIO(), engine) as stub:
             if noticed:
-                await eventually(gone, what="the end to be noticed")
+                await eventually(close_noticed, what="the close to be noticed")
             call = stub.ClaimTransaction(request)
             if not noticed:
                 await eventually(written, what="the claim to be written")
@@ -162,9 +162,9 @@ async def test_a_connection_that_ended_while_idle_claims_nothing(engine: EngineN
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await call
             if noticed:
-                assert_told_any(caught.value, {"STORE_CONNECTION_LOST", "STORE_UNREACHABLE"}, "no")
+                assert_unavailable(caught.value, {"STORE_CONNECTION_LOST", "STORE_UNREACHABLE"}, "no")
             else:
-                assert_told(caught.value, UNAVAILABLE, "STORE_CONNECTION_LOST", "unknown")
+                assert_error(caught.value, UNAVAILABLE, "STORE_CONNECTION_LOST", "unknown")
                 await eventually(connected_again, what="a new connection")
             assert server.sets == 0
             if not noticed:

@@ -1,4 +1,4 @@
-"""Several workers on one port, as callers and operators meet them: shared calls, deaths, signals, and refusals."""
+"""Several workers on one port: claims across workers, crashes, signals, and start-up errors."""
 
 import asyncio
 import json
@@ -34,7 +34,7 @@ def store_url(request: pytest.FixtureRequest, redis_server: RedisProcess, tmp_pa
 
 @pytest.fixture
 def start_workers(start_service: StartService, redis_server: RedisProcess) -> StartWorkers:
-    """Starts two workers over Redis, or with options of the test's own."""
+    """Starts two workers over Redis, with additional options."""
 
     def start(*arguments: str) -> ServiceProcess:
         return start_service("--workers", "2", "--store-url", redis_server.url, *arguments)
@@ -44,7 +44,7 @@ def start_workers(start_service: StartService, redis_server: RedisProcess) -> St
 
 @pytest.fixture
 def channels(start_workers: StartWorkers) -> Iterator[dict[int, grpc.Channel]]:
-    """A channel to each of two workers."""
+    """A channel to each of two workers, by worker number."""
     with ExitStack() as held:
         found = channels_to_each(start_workers())
         for channel in found.values():
@@ -52,10 +52,10 @@ def channels(start_workers: StartWorkers) -> Iterator[dict[int, grpc.Channel]]:
         yield found
 
 
-async def test_exactly_one_of_concurrent_claims_wins_across_workers(
+async def test_one_concurrent_claim_wins_across_workers(
     start_service: StartService, store_url: str, unique: str
 ) -> None:
-    """Of the claims of one id that reach both workers at the same time, exactly one is CLAIMED, over either store."""
+    """Of concurrent claims of one id at both workers exactly one receives CLAIMED, over either store."""
     service = await asyncio.to_thread(start_service, "--workers", "2", "--store-url", store_url, "--log-sample", "1")
     channels = [grpc.aio.insecure_channel(service.target, options=OWN_CONNECTION) for _ in range(12)]
     stubs = [dedup_pb2_grpc.DedupServiceStub(channel) for channel in channels]
@@ -73,8 +73,8 @@ async def test_exactly_one_of_concurrent_claims_wins_across_workers(
     assert await asyncio.to_thread(service.stop) == 0
 
 
-def test_a_claim_that_waits_hears_of_an_end_in_another_worker(channels: dict[int, grpc.Channel], unique: str) -> None:
-    """Who waits at one worker is told the result as soon as the holder completes at the other one."""
+def test_a_waiter_receives_a_completion_from_another_worker(channels: dict[int, grpc.Channel], unique: str) -> None:
+    """A call that waits at one worker receives the result when the holder completes at the other."""
     here, there = (dedup_pb2_grpc.DedupServiceStub(channels[number]) for number in (1, 2))
     held = here.ClaimTransaction(Claim(transaction_id=unique))
     request = Claim(transaction_id=unique)
@@ -84,27 +84,27 @@ def test_a_claim_that_waits_hears_of_an_end_in_another_worker(channels: dict[int
         transaction_id=unique, claim_token=held.claim_token, result=b"paid"
     )
     assert here.CompleteTransaction(completion).outcome == dedup_pb2.COMPLETE_OUTCOME_COMPLETED
-    told = waiting.result(timeout=20)
-    assert (told.outcome, told.transaction.result) == (DUPLICATE, b"paid")
+    reply = waiting.result(timeout=20)
+    assert (reply.outcome, reply.transaction.result) == (DUPLICATE, b"paid")
 
 
 class Load:
-    """Callers that claim ids of their own until they are stopped, and repeat with the same token what fails.
+    """Callers that claim unique ids until stopped and retry failed calls with the same token.
 
-    A caller that is not `patient` ends with its first failure instead. The proof is left to the test: `codes` of every
-    try, and the `outcomes` that each logical call ended with.
+    With `retry=False` a caller ends with its first failure. `codes` counts the status of every attempt, `outcomes` the
+    final outcome of every claim.
     """
 
-    def __init__(self, service: ServiceProcess, unique: str, *, patient: bool = True) -> None:
+    def __init__(self, service: ServiceProcess, unique: str, *, retry: bool = True) -> None:
         self._service = service
         self._unique = unique
-        self._patient = patient
+        self._retry = retry
         self._stopped = False
         self.codes: Counter[grpc.StatusCode] = Counter()
         self.outcomes: Counter[int] = Counter()
 
     async def caller(self, number: int) -> None:
-        """Claim again and again over one connection."""
+        """Claim repeatedly over one connection."""
         async with grpc.aio.insecure_channel(self._service.target, options=OWN_CONNECTION) as channel:
             stub = dedup_pb2_grpc.DedupServiceStub(channel)
             attempt = 0
@@ -121,7 +121,7 @@ class Load:
                 reply = await stub.ClaimTransaction(request, timeout=20)
             except grpc.aio.AioRpcError as error:
                 self.codes[error.code()] += 1
-                if self._stopped or not self._patient:
+                if self._stopped or not self._retry:
                     return dedup_pb2.CLAIM_OUTCOME_UNSPECIFIED
                 await asyncio.sleep(0.01)
             else:
@@ -129,7 +129,7 @@ class Load:
                 return reply.outcome
 
     async def grown(self, calls: int) -> None:
-        """Return when so many more calls were answered."""
+        """Wait until `calls` more calls were answered."""
         goal = self.codes[grpc.StatusCode.OK] + calls
 
         async def enough() -> bool:
@@ -138,17 +138,15 @@ class Load:
         await eventually(enough, what="load")
 
     def stop(self) -> None:
-        """Let every caller end with the call that it is in."""
+        """Let every caller end after its current call."""
         self._stopped = True
 
 
 @pytest.mark.every_engine
-async def test_a_killed_worker_is_replaced_and_costs_only_its_own_calls(
-    start_workers: StartWorkers, unique: str
-) -> None:
-    """After kill -9 of a worker under load another takes its place, and what its callers repeat is CLAIMED.
+async def test_a_killed_worker_is_restarted_without_losing_claims(start_workers: StartWorkers, unique: str) -> None:
+    """After kill -9 of a worker under load a new one starts, and its callers' retries receive CLAIMED.
 
-    Callers see nothing but answers and UNAVAILABLE. Protections: the restart, and the token in the stored value.
+    Callers see only OK and UNAVAILABLE. Protections: the restart, and the token in the stored value.
     """
     service = await asyncio.to_thread(start_workers)
     load = Load(service, unique)
@@ -175,9 +173,9 @@ async def test_a_killed_worker_is_replaced_and_costs_only_its_own_calls(
 @pytest.mark.every_engine
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_signal_drains_every_worker(start_workers: StartWorkers, unique: str, number: signal.Signals) -> None:
-    """At SIGTERM and SIGINT under load every call ends with an answer or UNAVAILABLE, and the supervisor ends last."""
+    """On SIGTERM or SIGINT under load every call is answered or UNAVAILABLE, and the supervisor exits last."""
     service = await asyncio.to_thread(start_workers)
-    load = Load(service, unique, patient=False)
+    load = Load(service, unique, retry=False)
     callers = [asyncio.create_task(load.caller(number)) for number in range(16)]
     await load.grown(500)
     service.signal(number)
@@ -190,11 +188,11 @@ async def test_a_signal_drains_every_worker(start_workers: StartWorkers, unique:
 
 
 @pytest.mark.every_engine
-async def test_workers_are_replaced_one_by_one_under_load(start_workers: StartWorkers, unique: str) -> None:
-    """At SIGUSR2 new workers take over from the old ones, and callers that repeat with their token lose no call.
+async def test_sigusr2_replaces_workers_one_by_one(start_workers: StartWorkers, unique: str) -> None:
+    """On SIGUSR2 under load new workers replace the old ones, and callers that retry lose no call.
 
-    They see UNAVAILABLE while a worker drains, and CANCELLED where gRPC had not handed a call over when it stopped.
-    Protection: a new worker serves before the old one drains.
+    Callers see UNAVAILABLE while a worker drains, and CANCELLED for calls that gRPC had not yet dispatched when it
+    stopped. Protection: a new worker serves before the old one drains.
     """
     service = await asyncio.to_thread(start_workers)
     load = Load(service, unique)
@@ -225,7 +223,7 @@ async def test_workers_are_replaced_one_by_one_under_load(start_workers: StartWo
 
 
 def test_sighup_reaches_every_worker(start_workers: StartWorkers, tmp_path: Path) -> None:
-    """A changed policy file is read by each worker at one SIGHUP of the supervisor."""
+    """On SIGHUP to the supervisor each worker reloads the policy file."""
     policies = tmp_path / "policies.toml"
     policies.write_text("[namespaces.a]\n")
     service = start_workers("--policy-file", str(policies))
@@ -238,21 +236,23 @@ def test_sighup_reaches_every_worker(start_workers: StartWorkers, tmp_path: Path
     wait_until(lambda: loaded() == [1, 2], what="the new policies")
 
 
-def test_workers_end_when_their_supervisor_is_killed(start_workers: StartWorkers) -> None:
-    """Workers whose supervisor got SIGKILL drain and end by themselves.
+def test_workers_exit_when_their_supervisor_is_killed(start_workers: StartWorkers) -> None:
+    """After SIGKILL of the supervisor its workers drain and exit.
 
-    Protection: the end of the pipe from the supervisor.
+    Protection: each worker detects that the pipe from the supervisor closed.
     """
     service = start_workers()
-    # Returns when nobody holds the log any more.
+    # Returns once no process holds the log pipe open.
     service.kill()
     assert sorted(line["worker"] for line in service.events("server_stopped")) == [1, 2]
 
 
 @pytest.mark.every_engine
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_second_service_on_the_port_is_refused(start_workers: StartWorkers, tmp_path: Path, workers: str) -> None:
-    """The port that workers share among themselves is not shared with another service, however many workers it has.
+def test_a_second_service_cannot_share_the_workers_port(
+    start_workers: StartWorkers, tmp_path: Path, workers: str
+) -> None:
+    """Workers share their port with each other but not with another service.
 
     Protection: the probe without SO_REUSEPORT.
     """
@@ -274,10 +274,10 @@ def test_a_second_service_on_the_port_is_refused(start_workers: StartWorkers, tm
         (("--store-url", "mysql://x"), 2, "DEDUP_STORE_URL (--store-url): the store URL must begin with one of"),
     ],
 )
-def test_workers_that_cannot_start_end_everything(
+def test_a_failed_first_start_ends_the_service(
     redis_server: RedisProcess, workers: str, arguments: tuple[str, ...], exit_code: int, words: str
 ) -> None:
-    """What keeps one worker from starting ends the service as it would alone: one sentence, and the same exit code."""
+    """If a worker cannot start, the service exits as a single process would: one sentence and the same exit code."""
     given = ("serve", "--listen", "127.0.0.1:0", "--store-url", redis_server.url, *arguments)
     ended = run_command(*given, "--workers", workers)
     assert ended.returncode == exit_code
@@ -286,21 +286,21 @@ def test_workers_that_cannot_start_end_everything(
     assert words in sentence
 
 
-def test_a_worker_that_cannot_start_again_is_tried_again(start_workers: StartWorkers, tmp_path: Path) -> None:
-    """With a policy file that was broken since, a dead worker comes back when it is mended; the other one goes on.
+def test_failed_restarts_are_retried(start_workers: StartWorkers, tmp_path: Path) -> None:
+    """A dead worker is retried until its invalid policy file is corrected; the other worker keeps serving.
 
-    At SIGUSR2 meanwhile nobody is replaced. Protection: only the first start of all ends the service.
+    SIGUSR2 replaces no worker meanwhile. Protection: only a failure of the very first start ends the service.
     """
     policies = tmp_path / "policies.toml"
     policies.write_text("[namespaces.a]\n")
     service = start_workers("--policy-file", str(policies))
     policies.write_text("nonsense")
     service.signal(signal.SIGUSR2)
-    wait_until(lambda: service.events("worker_replacement_failed"), what="the refusal")
+    wait_until(lambda: service.events("worker_replacement_failed"), what="the worker_replacement_failed event")
     assert "is not usable" in service.events("worker_replacement_failed")[0]["message"]
     assert not service.events("shutdown_started")
     os.kill(pids(service)[2], signal.SIGKILL)
-    wait_until(lambda: len(service.events("worker_died")) >= 3, what="two vain restarts")
+    wait_until(lambda: len(service.events("worker_died")) >= 3, what="two failed restarts")
     deaths = service.events("worker_died")
     assert [line["restart_in_s"] for line in deaths[:3]] == [0, 0.25, 0.5]
     assert "is not usable" in deaths[1]["refusal"]
@@ -309,8 +309,8 @@ def test_a_worker_that_cannot_start_again_is_tried_again(start_workers: StartWor
     assert service.stop() == 0
 
 
-def test_the_supervisor_loads_no_grpc_and_no_driver() -> None:
-    """What supervises the workers imports neither gRPC nor protobuf, a driver, the settings or the metrics library."""
+def test_the_supervisor_imports_no_heavy_modules() -> None:
+    """The supervisor imports neither gRPC, protobuf, a store driver, the settings nor the metrics library."""
     script = (
         "import dedup_service.cli, dedup_service.supervisor.process, json, sys; print(json.dumps(sorted(sys.modules)))"
     )
@@ -320,8 +320,8 @@ def test_the_supervisor_loads_no_grpc_and_no_driver() -> None:
     assert heavy & set(modules) == set()
 
 
-def test_a_password_is_on_no_command_line(start_service: StartService, redis_server: RedisProcess) -> None:
-    """Neither the supervisor nor a worker shows the store URL to the users of the host."""
+def test_command_lines_do_not_contain_the_password(start_service: StartService, redis_server: RedisProcess) -> None:
+    """Neither the supervisor nor a worker has the store URL on its command line."""
     url = redis_server.url.replace("redis://", "redis://default:s3cret@")
     service = start_service("--workers", "2", environment={"DEDUP_STORE_URL": url})
     processes = ",".join(map(str, (service.pid, *pids(service).values())))
@@ -333,23 +333,23 @@ def test_a_password_is_on_no_command_line(start_service: StartService, redis_ser
 
 
 def test_the_banner_names_the_shared_port(redis_server: RedisProcess) -> None:
-    """`--banner` is printed once, with the port that was free."""
+    """`--banner` is printed once, with the port that was chosen."""
     service = ServiceProcess("--workers", "2", "--banner", "--store-url", redis_server.url).start()
     assert service.stop() == 0
     assert service.stdout.count(f"is serving on {service.target}.") == 1
     assert not service.target.endswith(":0")
 
 
-def test_a_port_that_is_asked_for_by_number_is_the_one(start_service: StartService, redis_server: RedisProcess) -> None:
-    """A fixed port is served by the workers, again right after an earlier service on it has ended."""
+def test_workers_can_reuse_a_fixed_port_immediately(start_service: StartService, redis_server: RedisProcess) -> None:
+    """Workers can listen on a fixed port right after a previous service on it exited."""
     address = f"127.0.0.1:{free_port()}"
     for workers in ("1", "2", "2"):
         service = start_service("--listen", address, "--workers", workers, "--store-url", redis_server.url)
         assert service.target == address
         with service.channel() as channel:
             look = dedup_pb2_grpc.DedupServiceStub(channel).GetTransaction.future(
-                dedup_pb2.GetTransactionRequest(transaction_id="nobody")
+                dedup_pb2.GetTransactionRequest(transaction_id="unclaimed")
             )
             assert look.code() is grpc.StatusCode.NOT_FOUND
-            # Whose end closes the connection first is the one that leaves it in TIME_WAIT.
+            # The side that closes first keeps the connection in TIME_WAIT: the server must close first here.
             assert service.stop() == 0

@@ -1,4 +1,4 @@
-"""Callers as the service knows them, by token or certificate, and what each of them may ask for."""
+"""Authentication by token or certificate, and the namespaces and rpcs each caller may use."""
 
 import signal
 from collections.abc import Callable
@@ -38,7 +38,7 @@ rpcs = ["GetTransaction"]
 
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[Path, Path]:
-    """The token file and the policy file of this test, written as above."""
+    """The token file and the policy file, with the contents of TOKENS and POLICIES."""
     tokens, policies = tmp_path / "tokens.toml", tmp_path / "policies.toml"
     tokens.touch(0o600)
     tokens.write_text(TOKENS)
@@ -48,15 +48,15 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.fixture
 def guarded(start_service: Start, redis_server: RedisProcess, files: tuple[Path, Path]) -> ServiceProcess:
-    """A service that asks for tokens, on each engine."""
+    """A service that requires tokens, on each engine."""
     tokens, policies = files
     return start_service(
         *("--store-url", redis_server.url, "--auth-tokens", str(tokens), "--policy-file", str(policies)),
     )
 
 
-def ask(service: ServiceProcess, token: str | None, method: str, request: Any, *, header: str = "") -> Any:
-    """Call one method with a token, or with a whole authorization header."""
+def call_method(service: ServiceProcess, token: str | None, method: str, request: Any, *, header: str = "") -> Any:
+    """Call one method with a token or a complete authorization header."""
     value = header or f"Bearer {token}"
     metadata = (("authorization", value),) if token is not None or header else ()
     with service.channel() as channel:
@@ -66,13 +66,13 @@ def ask(service: ServiceProcess, token: str | None, method: str, request: Any, *
 def claim(
     service: ServiceProcess, token: str | None, transaction_id: str, namespace: str = "", header: str = ""
 ) -> int:
-    """Claim, and return the outcome."""
+    """Claim and return the outcome."""
     request = Claim(transaction_id=transaction_id, namespace=namespace)
-    return int(ask(service, token, "ClaimTransaction", request, header=header).outcome)
+    return int(call_method(service, token, "ClaimTransaction", request, header=header).outcome)
 
 
-def told(answer: RefusedCall) -> tuple[str, str, str]:
-    """Return the code, the reason and whether it was applied."""
+def error_fields(answer: RefusedCall) -> tuple[str, str, str]:
+    """Return code, reason and applied."""
     return answer.code.name, answer.reason, answer.applied
 
 
@@ -80,55 +80,55 @@ UNKNOWN = ("UNAUTHENTICATED", "CALLER_UNKNOWN", "no")
 NOT_ALLOWED = ("PERMISSION_DENIED", "CALLER_NOT_ALLOWED", "no")
 
 
-def test_calls_without_a_known_token_are_refused(guarded: ServiceProcess, unique: str) -> None:
-    """Without a token, with a wrong one, with part of one or with another scheme nothing is claimed.
+def test_calls_without_a_valid_token_are_rejected(guarded: ServiceProcess, unique: str) -> None:
+    """A missing, wrong or partial token, or another scheme, is UNAUTHENTICATED and claims nothing.
 
-    Protection: the gate before every rpc.
+    Protection: the authentication check before every rpc.
     """
     for header in ("", "Bearer ", "Bearer wrong-token-01234", f"Bearer {BOX[:-1]}", f"Bearer {BOX}x", f"Basic {BOX}"):
         answer = refused(lambda header=header: claim(guarded, None, unique, header=header))  # type: ignore[misc]
-        assert told(answer) == UNKNOWN, header
+        assert error_fields(answer) == UNKNOWN, header
         assert BOX[:-1] not in answer.message
     assert claim(guarded, BOX, unique) == CLAIMED
     assert claim(guarded, None, f"{unique}-2", header=f"bearer {SPARE}") == CLAIMED
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_rpc_is_behind_the_gate(guarded: ServiceProcess, method: str) -> None:
-    """No rpc of the contract answers a caller without a token, or one that may not call it."""
+def test_every_rpc_requires_authorization(guarded: ServiceProcess, method: str) -> None:
+    """Every rpc rejects callers without a token and callers that may not use it."""
     request = getattr(dedup_pb2, f"{method}Request")()
-    assert told(refused(lambda: ask(guarded, None, method, request))) == UNKNOWN
-    answer = refused(lambda: ask(guarded, REFUNDS, method, request))
-    assert told(answer) == (
+    assert error_fields(refused(lambda: call_method(guarded, None, method, request))) == UNKNOWN
+    answer = refused(lambda: call_method(guarded, REFUNDS, method, request))
+    assert error_fields(answer) == (
         ("INVALID_ARGUMENT", "INVALID_REQUEST", "no") if method == "GetTransaction" else NOT_ALLOWED
     )
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if not method.startswith("Batch")])
-def test_a_namespace_that_is_not_the_callers_is_rejected(guarded: ServiceProcess, unique: str, method: str) -> None:
-    """Whatever is asked of a namespace of somebody else is PERMISSION_DENIED and names it; nothing was done.
+def test_a_forbidden_namespace_is_rejected(guarded: ServiceProcess, unique: str, method: str) -> None:
+    """A call in a namespace that its caller may not use is PERMISSION_DENIED, names it, and changes nothing.
 
-    Protection: the check where the rules of a namespace are looked up.
+    Protection: the check in the look-up of a namespace's policy.
     """
     request = getattr(dedup_pb2, f"{method}Request")(transaction_id=unique, namespace="refunds")
-    answer = refused(lambda: ask(guarded, BOX, method, request))
-    assert told(answer) == NOT_ALLOWED
+    answer = refused(lambda: call_method(guarded, BOX, method, request))
+    assert error_fields(answer) == NOT_ALLOWED
     assert "'lucky-box' may not use the namespace 'refunds'" in answer.message
     look = dedup_pb2.GetTransactionRequest(transaction_id=unique, namespace="refunds")
-    assert refused(lambda: ask(guarded, REFUNDS, "GetTransaction", look)).code is grpc.StatusCode.NOT_FOUND
+    assert refused(lambda: call_method(guarded, REFUNDS, "GetTransaction", look)).code is grpc.StatusCode.NOT_FOUND
 
 
-def test_entries_of_a_batch_are_rejected_alone(guarded: ServiceProcess, unique: str) -> None:
-    """The entry in a foreign namespace fails with the same reason, and its neighbours are claimed."""
+def test_a_forbidden_batch_entry_fails_alone(guarded: ServiceProcess, unique: str) -> None:
+    """A batch entry in a forbidden namespace fails with the same reason, and the other entries are claimed."""
     requests = [Claim(transaction_id=unique, namespace=namespace) for namespace in ("pay", "refunds", "")]
     batch = dedup_pb2.BatchClaimTransactionsRequest(requests=requests)
-    entries = ask(guarded, BOX, "BatchClaimTransactions", batch).entries
+    entries = call_method(guarded, BOX, "BatchClaimTransactions", batch).entries
     assert [entry.response.outcome for entry in entries] == [CLAIMED, dedup_pb2.CLAIM_OUTCOME_UNSPECIFIED, CLAIMED]
     assert entries[1].error.code == grpc.StatusCode.PERMISSION_DENIED.value[0]
 
 
-def test_the_log_says_who_called(guarded: ServiceProcess, unique: str) -> None:
-    """A line of a call has the name of its caller, also of one that was refused, and a refusal is a warning."""
+def test_call_logs_contain_the_caller(guarded: ServiceProcess, unique: str) -> None:
+    """The log line of a call has its caller's name, also for a rejected call, which is logged as a warning."""
     claim(guarded, BOX, unique)
     refused(lambda: claim(guarded, REFUNDS, unique))
     wait_until(lambda: len(guarded.events("call_finished")) == 2, what="the log lines")
@@ -138,52 +138,52 @@ def test_the_log_says_who_called(guarded: ServiceProcess, unique: str) -> None:
     ]
 
 
-def test_tokens_and_callers_are_reread(guarded: ServiceProcess, files: tuple[Path, Path], unique: str) -> None:
-    """After SIGHUP a revoked token is refused and a new one counts; a broken file leaves those of before in force."""
+def test_sighup_reloads_tokens_and_callers(guarded: ServiceProcess, files: tuple[Path, Path], unique: str) -> None:
+    """After SIGHUP a revoked token is rejected and a new one works; an invalid file keeps the previous tokens."""
     tokens, policies = files
     fresh = "fresh-token-01234567"
     tokens.write_text(f'lucky-box = "{fresh}"')
     policies.write_text("[callers.lucky-box]")
     guarded.signal(signal.SIGHUP)
-    wait_until(lambda: len(guarded.events("policy_loaded")) == 2, what="the rules")
+    wait_until(lambda: len(guarded.events("policy_loaded")) == 2, what="the new policies")
     assert guarded.events("tokens_loaded")[0]["tokens"] == 1
-    assert told(refused(lambda: claim(guarded, BOX, unique))) == UNKNOWN
+    assert error_fields(refused(lambda: claim(guarded, BOX, unique))) == UNKNOWN
     assert claim(guarded, fresh, unique, "refunds") == CLAIMED
     tokens.write_text("lucky-box = ")
     guarded.signal(signal.SIGHUP)
-    wait_until(lambda: guarded.events("tokens_reload_failed"), what="the refusal of the file")
+    wait_until(lambda: guarded.events("tokens_reload_failed"), what="the tokens_reload_failed event")
     assert claim(guarded, fresh, f"{unique}-2") == CLAIMED
 
 
 def test_health_needs_no_token(guarded: ServiceProcess) -> None:
-    """Probes have none."""
+    """Health checks succeed without a token."""
     checked = run_command("healthcheck", "--target", guarded.target)
     assert (checked.returncode, checked.stdout) == (0, "SERVING\n")
 
 
-def test_without_a_table_of_callers_every_known_one_may_do_everything(
+def test_without_caller_policies_every_authenticated_caller_is_allowed(
     start_service: Start, redis_server: RedisProcess, files: tuple[Path, Path], unique: str
 ) -> None:
-    """A token alone opens all namespaces where the policy file says nothing of callers."""
+    """A valid token may use every namespace if the policy file has no `callers` table."""
     service = start_service("--store-url", redis_server.url, "--auth-tokens", str(files[0]))
     assert claim(service, REFUNDS, unique, "pay") == CLAIMED
-    assert told(refused(lambda: claim(service, None, unique))) == UNKNOWN
+    assert error_fields(refused(lambda: claim(service, None, unique))) == UNKNOWN
 
 
-def test_a_caller_that_is_not_in_the_policy_file_is_rejected(
+def test_a_caller_missing_from_the_policy_file_is_rejected(
     guarded: ServiceProcess, files: tuple[Path, Path], unique: str
 ) -> None:
-    """Once the file has callers, a token of somebody else opens nothing."""
+    """If the policy file has callers, a valid token of any other caller is rejected."""
     files[0].write_text(TOKENS + 'stranger = "strangers-token-0123"')
     guarded.signal(signal.SIGHUP)
     wait_until(lambda: guarded.events("tokens_loaded"), what="the tokens")
     answer = refused(lambda: claim(guarded, "strangers-token-0123", unique))
-    assert told(answer) == NOT_ALLOWED
+    assert error_fields(answer) == NOT_ALLOWED
     assert "'stranger' is not in the policy file" in answer.message
 
 
-def test_callers_without_anybody_asking_are_refused_at_the_start(files: tuple[Path, Path]) -> None:
-    """A policy file with callers does not start a server that would let everybody in."""
+def test_caller_policies_require_authentication(files: tuple[Path, Path]) -> None:
+    """A server without authentication does not start with a policy file that has callers."""
     ended = run_command("serve", "--listen", "127.0.0.1:0", "--policy-file", str(files[1]))
     assert ended.returncode == 2
     assert "set DEDUP_TLS_CLIENT_CA or DEDUP_AUTH_TOKENS" in ended.stderr
@@ -196,7 +196,7 @@ def test_callers_without_anybody_asking_are_refused_at_the_start(files: tuple[Pa
         (("", "api.example", "spiffe://example.org/ns/pay"), "pay", CLAIMED),
         (("", "spiffe://example.org/ns/pay"), "other", NOT_ALLOWED),
         (("old-style",), "other", CLAIMED),
-        # A common name that stands beside alternative names does not count.
+        # The common name is ignored if there are alternative names.
         (("old-style", "api.example"), "other", NOT_ALLOWED),
         (("",), "pay", UNKNOWN),
     ],
@@ -208,7 +208,7 @@ def test_certificates_name_callers(
     namespace: str,
     outcome: object,
 ) -> None:
-    """Who shows a certificate is the caller of one of its alternative names, or of its common name if it has none."""
+    """A client certificate identifies the caller by an alternative name, or by the common name if it has none."""
     policies = tmp_path / "policies.toml"
     policies.write_text('[callers."spiffe://example.org/ns/pay"]\nnamespaces = ["pay"]\n[callers.old-style]\n')
     authority = Authority(tmp_path)
@@ -225,13 +225,13 @@ def test_certificates_name_callers(
         if outcome == CLAIMED:
             assert stub.ClaimTransaction(request, timeout=10).outcome == CLAIMED
         else:
-            assert told(refused(lambda: stub.ClaimTransaction(request, timeout=10))) == outcome
+            assert error_fields(refused(lambda: stub.ClaimTransaction(request, timeout=10))) == outcome
 
 
-def test_a_token_says_more_than_a_certificate(
+def test_a_token_takes_precedence_over_a_certificate(
     start_grpcio: Start, tmp_path: Path, files: tuple[Path, Path], unique: str
 ) -> None:
-    """Where there are both, a call with a token is that caller's, and one without is that of the certificate."""
+    """With both enabled, a call with a token has the token's caller, and one without has the certificate's."""
     tokens, policies = files
     policies.write_text(
         '[callers."api.example"]\nnamespaces = ["default"]\n[callers.lucky-box]\nnamespaces = ["pay"]\n'
@@ -251,23 +251,23 @@ def test_a_token_says_more_than_a_certificate(
         pay, own = Claim(transaction_id=unique, namespace="pay"), Claim(transaction_id=unique)
         assert stub.ClaimTransaction(own, timeout=10).outcome == CLAIMED
         assert stub.ClaimTransaction(pay, timeout=10, metadata=token).outcome == CLAIMED
-        assert told(refused(lambda: stub.ClaimTransaction(pay, timeout=10))) == NOT_ALLOWED
-        assert told(refused(lambda: stub.ClaimTransaction(own, timeout=10, metadata=token))) == NOT_ALLOWED
+        assert error_fields(refused(lambda: stub.ClaimTransaction(pay, timeout=10))) == NOT_ALLOWED
+        assert error_fields(refused(lambda: stub.ClaimTransaction(own, timeout=10, metadata=token))) == NOT_ALLOWED
         wrong = (("authorization", "Bearer wrong-token-01234"),)
-        assert told(refused(lambda: stub.ClaimTransaction(own, timeout=10, metadata=wrong))) == UNKNOWN
+        assert error_fields(refused(lambda: stub.ClaimTransaction(own, timeout=10, metadata=wrong))) == UNKNOWN
 
 
-def test_every_worker_asks_who_calls(
+def test_every_worker_authenticates_callers(
     start_service: Start, redis_server: RedisProcess, files: tuple[Path, Path], unique: str
 ) -> None:
-    """Several workers all ask for tokens, all reread them at one SIGHUP, and serve health on one address."""
+    """Every worker requires tokens, reloads them on one SIGHUP, and serves health on the shared address."""
     tokens = files[0]
     arguments = ("--workers", "2", "--store-url", redis_server.url, "--auth-tokens", str(tokens))
     service = start_service(*arguments, "--health-listen", f"127.0.0.1:{free_port()}")
     request = Claim(transaction_id=unique)
     for channel in (channels := [channel_to(service) for _ in range(8)]):
         call = dedup_pb2_grpc.DedupServiceStub(channel).ClaimTransaction
-        assert told(refused(lambda call=call: call(request, timeout=10))) == UNKNOWN  # type: ignore[misc]
+        assert error_fields(refused(lambda call=call: call(request, timeout=10))) == UNKNOWN  # type: ignore[misc]
         assert call(request, timeout=10, metadata=(("authorization", f"Bearer {BOX}"),)).outcome
     tokens.write_text('lucky-box = "fresh-token-01234567"')
     service.signal(signal.SIGHUP)
@@ -275,7 +275,8 @@ def test_every_worker_asks_who_calls(
     for channel in channels:
         call = dedup_pb2_grpc.DedupServiceStub(channel).ClaimTransaction
         header = (("authorization", f"Bearer {BOX}"),)
-        assert told(refused(lambda call=call, header=header: call(request, timeout=10, metadata=header))) == UNKNOWN  # type: ignore[misc]
+        answer = refused(lambda call=call, header=header: call(request, timeout=10, metadata=header))  # type: ignore[misc]
+        assert error_fields(answer) == UNKNOWN
         channel.close()
     assert len({tuple(line["addresses"]) for line in service.events("health_listener_started")}) == 1
     health = service.events("health_listener_started")[0]["addresses"][0]
@@ -283,6 +284,6 @@ def test_every_worker_asks_who_calls(
 
 
 def test_workers_cannot_share_a_socket_for_health() -> None:
-    """As for claims, the refusal names the setting."""
+    """As for claims, the error names the setting."""
     ended = run_command("serve", "--workers", "2", "--health-listen", "unix:///run/dedup-health.sock")
     assert (ended.returncode, "DEDUP_HEALTH_LISTEN has unix:///run" in ended.stderr) == (2, True)

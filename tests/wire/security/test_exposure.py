@@ -1,4 +1,4 @@
-"""What is shown, and to whom: addresses, reflection, sockets, and secrets, which nobody is shown."""
+"""Exposure to other hosts and users: listeners, reflection, Unix sockets, and secrets."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ ANYWHERE = "0.0.0.0:0"
 
 @pytest.fixture
 def store(tmp_path: Path) -> tuple[str, str]:
-    """A store of this test's own."""
+    """The arguments for an embedded store of this test."""
     return "--store-url", f"sqlite://{tmp_path / 'claims.db'}"
 
 
@@ -40,36 +40,36 @@ def tokens(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("listen", [ANYWHERE, "[::]:0", "127.0.0.1:0,192.0.2.1:0", "dedup.example:0"])
-def test_an_open_door_to_the_network_has_to_be_asked_for(store: tuple[str, str], listen: str) -> None:
-    """An address beyond this host, without anybody asking who calls, is refused with the settings that would do."""
+def test_a_public_listener_requires_authentication_or_consent(store: tuple[str, str], listen: str) -> None:
+    """Without authentication the server does not listen beyond this host; the error names settings that allow it."""
     ended = run_command("serve", "--listen", listen, *store)
     assert ended.returncode == 2
     for name in ("DEDUP_LISTEN", "DEDUP_TLS_CLIENT_CA", "DEDUP_AUTH_TOKENS", "DEDUP_ALLOW_UNAUTHENTICATED=true"):
         assert name in ended.stderr
 
 
-def test_tls_alone_asks_nobody(store: tuple[str, str], tmp_path: Path) -> None:
-    """A server certificate hides what is said and lets everybody in, so that it does not open the door either."""
+def test_tls_alone_does_not_authenticate(store: tuple[str, str], tmp_path: Path) -> None:
+    """A server certificate does not authenticate callers, so it does not permit a public listener."""
     cert, key = Authority(tmp_path).server_files()
     ended = run_command("serve", "--listen", ANYWHERE, "--tls-cert", str(cert), "--tls-key", str(key), *store)
     assert (ended.returncode, "can be reached from other hosts without authentication" in ended.stderr) == (2, True)
 
 
-def test_an_open_door_that_was_asked_for_is_logged(start_service: Start, store: tuple[str, str]) -> None:
-    """With the setting it serves, and says at each start what that means."""
+def test_an_allowed_unauthenticated_listener_is_logged(start_service: Start, store: tuple[str, str]) -> None:
+    """With `--allow-unauthenticated` the server listens beyond this host and logs a warning at each start."""
     service = start_service("--listen", ANYWHERE, "--allow-unauthenticated", *store)
     assert service.events("unauthenticated_listener_opened")[0]["addresses"] == service.addresses
 
 
-def test_tokens_open_the_door_and_want_tls(start_service: Start, store: tuple[str, str], tokens: Path) -> None:
-    """With tokens it serves beyond this host, and the log says that without TLS anybody can read them."""
+def test_tokens_without_tls_are_logged(start_service: Start, store: tuple[str, str], tokens: Path) -> None:
+    """With tokens the server listens beyond this host, and a warning says that plaintext tokens can be read."""
     service = start_service("--listen", ANYWHERE, "--auth-tokens", str(tokens), *store)
     wait_until(lambda: service.events("tokens_sent_in_plaintext"), what="the warning")
     assert not service.events("unauthenticated_listener_opened")
 
 
 def reflects(service: ServiceProcess) -> bool:
-    """Return whether a service says which services there are."""
+    """Return whether a service serves reflection."""
     with grpc.insecure_channel(service.target.replace("0.0.0.0", "127.0.0.1")) as channel:  # noqa: S104
         try:
             return bool(ProtoReflectionDescriptorDatabase(channel).get_services())
@@ -88,18 +88,21 @@ def reflects(service: ServiceProcess) -> bool:
         (("--listen", ANYWHERE, "--allow-unauthenticated", "--reflection", "on"), True),
     ],
 )
-def test_reflection_is_for_this_host_unless_asked_for(
+def test_reflection_is_off_for_public_listeners_by_default(
     start_service: Start, store: tuple[str, str], arguments: tuple[str, ...], *, shown: bool
 ) -> None:
-    """Tools of this host are told which services there are, and others only where the operator says so."""
+    """Reflection is served to this host by default, and to other hosts only with `--reflection on`."""
     assert reflects(start_service(*arguments, *store)) is shown
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_another_user_cannot_use_the_socket(start_service: Start, store: tuple[str, str], tmp_path: Path) -> None:
-    """A process of another user and group may not even connect. Protection: the umask around the bind."""
+    """A process of another user and group cannot connect.
+
+    Protection: the umask around the bind.
+    """
     path = tmp_path / "dedup.sock"
-    # The folders above are closed to others too, which is not what is shown here.
+    # Open the parent folders, so that only the mode of the socket denies access.
     for folder in (tmp_path, *tmp_path.parents[:-2]):
         folder.chmod(folder.stat().st_mode | 0o011)
     start_service("--listen", f"unix://{path}", *store)
@@ -112,10 +115,10 @@ def test_another_user_cannot_use_the_socket(start_service: Start, store: tuple[s
 
 
 @pytest.mark.parametrize("flag", ["--tls-key", "--auth-tokens", "--store-url-file"])
-def test_a_secret_that_everybody_may_read_is_logged(
+def test_a_world_readable_secret_is_logged(
     start_grpcio: Start, store: tuple[str, str], tmp_path: Path, tokens: Path, flag: str
 ) -> None:
-    """A key, a token file or a store URL that other users of the host can read is a warning that names the file."""
+    """A warning names each key, token or store URL file that other users of the host can read."""
     cert, key = Authority(tmp_path).server_files()
     url_file = tmp_path / "url"
     url_file.touch(0o600)
@@ -128,15 +131,15 @@ def test_a_secret_that_everybody_may_read_is_logged(
 
 
 def test_a_password_on_the_command_line_is_logged(start_service: Start, redis_server: RedisProcess) -> None:
-    """The list of processes shows it, so the log says where to put it; a URL without one is no reason to."""
+    """The process list shows command lines, so the service logs a warning; a URL without a password causes none."""
     url = redis_server.url
     for shown in (url.replace("//", "//:pass-in-list@"), "redis+sentinel://127.0.0.1:1/m?sentinel_password=x"):
         assert start_service("--store-url", shown).events("password_exposed")
     assert not start_service("--store-url", url).events("password_exposed")
 
 
-def test_a_store_url_that_is_in_a_file(start_service: Start, redis_server: RedisProcess, tmp_path: Path) -> None:
-    """The file holds the URL alone, with or without an end of line, also for the doctor."""
+def test_the_store_url_is_read_from_a_file(start_service: Start, redis_server: RedisProcess, tmp_path: Path) -> None:
+    """`serve` and `doctor` read the URL from DEDUP_STORE_URL_FILE, without its trailing newline."""
     path = tmp_path / "url"
     path.write_text(redis_server.url + "\n")
     service = start_service(environment={"DEDUP_STORE_URL_FILE": str(path), "DEDUP_REQUIRE_STORE_URL": "true"})
@@ -157,10 +160,10 @@ def test_a_store_url_that_is_in_a_file(start_service: Start, redis_server: Redis
         ),
     ],
 )
-def test_a_bad_file_of_the_store_url_is_refused(
+def test_an_invalid_store_url_file_prevents_start_up(
     tmp_path: Path, content: str | None, environment: dict[str, str], words: str
 ) -> None:
-    """A secret that was never filled in must not mean the embedded store, and two URLs are one too many."""
+    """A missing or empty file does not fall back to the embedded store, and two URLs are an error."""
     path = tmp_path / "url"
     if content is not None:
         path.write_text(content)
@@ -168,12 +171,12 @@ def test_a_bad_file_of_the_store_url_is_refused(
     assert (ended.returncode, words in ended.stderr) == (2, True), ended.stderr
 
 
-def test_no_secret_is_shown_to_anybody(
+def test_secrets_never_leak(
     start_grpcio: Start, start_redis: Callable[..., RedisProcess], tmp_path: Path, unique: str
 ) -> None:
-    """The password of Redis, tokens of callers and claims, and the key are in no log line, error, metric, help or list.
+    """The Redis password, the tokens and the TLS key appear in no log line, error, metric, help or process list.
 
-    While calls succeed, fail and are refused, Redis goes away, and broken files are reread.
+    Meanwhile calls succeed, fail and are rejected, Redis stops, and reloads of invalid files fail.
     """
     password, token, claim_token = "redis-secret-4711", "bearer-secret-0815-xy", "claim-secret-12345"
     redis_server = start_redis("--requirepass", password)
@@ -210,10 +213,10 @@ def test_no_secret_is_shown_to_anybody(
         tokens.write_text(f'box = "{token}" "{token}"')
         key.write_text("broken")
         service.signal(signal.SIGHUP)
-        wait_until(lambda: service.events("tokens_reload_failed"), what="the refusal of the file")
+        wait_until(lambda: service.events("tokens_reload_failed"), what="the tokens_reload_failed event")
         refused(lambda: _call_without_token(service, authority))
         redis_server.stop()
-        wait_until(lambda: service.events("store_became_unavailable"), what="the loss of Redis")
+        wait_until(lambda: service.events("store_became_unavailable"), what="the store_became_unavailable event")
         call_all(f"{unique}-2")
     seen.append(scraped_text(service))
     if sys.platform == "linux":
@@ -236,13 +239,13 @@ def _call_without_token(service: ServiceProcess, authority: Authority) -> None:
         dedup_pb2_grpc.DedupServiceStub(channel).ClaimTransaction(Claim(transaction_id="x"), timeout=10)
 
 
-def test_a_socket_takes_tls_as_every_address(start_grpcio: Start, store: tuple[str, str], tmp_path: Path) -> None:
-    """What is set counts for every address: a Unix socket speaks TLS too where TCP does."""
+def test_a_unix_socket_uses_tls_too(start_grpcio: Start, store: tuple[str, str], tmp_path: Path) -> None:
+    """TLS settings apply to every address, including a Unix socket."""
     authority = Authority(tmp_path)
     cert, key = authority.server_files()
     path = tmp_path / "dedup.sock"
     service = start_grpcio("--listen", f"unix://{path}", "--tls-cert", str(cert), "--tls-key", str(key), *store)
-    # Paths are in no certificate.
+    # A certificate cannot contain the path of a socket.
     options = [("grpc.ssl_target_name_override", "localhost")]
     with grpc.secure_channel(service.target, authority.credentials(), options) as channel:
         assert dedup_pb2_grpc.DedupServiceStub(channel).ClaimTransaction(Claim(transaction_id="x"), timeout=10).outcome

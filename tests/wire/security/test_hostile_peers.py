@@ -1,4 +1,4 @@
-"""Peers that break the rules of HTTP/2 and gRPC, or keep to them with bad intent: nobody else notices."""
+"""Attacks and protocol violations over HTTP/2 and gRPC: other callers are still served."""
 
 import random
 import socket
@@ -22,9 +22,9 @@ from tests.support.processes import ServiceProcess
 
 pytestmark = pytest.mark.every_engine
 
-# How much of each, and what it may cost in MiB, far above what was measured. Without a limit on streams grpcio takes
-# 300 MiB for these resets. What each engine costs at larger sizes is in docs/engines.md.
-ATTACKED_WITH = {
+# The size of each attack and its memory limit in MiB, far above the measured cost. Without a limit on streams grpcio
+# needs 300 MiB for these resets. docs/engines.md has the cost of each engine at larger sizes.
+ATTACK_SIZES = {
     "rapid_reset": (40_000, 150),
     "made_you_reset": (20_000, 150),
     "pings": (10_000, 150),
@@ -43,15 +43,15 @@ ATTACKED_WITH = {
 
 @pytest.fixture(scope="module")
 def attacked(engine: EngineName, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
-    """A service of this module's own, which has to live through all of it, and then to end as every other."""
+    """A service for this module; it must survive every test and exit with 0."""
     url = f"sqlite://{tmp_path_factory.mktemp('attacked') / 'claims.db'}"
     process = ServiceProcess("--engine", engine, "--store-url", url, "--max-in-flight", "1000").start()
     yield process
     assert process.stop() == 0
 
 
-def claims(service: ServiceProcess) -> bool:
-    """Return whether a claim over a new connection is CLAIMED; refused as one too many, it may be tried again."""
+def claim_succeeds(service: ServiceProcess) -> bool:
+    """Return whether a claim over a new connection receives CLAIMED; False at the in-flight limit."""
     with service.channel() as channel:
         request = dedup_pb2.ClaimTransactionRequest(transaction_id=uuid.uuid4().hex)
         try:
@@ -64,57 +64,57 @@ def claims(service: ServiceProcess) -> bool:
 
 
 def memory_mib(service: ServiceProcess) -> int:
-    """Return the resident memory of a service, or 0 where nobody says."""
+    """Return the resident memory of a service in MiB, or 0 if the platform does not report it."""
     if sys.platform != "linux":
         return 0
     return int(Path(f"/proc/{service.pid}/status").read_text().split("VmRSS:")[1].split()[0]) // 1024
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_others_are_served_during_and_after_an_attack(attacked: ServiceProcess, name: str) -> None:
-    """While an attack lasts and after it claims of others are answered, and it costs a bounded amount of memory.
+def test_other_callers_are_served_during_and_after_an_attack(attacked: ServiceProcess, name: str) -> None:
+    """Other callers' claims succeed during and after each attack, and the attack's memory cost is bounded.
 
-    Protection: the limit on the streams of one connection, for what is made of streams; else the engine itself.
+    Protections: the limit on streams per connection for attacks that open streams, otherwise the engine.
     """
     before = memory_mib(attacked)
-    size, limit_mib = ATTACKED_WITH[name]
+    size, limit_mib = ATTACK_SIZES[name]
     with ATTACKS[name](attacked.target, size):
-        wait_until(lambda: claims(attacked), what="a claim during the attack")
+        wait_until(lambda: claim_succeeds(attacked), what="a claim during the attack")
         assert memory_mib(attacked) - before < limit_mib
-    assert claims(attacked)
+    assert claim_succeeds(attacked)
 
 
-def test_one_connection_has_no_more_calls_than_its_limit(attacked: ServiceProcess) -> None:
-    """Of 10,000 calls on one connection those beyond the limit are refused, or end the connection.
+def test_calls_over_the_stream_limit_are_rejected(attacked: ServiceProcess) -> None:
+    """Of 10,000 calls on one connection, those over the limit are rejected or close the connection.
 
-    Protection: the limit on the streams of one connection, which the server announces as well.
+    Protection: the limit on streams per connection, which the server also announces.
     """
     with ATTACKS["too_many_streams"](attacked.target, 10_000) as said:
         assert any(answer.startswith(("reset", "goaway")) for answer in said), said
 
 
-def test_messages_and_metadata_over_the_limits_are_refused(attacked: ServiceProcess, unique: str) -> None:
-    """8 MiB of message, or 20 KiB of metadata around a good one, end the call with an error; nothing is claimed."""
+def test_messages_and_metadata_over_the_limits_are_rejected(attacked: ServiceProcess, unique: str) -> None:
+    """A message of 8 MiB, or 20 KiB of metadata, fails the call and claims nothing."""
     message = a_claim(unique)
     padding = bytes.fromhex("fa7f") + b"\x80\x80\x80\x04" + bytes(8 * 1024 * 1024)
     metadata = tuple((f"x-{number}", "v" * 1_000) for number in range(20))
     with grpc.insecure_channel(attacked.target, options=[("grpc.max_send_message_length", -1)]) as channel:
         claim: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(CLAIM_PATH)
         assert refused(lambda: claim(message + padding)).code is grpc.StatusCode.RESOURCE_EXHAUSTED
-        # The native engine answers in the words of HTTP.
+        # The native engine answers with an HTTP status, which the client reports as UNKNOWN.
         codes = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNKNOWN)
         assert refused(lambda: claim(message, metadata=metadata)).code in codes
     assert not held(attacked, unique)
-    assert claims(attacked)
+    assert claim_succeeds(attacked)
 
 
 def raw_headers(stream: int, block: bytes, *flags: str) -> bytes:
-    """Return a HEADERS frame of a block that may be nonsense."""
+    """Return a HEADERS frame with a block that may be invalid."""
     return HeadersFrame(stream or 1, block, flags=flags).serialize()[:5] + stream.to_bytes(4) + block
 
 
-def broken(peer: HostilePeer, message: bytes, case: str) -> bytes:
-    """Return what a broken peer sends instead of a claim, after its preface."""
+def invalid_claim(peer: HostilePeer, message: bytes, case: str) -> bytes:
+    """Return the bytes of an invalid claim, without the connection preface."""
     body = data(1, grpc_message(message), end_stream=True)
     cases: dict[str, Callable[[], bytes]] = {
         "data before headers": lambda: body,
@@ -143,7 +143,7 @@ BROKEN = (
 
 
 def held(service: ServiceProcess, transaction_id: str) -> bool:
-    """Return whether somebody holds a transaction."""
+    """Return whether a transaction is claimed."""
     with service.channel() as channel:
         request = dedup_pb2.GetTransactionRequest(transaction_id=transaction_id)
         stub = dedup_pb2_grpc.DedupServiceStub(channel)
@@ -151,27 +151,27 @@ def held(service: ServiceProcess, transaction_id: str) -> bool:
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_claim_claims_nothing(attacked: ServiceProcess, unique: str, case: str) -> None:
-    """What is no whole claim is never answered OK, and claims nothing; the next peer's claim is served."""
+def test_an_invalid_claim_claims_nothing(attacked: ServiceProcess, unique: str, case: str) -> None:
+    """An invalid or incomplete claim is never answered OK and claims nothing; the next caller is served."""
     with HostilePeer(attacked.target).shake_hands() as peer:
-        peer.send(broken(peer, a_claim(unique), case))
+        peer.send(invalid_claim(peer, a_claim(unique), case))
         assert "status 0" not in peer.answers(0.1)
     assert not held(attacked, unique)
-    assert claims(attacked)
+    assert claim_succeeds(attacked)
 
 
 @pytest.mark.parametrize("greeting", [b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"?"])
-def test_other_protocols_are_told_nothing_of_use(attacked: ServiceProcess, greeting: bytes) -> None:
-    """HTTP/1.1, TLS and noise are no reason to end: others are served while and after they are on the line."""
+def test_other_protocols_do_not_disturb_the_service(attacked: ServiceProcess, greeting: bytes) -> None:
+    """Other callers are served during and after a connection that sends HTTP/1.1, TLS or noise."""
     with HostilePeer(attacked.target) as peer:
         peer.send(greeting)
         assert "status 0" not in peer.answers(0.1)
-        assert claims(attacked)
-    assert claims(attacked)
+        assert claim_succeeds(attacked)
+    assert claim_succeeds(attacked)
 
 
-def test_damaged_calls_are_survived(attacked: ServiceProcess) -> None:
-    """Of 200 calls with up to five bytes changed at random none ends the server."""
+def test_the_service_survives_damaged_calls(attacked: ServiceProcess) -> None:
+    """The service still serves after 200 calls with one to five randomly changed bytes."""
     chance = random.Random(20261123)
     for number in range(200):
         with HostilePeer(attacked.target) as peer:
@@ -182,12 +182,12 @@ def test_damaged_calls_are_survived(attacked: ServiceProcess) -> None:
             with suppress(OSError):
                 peer.socket.shutdown(socket.SHUT_WR)
             peer.answers(0.02)
-    assert claims(attacked)
+    assert claim_succeeds(attacked)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux changes the limits of another process")
-def test_no_more_file_descriptors_is_no_end(attacked: ServiceProcess) -> None:
-    """A server whose peers have taken all of its file descriptors serves again when they have gone."""
+def test_the_service_survives_file_descriptor_exhaustion(attacked: ServiceProcess) -> None:
+    """A service whose peers used up all file descriptors serves again after they disconnect."""
     import resource
 
     before = resource.prlimit(attacked.pid, resource.RLIMIT_NOFILE)
@@ -197,6 +197,6 @@ def test_no_more_file_descriptors_is_no_end(attacked: ServiceProcess) -> None:
         wait_until(lambda: sum(1 for _ in Path(f"/proc/{attacked.pid}/fd").iterdir()) == 64, what="the last descriptor")
         for peer in peers:
             peer.socket.close()
-        assert claims(attacked)
+        assert claim_succeeds(attacked)
     finally:
         resource.prlimit(attacked.pid, resource.RLIMIT_NOFILE, before)

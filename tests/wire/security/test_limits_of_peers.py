@@ -1,4 +1,4 @@
-"""What one peer may send and keep open: messages, metadata, connections, pings and silence."""
+"""Per-peer limits: message and metadata size, connections, ping rate, and keepalive."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -27,7 +27,7 @@ _LONGEST = MAX_TRANSACTION_ID_BYTES
 
 
 def test_the_largest_batch_is_served(stub: dedup_pb2_grpc.DedupServiceStub, unique: str) -> None:
-    """A batch of 1,000 claims with every field as long as the contract allows is below the limit of a message."""
+    """A batch of 1,000 claims with every field at its maximum length is below the message limit."""
     requests = [
         Claim(
             transaction_id=f"{unique}-{number:04}".ljust(_LONGEST, "x"),
@@ -43,7 +43,7 @@ def test_the_largest_batch_is_served(stub: dedup_pb2_grpc.DedupServiceStub, uniq
 
 
 def test_the_largest_result_is_served(start_service: Start, tmp_path: Path, unique: str) -> None:
-    """A result of the largest size that an operator may allow is below the limit of a message."""
+    """A result of the largest size that an operator can configure is below the message limit."""
     service = start_service("--store-url", f"sqlite://{tmp_path / 'c.db'}", "--max-result-bytes", "1048576")
     with service.channel() as channel:
         stub = dedup_pb2_grpc.DedupServiceStub(channel)
@@ -54,16 +54,19 @@ def test_the_largest_result_is_served(start_service: Start, tmp_path: Path, uniq
     assert reply.outcome == dedup_pb2.COMPLETE_OUTCOME_COMPLETED
 
 
-def test_a_longer_message_is_refused(stub: dedup_pb2_grpc.DedupServiceStub, unique: str) -> None:
-    """A message of more than 2 MiB is refused before it is read. Protection: grpc.max_receive_message_length."""
+def test_messages_over_2_mib_are_rejected(stub: dedup_pb2_grpc.DedupServiceStub, unique: str) -> None:
+    """A message over 2 MiB is rejected before it is read.
+
+    Protection: grpc.max_receive_message_length.
+    """
     request = dedup_pb2.CompleteTransactionRequest(transaction_id=unique, result=bytes(engines.MAX_MESSAGE_BYTES))
     assert refused(lambda: stub.CompleteTransaction(request)).code is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-def test_more_metadata_is_refused_always(service: ServiceProcess, unique: str) -> None:
-    """Metadata of more than 8 KiB is refused each time, and less is served each time.
+def test_metadata_over_8_kib_is_always_rejected(service: ServiceProcess, unique: str) -> None:
+    """Metadata over 8 KiB is rejected every time, and smaller metadata is served every time.
 
-    Protection: both limits of grpcio are one; between its own two it refuses at random.
+    Protection: grpcio's soft and hard limits are equal. Between two different limits it rejects at random.
     """
     with service.channel() as channel:
         stub = dedup_pb2_grpc.DedupServiceStub(channel)
@@ -74,8 +77,8 @@ def test_more_metadata_is_refused_always(service: ServiceProcess, unique: str) -
                 stub.ClaimTransaction(request, metadata=(("x-much", "x" * 9_000),))
 
 
-def test_no_more_connections_than_the_limit(start_grpcio: Start, tmp_path: Path, unique: str) -> None:
-    """A connection beyond the limit is closed, and one is taken again when another has gone.
+def test_connections_over_the_limit_are_closed(start_grpcio: Start, tmp_path: Path, unique: str) -> None:
+    """A connection over the limit is closed; a new one is accepted after another has closed.
 
     Protection: grpc.max_allowed_incoming_connections.
     """
@@ -90,16 +93,19 @@ def test_no_more_connections_than_the_limit(start_grpcio: Start, tmp_path: Path,
         assert stub.ClaimTransaction(Claim(transaction_id=unique), timeout=30, wait_for_ready=True).outcome
 
 
-def test_a_limit_that_the_engine_cannot_hold_is_refused(tmp_path: Path) -> None:
-    """The native engine does not start with a limit on connections that it would ignore."""
+def test_the_native_engine_rejects_a_connection_limit(tmp_path: Path) -> None:
+    """The native engine cannot limit connections, so it does not start with DEDUP_MAX_CONNECTIONS."""
     arguments = ("--engine", "native", "--max-connections", "3", "--store-url", f"sqlite://{tmp_path / 'c.db'}")
     ended = run_command("serve", "--listen", "127.0.0.1:0", *arguments)
     assert ended.returncode == 1
     assert "unset DEDUP_MAX_CONNECTIONS, or set DEDUP_ENGINE=grpcio" in ended.stderr
 
 
-def test_a_peer_that_pings_too_often_is_hung_up_on(start_grpcio: Start, tmp_path: Path) -> None:
-    """100 pings at once end the connection with ENHANCE_YOUR_CALM. Protection: grpcio's strikes, at our interval."""
+def test_a_peer_that_pings_too_often_is_disconnected(start_grpcio: Start, tmp_path: Path) -> None:
+    """100 pings at once close the connection with ENHANCE_YOUR_CALM.
+
+    Protection: grpcio's ping strikes, with the configured minimum interval.
+    """
     service = start_grpcio("--store-url", f"sqlite://{tmp_path / 'c.db'}")
     with HostilePeer(service.target).shake_hands() as peer:
         peer.send(*(PingFrame(0, opaque_data=number.to_bytes(8)).serialize() for number in range(100)))
@@ -107,8 +113,8 @@ def test_a_peer_that_pings_too_often_is_hung_up_on(start_grpcio: Start, tmp_path
 
 
 @asynccontextmanager
-async def an_engine(name: EngineName) -> AsyncIterator[str]:
-    """Yield the address of an engine without any service."""
+async def running_engine(name: EngineName) -> AsyncIterator[str]:
+    """Yield the address of an engine that serves no rpc."""
     engine = engines.make_engine(name, lambda _: None, engines.EngineOptions(max_streams=10))
     address = engine.listen("127.0.0.1:0")
     await engine.start()
@@ -118,27 +124,33 @@ async def an_engine(name: EngineName) -> AsyncIterator[str]:
         await engine.stop(None)
 
 
-async def test_a_patient_ping_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who asks no oftener than the interval keeps an idle connection. Protection: pings are allowed without calls."""
+async def test_pings_at_the_allowed_rate_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that pings no more often than the minimum interval keeps its idle connection.
+
+    Protection: pings without calls are allowed.
+    """
     monkeypatch.setattr(engines, "MIN_PING_INTERVAL_MS", 1)
-    async with an_engine("grpcio") as address:
+    async with running_engine("grpcio") as address:
         with await asyncio.to_thread(lambda: HostilePeer(address).shake_hands()) as peer:
             for number in range(10):
                 peer.send(PingFrame(0, opaque_data=number.to_bytes(8)).serialize())
                 assert "goaway 11" not in await asyncio.to_thread(peer.answers, 0.05)
 
 
-async def test_a_peer_that_has_gone_silently_is_noticed(monkeypatch: pytest.MonkeyPatch, engine: EngineName) -> None:
-    """A peer that answers no ping of the server is hung up on. Protection: the server's own keepalive."""
+async def test_an_unresponsive_peer_is_disconnected(monkeypatch: pytest.MonkeyPatch, engine: EngineName) -> None:
+    """The server closes the connection of a peer that does not answer its pings.
+
+    Protection: the server's keepalive.
+    """
     monkeypatch.setattr(engines, "KEEPALIVE_MS", 200)
     monkeypatch.setattr(engines, "KEEPALIVE_TIMEOUT_MS", 200)
-    async with an_engine(engine) as address:
+    async with running_engine(engine) as address:
         with await asyncio.to_thread(lambda: HostilePeer(address).shake_hands()) as peer:
 
-            async def hung_up() -> bool:
+            async def closed() -> bool:
                 return await asyncio.to_thread(_is_closed, peer)
 
-            await eventually(hung_up, what="the end of the connection")
+            await eventually(closed, what="the connection to close")
 
 
 def _is_closed(peer: HostilePeer) -> bool:

@@ -1,4 +1,4 @@
-"""Certificates towards Redis can be renewed while the service runs."""
+"""Certificates for the connection to Redis can be renewed while the service runs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.support.processes import RedisProcess, ServiceProcess, run_command
 
 
 def write_certificates(folder: Path) -> None:
-    """Write an authority, and what it issued for the server and for its client, over those of before."""
+    """Write a new authority and its server and client certificates, replacing existing files."""
     authority = trustme.CA()
     authority.cert_pem.write_to_path(folder / "ca.pem")
     for name in ("server", "client"):
@@ -19,10 +19,10 @@ def write_certificates(folder: Path) -> None:
         issued.private_key_and_cert_chain_pem.write_to_path(folder / f"{name}.pem")
 
 
-def test_files_are_read_for_every_connection(
+def test_certificate_files_are_read_for_every_connection(
     start_redis: Callable[..., RedisProcess], start_service: Callable[..., ServiceProcess], tmp_path: Path
 ) -> None:
-    """A connection that is open goes on, and the next one uses the authority and the client certificate of then."""
+    """An open connection stays in use, and the next one uses the current authority and client certificate."""
     write_certificates(tmp_path)
     files = {
         "tls-cert-file": str(tmp_path / "server.pem"),

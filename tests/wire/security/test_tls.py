@@ -1,4 +1,4 @@
-"""TLS: what callers have to show, and certificates that change while calls go on."""
+"""TLS: which callers are served, certificate rotation, and configuration errors."""
 
 import asyncio
 import ssl
@@ -21,7 +21,7 @@ CLAIMED = dedup_pb2.CLAIM_OUTCOME_CLAIMED
 
 @pytest.fixture
 def authority(tmp_path: Path) -> Authority:
-    """Whom server and callers trust."""
+    """The certificate authority that server and callers trust."""
     return Authority(tmp_path)
 
 
@@ -38,7 +38,7 @@ def start_tls(start_grpcio: Start, authority: Authority, tmp_path: Path) -> Star
 
 
 def claim(target: str, credentials: grpc.ChannelCredentials | None, transaction_id: str) -> int:
-    """Claim over a new connection, and return the outcome."""
+    """Claim over a new connection and return the outcome."""
     channel = grpc.insecure_channel(target) if credentials is None else grpc.secure_channel(target, credentials)
     with channel:
         request = Claim(transaction_id=transaction_id)
@@ -46,13 +46,13 @@ def claim(target: str, credentials: grpc.ChannelCredentials | None, transaction_
 
 
 def served_certificate(target: str) -> str:
-    """Return the certificate that a new connection is shown."""
+    """Return the certificate that the server presents on a new connection."""
     host, _, port = target.rpartition(":")
     return ssl.get_server_certificate((host, int(port)))
 
 
-def test_callers_without_tls_are_not_served(start_tls: Start, authority: Authority, unique: str) -> None:
-    """A caller who trusts the authority of the server is served; one who speaks plaintext or trusts another is not.
+def test_plaintext_callers_are_not_served(start_tls: Start, authority: Authority, unique: str) -> None:
+    """A caller that trusts the server's authority is served; a plaintext caller or one with another authority is not.
 
     Protection: the secure port.
     """
@@ -63,10 +63,10 @@ def test_callers_without_tls_are_not_served(start_tls: Start, authority: Authori
     assert refused(lambda: claim(service.target, stranger, unique)).code is grpc.StatusCode.UNAVAILABLE
 
 
-def test_only_callers_with_a_certificate_of_the_authority_are_served(
+def test_a_client_authority_requires_a_client_certificate(
     start_tls: Start, authority: Authority, tmp_path: Path, unique: str
 ) -> None:
-    """With a client authority a caller without a certificate, or with one of another authority, does not get in.
+    """With a client authority, callers without a certificate, or with one of another authority, are rejected.
 
     Protection: require_client_authentication.
     """
@@ -78,12 +78,14 @@ def test_only_callers_with_a_certificate_of_the_authority_are_served(
         assert refused(lambda chosen=credentials: claim(service.target, chosen, unique)).code.name == "UNAVAILABLE"  # type: ignore[misc]
 
 
-async def test_a_certificate_is_rotated_under_traffic(start_tls: Start, authority: Authority, unique: str) -> None:
-    """A certificate is replaced under traffic: every call is answered, and later connections are shown the new one.
+async def test_certificate_rotation_under_load_drops_no_call(
+    start_tls: Start, authority: Authority, unique: str
+) -> None:
+    """While the certificate is replaced every call succeeds, on every address, over old and new connections.
 
-    On every address, and over connections of before and after.
+    Later connections are presented the new certificate.
 
-    Protection: the files are looked at before every handshake, by each address for itself.
+    Protection: each address checks the files before every handshake.
     """
     service = await asyncio.to_thread(start_tls, "--listen", "127.0.0.1:0,127.0.0.1:0")
     before = {target: await asyncio.to_thread(served_certificate, target) for target in service.addresses}
@@ -93,7 +95,7 @@ async def test_a_certificate_is_rotated_under_traffic(start_tls: Start, authorit
     async def caller(number: int) -> None:
         target = service.addresses[number % 2]
         while not over.is_set():
-            # Each connection is new, but for one caller that keeps its first.
+            # One caller keeps its first connection; the others open a new one for each call.
             options = [("grpc.use_local_subchannel_pool", 1)]
             async with grpc.aio.secure_channel(target, authority.credentials(), options) as channel:
                 stub = dedup_pb2_grpc.DedupServiceStub(channel)
@@ -124,10 +126,10 @@ async def _differs(target: str, before: str) -> bool:
     return await asyncio.to_thread(served_certificate, target) != before
 
 
-def test_a_new_client_authority_counts_for_later_connections(
+def test_a_new_client_authority_applies_to_later_connections(
     start_tls: Start, authority: Authority, tmp_path: Path, unique: str
 ) -> None:
-    """When the client authority is replaced, callers of the new one are served, and those of the old no longer."""
+    """After the client authority is replaced, its callers are served and those of the previous one are rejected."""
     trusted = tmp_path / "trusted.pem"
     trusted.write_bytes(authority.pem)
     service = start_tls("--tls-client-ca", str(trusted))
@@ -141,10 +143,14 @@ def test_a_new_client_authority_counts_for_later_connections(
     assert refused(lambda: claim(service.target, old, f"{unique}-3")).code is grpc.StatusCode.UNAVAILABLE
 
 
-def test_a_broken_certificate_changes_nothing(start_tls: Start, authority: Authority, unique: str) -> None:
-    """A key that is not that of the certificate leaves the old pair in use, and the log says so once; mended it counts.
+def test_an_invalid_key_pair_keeps_the_previous_certificate(
+    start_tls: Start, authority: Authority, unique: str
+) -> None:
+    """If key and certificate do not match, the previous pair stays in use and one error is logged.
 
-    Protection: the check of a new pair before it is handed to gRPC.
+    The corrected pair applies to the next connection.
+
+    Protection: a new pair is checked before it is passed to gRPC.
     """
     service = start_tls()
     before = served_certificate(service.target)
@@ -180,10 +186,10 @@ def test_a_broken_certificate_changes_nothing(start_tls: Start, authority: Autho
         ),
     ],
 )
-def test_half_a_configuration_is_refused_at_the_start(
+def test_an_incomplete_tls_configuration_prevents_start_up(
     authority: Authority, tmp_path: Path, arguments: tuple[str, ...], code: int, words: str
 ) -> None:
-    """Rather than plaintext, the operator gets a sentence that says what is missing."""
+    """The server exits and names the missing setting instead of serving plaintext."""
     cert, key = authority.server_files()
     files = {"cert": cert, "key": key, "ca": authority.file}
     given = [argument.format(**files) for argument in arguments]
