@@ -19,6 +19,7 @@ from dedup_service.api.servicer import METHODS, SERVICE_NAME, DedupServicer, add
 from dedup_service.claims import ClaimService, ClaimStore, StoreRefused
 from dedup_service.config.errors import BackgroundTaskFailed, BadSettings, FatalError
 from dedup_service.config.settings import Settings
+from dedup_service.observability.calls import CallObserver
 from dedup_service.observability.logs import Logger, logger
 from dedup_service.observability.observers import Observers, WorkerMetricFiles, observing
 from dedup_service.server.engines import Engine, EngineOptions, make_engine
@@ -69,22 +70,22 @@ async def serve(settings: Settings, announce: Announce, worker: WorkerMetricFile
         observers.bind_namespaces(list(policies.namespaces))
         credentials = tls_credentials(settings, log)
 
-        place = store_config(settings)
-        store = _make_store(place, observers)
+        location = store_config(settings)
+        store = _make_store(location, observers)
         undo.push_async_callback(store.close)
         await _open(store)
         state = Health(store, settings.store_timeout, log, follows_store=settings.readiness == "store")
         await state.check()
         examined = state.store_answered.is_set()
         if examined:
-            await examine(place, log, strict=settings.strict)
+            await examine(location, log, strict=settings.strict)
 
         claims = ClaimService(store, policies, max_result_bytes=settings.max_result_bytes)
         admission = Admission(settings.max_in_flight)
         authorization = make_authorization(settings, claims)
 
         def register(server: grpc.aio.Server) -> None:
-            def observe(method: str) -> Any:  # noqa: ANN401 - a CallObserver
+            def observe(method: str) -> CallObserver:
                 return observers.calls(method, lambda: claims.policies.namespaces)
 
             add_to_server(server, DedupServicer(claims), observe, admission, authorization)
@@ -120,7 +121,7 @@ async def serve(settings: Settings, announce: Announce, worker: WorkerMetricFile
             "metrics": observers.sample(lambda: admission.in_flight),
         }
         if not examined:
-            background["examination"] = _examine_later(state, place, log, strict=settings.strict)
+            background["examination"] = _examine_later(state, location, log, strict=settings.strict)
         await _run_until(stop, background, log)
     log.info("server_stopped", shadow_duplicates=dict(claims.shadow_duplicates))
 
@@ -158,15 +159,15 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
     return error
 
 
-async def _examine_later(state: Health, place: StoreConfig, log: Logger, *, strict: bool) -> None:
+async def _examine_later(state: Health, location: StoreConfig, log: Logger, *, strict: bool) -> None:
     await state.store_answered.wait()
-    await examine(place, log, strict=strict)
+    await examine(location, log, strict=strict)
 
 
-def _make_store(place: StoreConfig, observers: Observers) -> ClaimStore:
+def _make_store(location: StoreConfig, observers: Observers) -> ClaimStore:
     try:
-        store = make_store(place, observers.connections)
-        return observers.store(store, *trace_attributes(place))
+        store = make_store(location, observers.connections)
+        return observers.store(store, *trace_attributes(location))
     except ValueError as error:
         raise BadSettings(f"DEDUP_STORE_URL (--store-url): {error}") from None
 
