@@ -223,7 +223,7 @@ async def test_a_working_server_is_kept_while_no_sentinel_answers(
     server = start_redis()
     sentinel = start_sentinel(server.port)
     store = await open_store(sentinel_url(sentinel.port))
-    [(_, link)] = store._nodes.places()
+    [(_, link)] = store._nodes.masters()
     channel = link.channel
     with redis.Redis(port=sentinel.port, protocol=2) as admin:
         admin.execute_command("SENTINEL", "REMOVE", "mymaster")

@@ -46,12 +46,12 @@ class RedisCanary:
         notices, self._notices = self._notices, []
         return notices
 
-    def look(self, mark: bytes, link: RedisLink, channel: RedisChannel) -> None:
+    def look(self, hash_tag: bytes, link: RedisLink, channel: RedisChannel) -> None:
         """Increment the counter of the server with this hash tag, without awaiting the reply; see `take_notices`."""
-        memory = self._memories.setdefault(mark, _Memory())
+        memory = self._memories.setdefault(hash_tag, _Memory())
         self._notices += _changed(memory, link)
         memory.sent += 1
-        answer = channel.send("SET", self._prefix + mark, str(memory.sent), "GET", "PX", _LIFE_MS)
+        answer = channel.send("SET", self._prefix + hash_tag, str(memory.sent), "GET", "PX", _LIFE_MS)
         answer.add_done_callback(partial(self._compare, memory, memory.sent))
 
     def _compare(self, memory: _Memory, count: int, answer: asyncio.Future[Any]) -> None:

@@ -43,7 +43,7 @@ class ClusterNodes:
         self._links: dict[RedisTarget, RedisLink] = {}
         self._slots: list[RedisLink | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
         # Each master with the hash tag of its lowest slot.
-        self._places: list[tuple[bytes, RedisLink]] = []
+        self._masters: list[tuple[bytes, RedisLink]] = []
         # When a redirection last pointed at each server, in loop time.
         self._pointed_at: dict[RedisTarget, float] = {}
         # The next refresh begins with the node that answered the last one.
@@ -73,7 +73,7 @@ class ClusterNodes:
         await cancelled(keeper)
         links, self._links = self._links, {}
         self._slots = [None] * REDIS_CLUSTER_HASH_SLOTS
-        self._places = []
+        self._masters = []
         self._failure = shutting_down()
         await asyncio.gather(*(link.close() for link in links.values()), *self._closings, return_exceptions=True)
 
@@ -84,11 +84,11 @@ class ClusterNodes:
             raise self._unserved()
         return link
 
-    def places(self) -> Sequence[tuple[bytes, RedisLink]]:
+    def masters(self) -> Sequence[tuple[bytes, RedisLink]]:
         """Implement RedisNodes."""
-        if not self._places:
+        if not self._masters:
             raise self._unserved()
-        return self._places
+        return self._masters
 
     def redirected(self, key: bytes, link: RedisLink, reply: str) -> RedisLink | None:
         """Implement RedisNodes."""
@@ -168,7 +168,7 @@ class ClusterNodes:
             slots[first : last + 1] = [self._link_to(server)] * (last + 1 - first)
             lowest[server] = min(first, lowest.get(server, first))
         self._slots = slots
-        self._places = [(mark_of(slot), self._links[server]) for server, slot in lowest.items()]
+        self._masters = [(hash_tag_of(slot), self._links[server]) for server, slot in lowest.items()]
         # A master that receives its first slots serves them before the map shows it.
         recently = asyncio.get_running_loop().time() - _POINTED_AT_S
         self._pointed_at = {server: since for server, since in self._pointed_at.items() if since > recently}
@@ -231,6 +231,6 @@ def _slot_ranges(reply: Any, node: RedisTarget) -> list[SlotRange]:  # noqa: ANN
 
 
 @cache
-def mark_of(slot: int) -> bytes:
+def hash_tag_of(slot: int) -> bytes:
     """Return the hash tag with the smallest number that belongs to a slot."""
     return next(tag for tag in (b"{%d}" % number for number in count()) if key_slot(tag) == slot)

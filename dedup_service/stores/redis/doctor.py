@@ -27,7 +27,7 @@ from dedup_service.claims import (
     system_clock_ms,
 )
 from dedup_service.stores import stored_value
-from dedup_service.stores.redis.cluster import cluster_map, mark_of
+from dedup_service.stores.redis.cluster import cluster_map, hash_tag_of
 from dedup_service.stores.redis.connection import new_connection, parse_info
 from dedup_service.stores.redis.findings import TimeSample, judge_info, judge_persistence, judge_time
 from dedup_service.stores.redis.replies import time_ms_of
@@ -49,18 +49,20 @@ async def examine_redis(
     clock: Callable[[], float] = time.time,
     *,
     min_replicas: int = 0,
-    mark: str = "",
+    hash_tag: str = "",
 ) -> list[Finding]:
     """Return the findings on one server. Each reply may take `timeout_ms`; `clock` is the clock of this host.
 
-    A `mark` is a hash tag of a server that is meant to be a cluster node.
+    With a `hash_tag`, the server is meant to be the cluster node that owns it.
 
     Raises StoreUnavailable when Redis cannot be reached, refuses the password, or goes away meanwhile.
     """
     try:
         async with _connected(target, timeout_ms / 1000) as connection:
             user = target.username or "default"
-            return await _Examination(connection, user, layout, clock, min_replicas=min_replicas, mark=mark).findings()
+            return await _Examination(
+                connection, user, layout, clock, min_replicas=min_replicas, hash_tag=hash_tag
+            ).findings()
     except exceptions.NoPermissionError:
         # Only connecting raises this, and of its commands only SELECT requires a right.
         return [_missing_right(target.username or "default", "SELECT")]
@@ -94,7 +96,8 @@ async def examine_cluster(
             continue
         lowest = {server: first for first, _, server in sorted(ranges, key=lambda found: found[0], reverse=True)}
         examinations = [
-            _examine_node(server, layout, mark_of(slot), timeout_ms, min_replicas) for server, slot in lowest.items()
+            _examine_node(server, layout, hash_tag_of(slot), timeout_ms, min_replicas)
+            for server, slot in lowest.items()
         ]
         of_nodes = await asyncio.gather(*examinations)
         return [_coverage(state), *_merged(list(lowest), of_nodes)]
@@ -106,10 +109,10 @@ async def examine_cluster(
 
 
 async def _examine_node(
-    server: RedisTarget, layout: KeyLayout, mark: bytes, timeout_ms: int, min_replicas: int
+    server: RedisTarget, layout: KeyLayout, hash_tag: bytes, timeout_ms: int, min_replicas: int
 ) -> list[Finding]:
     try:
-        return await examine_redis(server, layout, timeout_ms, min_replicas=min_replicas, mark=mark.decode())
+        return await examine_redis(server, layout, timeout_ms, min_replicas=min_replicas, hash_tag=hash_tag.decode())
     except StoreUnavailable as error:
         return [Finding("node", Severity.CRITICAL, f"{error}: claims of its keys are refused.", "read its log")]
 
@@ -171,7 +174,7 @@ class _Examination:
         clock: Callable[[], float],
         *,
         min_replicas: int,
-        mark: str,
+        hash_tag: str,
     ) -> None:
         self._connection = connection
         self._user = user
@@ -179,9 +182,9 @@ class _Examination:
         self._raw = layout is raw_layout
         self._token = secrets.token_urlsafe(16)
         # A unique id, in the default namespace so that every layout accepts it.
-        self._id = f"dedup-doctor-{secrets.token_hex(8)}{mark}"
+        self._id = f"dedup-doctor-{secrets.token_hex(8)}{hash_tag}"
         self._min_replicas = min_replicas
-        self._is_node = bool(mark)
+        self._is_node = bool(hash_tag)
         self._key = layout(DEFAULT_NAMESPACE, self._id)
         self._refused: dict[str, exceptions.ResponseError] = {}
 

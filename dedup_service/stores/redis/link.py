@@ -37,7 +37,7 @@ class RedisNodes(Protocol):
     def link_of(self, key: bytes) -> "RedisLink":
         """Return the link of the server that takes this key; raise StoreUnavailable (never applied) without one."""
 
-    def places(self) -> Sequence[tuple[bytes, "RedisLink"]]:
+    def masters(self) -> Sequence[tuple[bytes, "RedisLink"]]:
         """Return each link that takes claims, with a hash tag: keys that contain it belong to that server.
 
         Raises StoreUnavailable (never applied) or StoreRefused when no server is known.
@@ -65,7 +65,7 @@ class OneServer:
         """Implement RedisNodes."""
         return self._link
 
-    def places(self) -> Sequence[tuple[bytes, "RedisLink"]]:
+    def masters(self) -> Sequence[tuple[bytes, "RedisLink"]]:
         """Implement RedisNodes."""
         return ((b"", self._link),)
 

@@ -85,7 +85,7 @@ class RedisStore:
         A cluster serves while any of its servers answers: the others fail only the claims they hold.
         """
         results = await asyncio.gather(
-            *(self._check(mark, link) for mark, link in self._nodes.places()), return_exceptions=True
+            *(self._check(hash_tag, link) for hash_tag, link in self._nodes.masters()), return_exceptions=True
         )
         answers = [result for result in results if isinstance(result, int)]
         if not answers:
@@ -95,10 +95,10 @@ class RedisStore:
         self._clock_ahead_ms = max(answers)
         return self._canary.take_notices()
 
-    async def _check(self, mark: bytes, link: RedisLink) -> int:
+    async def _check(self, hash_tag: bytes, link: RedisLink) -> int:
         channel = link.channel or await link.connected()
         time = channel.send("TIME")
-        self._canary.look(mark, link, channel)
+        self._canary.look(hash_tag, link, channel)
         try:
             return time_ms_of(checked(await time, channel)) - system_clock_ms()
         except UnreadableValue as error:

@@ -131,7 +131,7 @@ async def test_a_claim_on_a_closed_connection_is_sent_at_most_once(engine: Engin
         store = make_store(StoreConfig(server.url, timeout_ms=5_000))
         assert isinstance(store, RedisStore)
         await store.open()
-        [(_, link)] = store._nodes.places()
+        [(_, link)] = store._nodes.masters()
         channel = link.channel
         assert channel is not None
         if noticed:
