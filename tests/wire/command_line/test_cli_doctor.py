@@ -110,12 +110,16 @@ def test_an_unreachable_store_is_examined_once_it_answers(start_redis: StartRedi
     assert service.stop() == 0
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
 def test_strict_stops_the_server_on_a_late_critical_finding(
-    start_redis: StartRedis, start_service: StartService
+    start_redis: StartRedis, start_service: StartService, workers: str
 ) -> None:
-    """With `--strict`, a critical finding about a store unreachable at start-up makes the server drain and exit."""
+    """With `--strict`, a critical finding about a store unreachable at start-up makes the server drain and exit.
+
+    Protection: a fault that a ready worker reports stops every worker instead of restarting that one.
+    """
     port = free_port()
-    service = start_service("--strict", "--store-url", f"redis://127.0.0.1:{port}")
+    service = start_service("--strict", "--workers", workers, "--store-url", f"redis://127.0.0.1:{port}")
     start_redis(*UNFIT, port=port)
     assert service.wait() == 1
     assert service.events("shutdown_started")
