@@ -1,11 +1,14 @@
 """The parts of the supervisor: held ports, the backoff of dying workers, and messages."""
 
 import socket
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
 
 from dedup_service.config.errors import AddressUnavailable
+from dedup_service.config.settings import load_settings
 from dedup_service.supervisor.messages import (
     Refusal,
     SupervisorStart,
@@ -74,3 +77,26 @@ def test_messages_survive_the_pipe_unchanged() -> None:
     refusal = Refusal("cannot:\nserve", 2)
     assert read_report(refusal_line(refusal)) == refusal
     assert read_report(ready_line(["127.0.0.1:1"])) == ["127.0.0.1:1"]
+
+
+@pytest.mark.parametrize(("error", "reports"), [("BackgroundTaskFailed", False), ("FatalError", True)])
+def test_only_a_refusal_is_reported_to_the_supervisor(error: str, reports: bool) -> None:  # noqa: FBT001
+    """A dead background task ends a worker without a refusal, so it is restarted; a refusal stops every worker."""
+    program = (
+        "from dedup_service.config import errors\n"
+        "from dedup_service.server import process\n"
+        "async def serve(*_):\n"
+        f"    raise errors.{error}('the reason')\n"
+        "process.serve = serve\n"
+        "process.run_worker()\n"
+    )
+    start = WorkerStart(1, load_settings().to_json()).to_line()
+    worker = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    with worker:
+        worker.stdin.write(start)
+        worker.stdin.flush()
+        report = worker.stdout.read()
+    assert worker.returncode == 1
+    assert (b"the reason" in report) is reports
