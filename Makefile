@@ -46,8 +46,9 @@ help: ## List the targets
 run: .venv/run.stamp ## Start the service (ARGS="--store-url redis://127.0.0.1:6379")
 	@exec .venv/bin/dedup-service serve --banner $(ARGS)
 
+# Two test processes per core, since tests wait for timers and for servers to start about half of the time.
 test: .venv/dev.stamp redis ## Run all tests (ARGS="-k claim" selects)
-	.venv/bin/pytest -n auto --dist worksteal $(ARGS)
+	.venv/bin/pytest -n $$((2 * $$(getconf _NPROCESSORS_ONLN))) --dist worksteal $(ARGS)
 
 # Without Go or Node their client is skipped, and the last line says so.
 test-clients: .venv/dev.stamp redis ## Test the Python, Go and Node clients against the live service

@@ -72,7 +72,7 @@ async def open_store() -> AsyncIterator[OpenStore]:
     """Opens stores that require one replica or the given number, and closes them at the end."""
     async with contextlib.AsyncExitStack() as opened:
 
-        async def open_it(url: str, min_replicas: int = 1, timeout_ms: int = 600) -> RedisStore:
+        async def open_it(url: str, min_replicas: int = 1, timeout_ms: int = 3_000) -> RedisStore:
             store = make_store(StoreConfig(url, timeout_ms=timeout_ms, min_replicas=min_replicas))
             assert isinstance(store, RedisStore)
             opened.push_async_callback(store.close)
@@ -275,7 +275,7 @@ async def claims_lost(deployment: SentinelDeployment, min_replicas: int) -> tupl
     async with contextlib.AsyncExitStack() as opened:
         stores: list[RedisStore] = []
         for replicas in (min_replicas, 0):
-            store = make_store(StoreConfig(deployment.url, timeout_ms=600, min_replicas=replicas))
+            store = make_store(StoreConfig(deployment.url, timeout_ms=3_000, min_replicas=replicas))
             assert isinstance(store, RedisStore)
             opened.push_async_callback(store.close)
             await store.open()
