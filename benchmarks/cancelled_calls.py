@@ -1,8 +1,8 @@
-"""Measures how much memory the server leaks for each call that its client cancels, compared with answered calls.
+"""Measures the memory a server leaks per cancelled call, compared with answered calls.
 
-grpcio leaks the operations of a cancelled batch (grpc/grpc#43360). Each kind of call has its own server with the
-embedded store. Resident memory is read between rounds, without in-flight calls. Linux only. A cancelled call waits as a
-duplicate of a claim in progress, so it is cancelled while the server works on it.
+grpcio leaks the operations of a cancelled batch (grpc/grpc#43360). Each kind has its own server with the embedded
+store. Resident memory is read between rounds, without in-flight calls. Linux only. A cancelled call waits as a
+duplicate, so the server works on it.
 """
 
 import argparse
@@ -58,7 +58,7 @@ KINDS = {"answered": answered, "cancelled": cancelled}
 
 
 async def measure(kind: str, calls: int) -> dict[str, Any]:
-    """Make calls of one kind against a new server, and return the figures."""
+    """Call a new server in one way, and return the figures."""
     chance = random.Random(SEED)  # noqa: S311 - seeds a benchmark
     a_round = max(1, calls // ROUNDS // CALLERS)
     with tempfile.TemporaryDirectory(prefix="dedup-benchmark-") as folder:

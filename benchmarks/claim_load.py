@@ -1,7 +1,7 @@
-"""Claims fresh transactions through the Python client with many callers, one claim per call or coalesced.
+"""Claims fresh transactions through the Python client with many callers, coalesced or not.
 
-Prints one JSON object: the number of claims, the duration and the latencies. clients/go/internal/claimload has the same
-flags and output.
+Prints a JSON object: number of claims, duration and latencies. clients/go/internal/claimload has the same flags and
+output.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from dedup import Client, DuplicateTransaction, aio
 
 
 class Window:
-    """The measured time. Earlier answers are warm-up; callers stop after it."""
+    """The measured time, after the warm-up; callers stop at its end."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -38,14 +38,14 @@ class WrongAnswer(Exception):
 
 
 def check(claim: aio.Claim | object, transaction_id: str) -> None:
-    """Raise WrongAnswer unless `claim` is a new claim of this id."""
+    """Raise WrongAnswer unless `claim` newly holds this id."""
     transaction = getattr(claim, "transaction", None)
     if getattr(claim, "replayed", True) or transaction is None or transaction.transaction_id != transaction_id:
         raise WrongAnswer(f"a fresh claim of {transaction_id} was answered with {transaction}")
 
 
 async def awaiting(target: str, callers: int, window: Window, prefix: str, *, coalesce: bool) -> list[float]:
-    """Claim with this many tasks of one event loop, and return the latencies in seconds."""
+    """Claim with this many tasks, and return the latencies in seconds."""
     latencies: list[float] = []
 
     async def caller(client: aio.Client, name: str) -> None:

@@ -1,7 +1,7 @@
-"""Measures the cost of each attack of tests/support/attacks.py on each engine, and its effect on other callers.
+"""Measures the cost of each attack of tests/support/attacks.py on each engine, and its effect on others.
 
-Every attack has its own server with the embedded store. For each, the output has the server's answers, its CPU time,
-its resident memory before, during and after, and the latency of another caller's claim during the attack. Linux only.
+Each attack has its own server with the embedded store. The output has the server's answers, CPU time, and resident
+memory before, during and after, and the latency of another caller's claim meanwhile. Linux only.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def say(line: str) -> None:
 
 
 def main() -> None:
-    """Run every attack, or those chosen, on each engine."""
+    """Run all or the chosen attacks on each engine."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--attack", action="append", choices=list(ATTACKS), help="run only this attack; may be repeated"

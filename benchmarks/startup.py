@@ -1,8 +1,8 @@
-"""Measures the time from the start of the service until its health is SERVING, and its memory when idle.
+"""Measures the time from the service's start until its health is SERVING, and its idle memory.
 
-The base, for each store, is a fresh interpreter that only imports grpc, protobuf and the driver. Rounds are interleaved
-and paired. A socket polls until the service listens, and only then a channel asks for its health: the reconnect backoff
-of a refused gRPC channel is too long for this measurement. Linux only.
+Per store, the base is a fresh interpreter that only imports grpc, protobuf and the driver, in interleaved, paired
+rounds. A socket polls until the service listens, then a channel asks for its health: a refused channel's reconnect
+backoff is too long. Linux only.
 """
 
 import os
@@ -33,14 +33,14 @@ _POLL_S = 0.001
 
 
 def bare_import(store: str) -> float:
-    """Return the milliseconds of a fresh interpreter that imports the libraries of the store and exits."""
+    """Return the milliseconds of a fresh interpreter that imports the store's libraries."""
     begun = time.perf_counter()
     subprocess.run([sys.executable, "-c", f"{BARE[store]}; import os; os._exit(0)"], check=True)
     return (time.perf_counter() - begun) * 1_000
 
 
 def start(url: str, log: Path, idle_s: float) -> tuple[float, int]:
-    """Return the milliseconds until health is SERVING, and the peak resident memory in KiB after `idle_s` seconds.
+    """Return milliseconds until health is SERVING, and peak resident KiB after `idle_s` seconds.
 
     Raises CannotMeasure if the service exits, or does not serve in time.
     """
