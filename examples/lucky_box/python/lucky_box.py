@@ -39,7 +39,7 @@ class Guard(Protocol):
 
 
 class LegacyGuard:
-    """Reads a flag and then writes it. Other clicks can read the flag between the two commands."""
+    """Reads a flag and then writes it; other clicks can read it in between."""
 
     def __init__(self, port: int) -> None:
         self._redis = redis.asyncio.Redis(port=port)
@@ -54,14 +54,14 @@ class LegacyGuard:
 
 
 class SidecarGuard:
-    """Claims the transaction at the dedup service, which decides with one atomic command."""
+    """Claims the transaction at the dedup service with one atomic command."""
 
     def __init__(self, target: str) -> None:
         self._client = dedup.aio.Client(target)
 
     @asynccontextmanager
     async def admit(self, transaction_id: str) -> AsyncIterator[None]:
-        """See Guard.admit. Leaving the block completes the claim; an exception releases it."""
+        """See Guard.admit. Leaving the block completes the claim, an exception releases it."""
         try:
             claim = await self._client.claim(transaction_id, ttl=60, claimant="lucky-box-python")
         except dedup.DuplicateTransaction:
@@ -118,7 +118,7 @@ def make_app(guard: Guard) -> FastAPI:
         except Conflict:
             status, body = 409, {"error": "conflict"}
         except dedup.Unavailable:
-            # This may or may not be a duplicate: pay nothing and do not answer 409.
+            # Perhaps a duplicate: pay nothing and do not answer 409.
             status, body = 503, {"error": "guard_unavailable"}
         log(
             "click",
