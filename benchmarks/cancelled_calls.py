@@ -31,7 +31,7 @@ Stub = Any
 
 
 def request(wait_s: int = 0) -> dedup_pb2.ClaimTransactionRequest:
-    """Return a claim of the held transaction."""
+    """Return a duplicate's claim."""
     claim = dedup_pb2.ClaimTransactionRequest(transaction_id="held")
     claim.ttl.FromSeconds(86_400)
     claim.wait.FromSeconds(wait_s)
@@ -39,7 +39,7 @@ def request(wait_s: int = 0) -> dedup_pb2.ClaimTransactionRequest:
 
 
 async def answered(stub: Stub, _: random.Random) -> None:
-    """Make a call and receive its answer."""
+    """Make an answered call."""
     await stub.ClaimTransaction(request())
 
 
@@ -105,7 +105,7 @@ async def _rounds(kind: str, stub: Stub, chance: random.Random, a_round: int, pi
 
 
 def main() -> None:
-    """Measure both kinds of calls, and print the figures."""
+    """Measure both kinds of calls."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--calls", type=int, default=100_000, help="number of calls of each kind (default: %(default)s)"

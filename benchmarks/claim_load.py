@@ -84,7 +84,7 @@ class Thread(threading.Thread):
         self._window = window
 
     def run(self) -> None:
-        """Claim until the window is over, then claim the last id again."""
+        """Claim until the window ends, then the last id again."""
         try:
             last = self._claim_for_a_while()
         except Exception as error:  # noqa: BLE001 - raised by the main thread
@@ -136,7 +136,7 @@ def round_of(latencies: Sequence[float], seconds: float) -> dict[str, float]:
 
 
 def main() -> None:
-    """Run one round, and print its figures."""
+    """Print the figures of a round."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--client", choices=("aio", "sync"), required=True)
     parser.add_argument("--target", required=True)

@@ -40,7 +40,7 @@ def loads(folder: Path) -> dict[str, list[str]]:
 
 
 def measure(rounds: int, seconds: float) -> dict[str, Any]:
-    """Return the figures of every client and kind by round. Raises CannotMeasure for a wrong answer."""
+    """Return all figures by round. Raises CannotMeasure for a wrong answer."""
     found: dict[str, dict[str, list[dict[str, float]]]] = {}
     with tempfile.TemporaryDirectory(prefix="dedup-benchmark-") as name, running_redis(Path(name)) as redis:
         commands = loads(Path(name))
@@ -64,7 +64,7 @@ def measure(rounds: int, seconds: float) -> dict[str, Any]:
 
 
 def one_round(command: list[str], target: str, prefix: str, kind: str, seconds: float) -> dict[str, float]:
-    """Run one client process, and return its figures."""
+    """Return one client process's figures."""
     asked = ["--target", target, "--callers", str(CALLERS), "--seconds", str(seconds), "--prefix", prefix]
     if kind == "coalesced":
         asked.append("--coalesce")
@@ -99,7 +99,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure, and publish the figures."""
+    """Publish the figures."""
     chosen = publishing.options(__doc__)
     try:
         results = publishing.earlier(chosen) or measure(*((1, 0.5) if chosen.quick else (7, 3.0)))

@@ -70,7 +70,7 @@ async def pooled(url: str, prefix: str, seconds: float, concurrency: int) -> Mea
 
 
 def main() -> None:
-    """Claim for the given time, and print the measurements."""
+    """Print the measurements of a run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--client", choices=("sync", "asyncio"), required=True)
     parser.add_argument("--redis", required=True, help="URL")

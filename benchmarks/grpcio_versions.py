@@ -71,7 +71,7 @@ def compare(results: Results, versions: list[str]) -> str:
 
 
 def main() -> None:
-    """Measure, and print the table or the JSON object."""
+    """Print the table or the JSON object."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--versions", default=VERSIONS, help="comma-separated; the first is the base (default: %(default)s)"

@@ -43,7 +43,7 @@ def memory_mib(service: ServiceProcess) -> int:
 
 
 def claim_ms(service: ServiceProcess) -> float | str:
-    """Return the latency of a claim on a new connection, or the error code."""
+    """Return a new connection's claim latency, or the error code."""
     begun = time.perf_counter()
     with service.channel() as channel:
         stub = dedup_pb2_grpc.DedupServiceStub(channel)
@@ -55,7 +55,7 @@ def claim_ms(service: ServiceProcess) -> float | str:
 
 
 def measure(engine: EngineName, name: str, size: int) -> dict[str, Any]:
-    """Run one attack on a fresh server, and return the figures."""
+    """Return the figures of an attack on a fresh server."""
     with tempfile.TemporaryDirectory() as folder:
         service = ServiceProcess("--engine", engine, "--store-url", f"sqlite://{folder}/claims.db").start()
         try:
@@ -81,7 +81,7 @@ def measure(engine: EngineName, name: str, size: int) -> dict[str, Any]:
 
 
 def say(line: str) -> None:
-    """Print and flush a line: the whole run takes minutes."""
+    """Print a line at once: the run takes minutes."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 

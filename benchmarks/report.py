@@ -111,7 +111,7 @@ def _machine(results: Results) -> str:
 
 
 def sections(results: Results) -> dict[str, str]:
-    """Return every table by the name of its mark."""
+    """Return the tables by their mark."""
     return {
         "machine": _machine(results),
         "typical": _typical(results),
@@ -134,7 +134,7 @@ def write(results: Results, folder: Path, json_path: Path | None = None) -> None
     """Write results.json, report.md and plots into a folder, and the JSON to `json_path`."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results.to_json(), separators=(",", ":")) + "\n"
-    # One line per cell, for readable diffs.
+    # Readable diffs.
     text = text.replace('{"server"', '\n{"server"')
     for path in (folder / "results.json", *([json_path] if json_path else [])):
         path.write_text(text)

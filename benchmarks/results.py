@@ -143,7 +143,7 @@ class Results:
     format: int = FORMAT
 
     def cell(self, server: str, workload: str, concurrency: int, loader: str | None = None) -> Cell | None:
-        """Return one cell, or None if it was not measured."""
+        """Return a cell, None if not measured."""
         for cell in self.cells:
             if (cell.server, cell.workload, cell.concurrency) == (server, workload, concurrency) and loader in {
                 None,
@@ -170,7 +170,7 @@ class Results:
                     )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON object of the results file."""
+        """Return the results file's JSON."""
         return asdict(self)
 
     @classmethod

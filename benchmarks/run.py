@@ -86,7 +86,7 @@ def _options() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure and write the report; exit with 1 if an answer was wrong."""
+    """Write the report; exit with 1 for a wrong answer."""
     options = _options()
     try:
         if options.from_json:

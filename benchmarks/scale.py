@@ -58,7 +58,7 @@ class FilledStore:
         self.redis_us: list[float] = []
 
     def measure(self, kind: str, claims: int) -> None:
-        """Claim sequentially, and keep the median latency in µs. Raises CannotMeasure for a wrong answer."""
+        """Keep the median latency of sequential claims in µs. Raises CannotMeasure for a wrong answer."""
         latencies = []
         for _ in range(claims):
             self._count += 1
@@ -75,7 +75,7 @@ class FilledStore:
         self.rounds[kind].append(statistics.median(latencies))
 
     def _held(self) -> str:
-        # Multiples of a large prime spread over all held ids.
+        # Spreads over all held ids.
         return transaction_id(self._count * 7_368_787 % self.size)
 
 
@@ -305,7 +305,7 @@ def _progress(what: str, count: int) -> Any:  # noqa: ANN401 - a callback
 
 
 def main() -> None:
-    """Measure, and publish the figures."""
+    """Publish the figures."""
     chosen = publishing.options(__doc__)
     try:
         results = publishing.earlier(chosen) or measure_all(quick=chosen.quick)

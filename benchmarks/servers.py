@@ -75,7 +75,7 @@ class Server:
         return (time.perf_counter() - begun) * 1_000
 
     def stop(self) -> None:
-        """Terminate the processes, and wait for their exit."""
+        """Terminate the processes and await their exit."""
         for process in self._processes:
             process.terminate()
         for process in self._processes:

@@ -90,7 +90,7 @@ def measure(rounds: int, idle_s: float, stores: Sequence[str]) -> dict[str, Any]
     with tempfile.TemporaryDirectory(prefix="dedup-benchmark-") as name, running_redis(Path(name)) as redis:
         urls = {"redis": redis.tcp_url, "sqlite": f"sqlite://{name}/claims.db"}
         for store in stores:
-            # Warm up the page cache, and create the claim file.
+            # Warms up the page cache and creates the claim file.
             bare_import(store)
             start(urls[store], Path(name) / "log", 0)
         for done in range(rounds):
@@ -115,7 +115,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure, and publish the figures."""
+    """Publish the figures."""
     chosen = publishing.options(__doc__)
     try:
         results = publishing.earlier(chosen) or measure(*((1, 0.2) if chosen.quick else (15, _IDLE_S)), tuple(BARE))

@@ -74,7 +74,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure, and publish the figures."""
+    """Publish the figures."""
     chosen = publishing.options(__doc__)
     try:
         results = publishing.earlier(chosen) or measure(ENGINES, 1 if chosen.quick else 12, 0.3 if chosen.quick else 1)
