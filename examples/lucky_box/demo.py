@@ -50,7 +50,7 @@ class Logged:
 
 @dataclass
 class Round:
-    """The results of one user's clicks on one box."""
+    """The results of a user's clicks."""
 
     statuses: list[int]
     passed: int
@@ -124,7 +124,7 @@ async def click_together(port: int, device: int) -> Round:
 
 
 async def play(api: Logged, rounds: int, first_device: int) -> list[Round]:
-    """Click for `rounds` users. Count the clicks the guard let pass by the API's log."""
+    """Click for `rounds` users. Count the clicks that passed the guard, by the API's log."""
     port = api.event("serving")["port"]
     played = [await click_together(port, first_device + number) for number in range(rounds)]
     clicks: dict[str, dict[str, Any]] = {}
@@ -153,7 +153,7 @@ def figures(api: str, guard: str, played: list[Round]) -> dict[str, Any]:
 
 
 def followed(api: Logged, sidecar: Logged, correlation_id: str) -> dict[str, Any]:
-    """Return the log lines of the API and of the dedup service for one correlation id."""
+    """Return the log lines of API and dedup service for a correlation id."""
     until = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < until:
         found = {

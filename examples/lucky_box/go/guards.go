@@ -10,7 +10,7 @@ import (
 	dedup "github.com/dedup-service/dedup-service/clients/go"
 )
 
-// errMultipleClick means that another click came first.
+// errMultipleClick: another click came first.
 var errMultipleClick = errors.New("multiple click")
 
 // guard lets one of several clicks pass. Call finish with the work's error, or nil.

@@ -57,7 +57,7 @@ func newGuard(kind string, port int, target string) (guard, error) {
 	}
 }
 
-// click is the request body: who opens a box.
+// click is the request body.
 type click struct {
 	Device int64  `json:"device"`
 	Event  string `json:"event"`
@@ -87,7 +87,7 @@ func newAPI(g guard) http.Handler {
 	return mux
 }
 
-// openBox reports whether the guard let the click pass, and returns the reward.
+// openBox reports whether the guard let the click pass, and the reward.
 func openBox(r *http.Request, g guard, rewards *promotions) (passed bool, reward int, err error) {
 	var who click
 	if err := json.NewDecoder(r.Body).Decode(&who); err != nil {

@@ -23,7 +23,7 @@ import dedup
 import dedup.aio
 
 CORRELATION_HEADER = "x-correlation-id"
-# The latency of the reward service behind the API.
+# Latency of the reward service.
 WORK_S = 0.02
 
 
@@ -35,7 +35,7 @@ class Guard(Protocol):
     """Lets one of several clicks pass."""
 
     def admit(self, transaction_id: str) -> AbstractAsyncContextManager[None]:
-        """Hold the transaction while the block runs. Raises MultipleClick if another click holds it."""
+        """Hold the transaction during the block. Raises MultipleClick if another click holds it."""
 
 
 class LegacyGuard:
@@ -71,7 +71,7 @@ class SidecarGuard:
 
 
 class Conflict(Exception):
-    """Another payout of the same box started meanwhile."""
+    """Another payout of the box started meanwhile."""
 
 
 class Promotions:
@@ -90,7 +90,7 @@ class Promotions:
 
 
 class Click(BaseModel):
-    """The request body: who opens a box."""
+    """The request body."""
 
     device: int
     event: str
@@ -140,7 +140,7 @@ def log(event: str, **fields: Any) -> None:
 
 
 async def main() -> None:
-    """Serve until the process is stopped."""
+    """Serve until stopped."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--guard", choices=("legacy", "sidecar"), required=True)
     parser.add_argument("--redis", type=int, required=True, help="port of the Redis for the legacy guard")
