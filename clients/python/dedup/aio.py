@@ -81,7 +81,7 @@ class GrpcTransport:
         await asyncio.sleep(seconds)
 
     async def close(self) -> None:
-        """Close the channel. In-flight calls fail."""
+        """Implement Transport."""
         if self._channel is not None:
             await self._channel.close()
             self._channel = None
@@ -116,7 +116,7 @@ class Claim(Handle):
         return await self._client._run(self._complete(result, ttl, expire_time, timeout))
 
     async def release(self, *, timeout: float | None = None) -> None:
-        """Release the claim: the next caller receives it. Raises NotHeld or CallFailed."""
+        """Release the claim: the next caller may claim at once. Raises NotHeld or CallFailed."""
         await self._client._run(self._release(timeout))
 
     async def extend(
@@ -145,7 +145,7 @@ class Claim(Handle):
 class PendingClaim:
     """A claim that is made once this is awaited (`claim = await …`) or entered (`async with …`).
 
-    It works once. Otherwise nothing is claimed and Python emits a RuntimeWarning.
+    It works once. Never used, it claims nothing and Python emits a RuntimeWarning.
     """
 
     def __init__(self, claiming: Coroutine[object, object, Claim]) -> None:

@@ -145,7 +145,7 @@ class _Responder:
             await self._send(message)
 
     async def _quietly(self, ending: Awaitable[object]) -> None:
-        """Complete or release the claim. Failures are only logged: the work is done, so its response is sent."""
+        """Complete or release the claim. Failures are only logged: the response is sent anyway."""
         try:
             await ending
         except DedupError as error:

@@ -77,7 +77,7 @@ class GrpcTransport:
         time.sleep(seconds)
 
     def close(self) -> None:
-        """Close the channel. In-flight calls fail."""
+        """Implement Transport."""
         self._closed = True
         self._channel.close()
 
@@ -111,7 +111,7 @@ class Claim(Handle):
         return self._client._run(self._complete(result, ttl, expire_time, timeout))
 
     def release(self, *, timeout: float | None = None) -> None:
-        """Release the claim: the next caller receives it. Raises NotHeld or CallFailed."""
+        """Release the claim: the next caller may claim at once. Raises NotHeld or CallFailed."""
         self._client._run(self._release(timeout))
 
     def extend(

@@ -73,7 +73,7 @@ class _Guard:
     decode: Callable[[bytes], object] | None
 
     def claim_options(self, *args: object, **kwargs: object) -> dict[str, Any]:
-        """Return the arguments of `Client.claim` for one call of the function."""
+        """Return the arguments of `Client.claim` for one call."""
         digest = self.fingerprint(*args, **kwargs) if self.fingerprint is not None else b""
         return {"transaction_id": self.key(*args, **kwargs), "fingerprint": digest, **self.options}
 

@@ -304,7 +304,7 @@ class _Transport:
         self._paused_s += seconds
 
     def close(self) -> None:
-        """Do nothing: there is no channel."""
+        """Implement Transport."""
 
 
 class _AsyncTransport:
@@ -318,7 +318,7 @@ class _AsyncTransport:
         self._inner.pause(seconds)
 
     async def close(self) -> None:
-        """Do nothing: there is no channel."""
+        """Implement Transport."""
 
 
 def _ttl_faults(ttl: Duration) -> Iterator[tuple[str, str]]:

@@ -135,7 +135,7 @@ def _respond(start_response: "StartResponse", response: Response) -> list[bytes]
 
 
 def _quietly(claim: Claim, ending: Callable[[], object]) -> None:
-    """Complete or release the claim. Failures are only logged: the work is done, so its response is sent."""
+    """Complete or release the claim. Failures are only logged: the response is sent anyway."""
     try:
         ending()
     except DedupError as error:
