@@ -151,7 +151,7 @@ class Record:
 
     @property
     def failures_written(self) -> bool:
-        """Whether the file of failures was created."""
+        """Whether `failures` was created."""
         return self._failures_file is not None
 
     def add(self, lines: Iterable[Line]) -> None:
@@ -175,7 +175,7 @@ class Record:
         self._exits.close()
 
     def _open(self, path: Path) -> TextIO:
-        # O_EXCL although checked before: an existing file may hold the only copy of other tokens.
+        # O_EXCL although checked before: an existing file may hold the only copy of other claims' tokens.
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         return self._exits.enter_context(os.fdopen(descriptor, "w", encoding="utf-8"))
 

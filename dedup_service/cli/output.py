@@ -16,7 +16,7 @@ from dedup.v1 import dedup_pb2
 
 
 class ExitCode(IntEnum):
-    """Exit codes of the client commands. ERROR has no code of its own; invalid usage is 2."""
+    """Exit codes of the client commands. ERROR is any error without its own code; invalid usage is 2."""
 
     ERROR = 1
     DUPLICATE = 3
@@ -47,7 +47,7 @@ def print_json(fields: Mapping[str, object]) -> None:
 
 
 def print_table(headline: str, rows: Mapping[str, str]) -> None:
-    """Print a headline and the rows with a value; long values are neither cut nor wrapped."""
+    """Print a headline and the rows with a value, neither cut nor wrapped."""
     typer.echo(headline)
     width = max(len(name) for name in rows)
     for name, value in rows.items():

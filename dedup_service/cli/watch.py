@@ -97,7 +97,7 @@ def watch(
 class Snapshot:
     """One look-up: a transaction, an outage, or neither if the transaction is not claimed.
 
-    `likely` is the probable end of a claim: "released", "expired", or "" if unknown.
+    `likely` is the probable end of a claim that is gone: "released", "expired", or "" if unknown.
     """
 
     transaction: dedup_pb2.Transaction | None = None
@@ -121,7 +121,7 @@ class Snapshot:
 
 
 def _follow(snapshots: Iterator[Snapshot], view: "_View") -> Snapshot:
-    """Show the snapshots until the transaction ends, and return the last one."""
+    """Show snapshots until the transaction ends; return the last one."""
     held: dedup_pb2.Transaction | None = None
     for snapshot in snapshots:
         if snapshot.state == "NOT_FOUND":
