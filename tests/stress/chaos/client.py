@@ -23,8 +23,11 @@ SHORT_MS = (300, 700, 1_500)
 # Clients derive the ids of contended transactions from the time, so they all move on to new ids together.
 EPOCH_NS = 1_000_000_000
 CONTENDED = 3
-# A caller process leaves an id alone after this many attempts, so that every history is short enough to decide.
-ATTEMPTS_PER_ID = 20
+# Callers sometimes return to ids of earlier epochs, which a failover may have lost.
+REVISITED = 8
+# A caller process leaves an id alone after this many attempts, so that every history is short enough to decide. A third
+# of them is kept for revisits.
+ATTEMPTS_PER_ID = 21
 
 _RETRIES = 6
 _NO_RETRY = {"INVALID_ARGUMENT", "FAILED_PRECONDITION", "INTERNAL"}
@@ -196,11 +199,13 @@ class Worker:
 
     def _choose(self) -> tuple[str, int, int]:
         """Return the transaction, the ttl and the number of concurrent claims by this caller."""
-        kind = self._rng.random()
+        kind, back = self._rng.random(), self._rng.random() < 0.2
         epoch, number = time.monotonic_ns() // EPOCH_NS, self._rng.randrange(CONTENDED)
+        if back:
+            epoch -= self._rng.randint(1, REVISITED)
         # A longer epoch for short claims, so that callers see several of one transaction end.
         chosen = f"long-{epoch}-{number}" if kind < 0.6 else f"short-{epoch // 4}-{number}"
-        if kind < 0.2 or self._attempts[chosen] >= ATTEMPTS_PER_ID:
+        if kind < 0.2 or self._attempts[chosen] >= (ATTEMPTS_PER_ID if back else ATTEMPTS_PER_ID * 2 // 3):
             # A user who clicks repeatedly: the first claims of a new transaction are concurrent.
             return f"click-{self._name}-{self._logical_calls}", LONG_MS, 3
         return chosen, LONG_MS if kind < 0.6 else self._rng.choice(SHORT_MS), 1

@@ -34,6 +34,8 @@ class Deployment:
     faults: Mapping[str, Fault]
     arguments: Sequence[str]
     """For the servers; known once started."""
+    round_s = 15
+    """About how long it takes to inject each fault once."""
 
     def __init__(self, folder: Path, rng: random.Random) -> None:
         self._folder = folder
@@ -115,6 +117,8 @@ class Sqlite(Deployment):
 class Replicated(Deployment):
     """Masters with a replica each. Every write waits for its replica: without that a failover may lose any claim."""
 
+    round_s = 30
+
     def __init__(self, folder: Path, rng: random.Random, servers: SentinelDeployment | ClusterDeployment) -> None:
         super().__init__(folder, rng)
         self._servers = servers
@@ -123,6 +127,7 @@ class Replicated(Deployment):
         self.faults = {
             "kill-master": lambda _: asyncio.to_thread(self._kill),
             "pause-master": lambda _: asyncio.to_thread(self._pause),
+            "kill-master-ahead-of-replica": lambda seconds: asyncio.to_thread(self._kill, seconds),
         }
 
     async def start(self) -> None:
@@ -144,9 +149,17 @@ class Replicated(Deployment):
             )
         self._epoch, self._settled_ns = epoch, now_ns
 
-    def _kill(self) -> None:
+    def _kill(self, ahead_s: float = 0) -> None:
+        """Kill a master; before that, cut its replica off for some time."""
         master, replica = self._rng.choice(self._pairs())
-        master.stop()
+        with redis.Redis(port=replica.port, protocol=2) as client:
+            if ahead_s:
+                # The master asks for no password, and refuses a replica that sends one.
+                client.config_set("masterauth", "wrong")
+                client.client_kill_filter(_type="master")
+                time.sleep(ahead_s)
+            master.stop()
+            client.config_set("masterauth", "")
         wait_until(lambda: _role(replica) == "master", _SETTLE_S, "the failover")
         master.start(master.port)
 
@@ -220,7 +233,7 @@ class Cluster(Replicated):
         return [str(node.ask("CLUSTER", "INFO")) for node in (*self._servers.masters, *self._servers.replicas)]
 
 
-DEPLOYMENTS: dict[str, Callable[[Path, random.Random], Deployment]] = {
+DEPLOYMENTS: dict[str, type[Deployment]] = {
     "redis": OneRedis,
     "sqlite": Sqlite,
     "sentinel": Sentinel,

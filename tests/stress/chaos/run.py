@@ -29,8 +29,6 @@ from tests.stress.chaos.nemesis import Nemesis
 from tests.stress.chaos.report import Report, count, errors_of
 
 WORKERS = 6
-# A round of all faults takes about so long.
-_SHORTEST_S = 15
 _PROGRESS_S = 5
 
 
@@ -95,16 +93,25 @@ async def _record(folder: Path, plan: Plan) -> dict[str, int]:
 
 
 async def _report_progress(deployment: str, nemesis: Nemesis, until_ns: int) -> None:
-    while (left_s := (until_ns - time.monotonic_ns()) / 1e9) > 0:
+    while True:
+        left_s = max(0, until_ns - time.monotonic_ns()) / 1e9
         sys.stderr.write(f"{deployment}: {left_s:4.0f} s left, {nemesis.injected.total()} faults\n")
         await asyncio.sleep(_PROGRESS_S)
 
 
 def rotation(seconds: float, seed: int) -> list[tuple[str, float]]:
-    """Return the deployments that fit into the time, beginning with one the seed chooses, and the time for each."""
+    """Return the deployments that fit into the time, beginning with one the seed chooses, and the time of each."""
     names = list(DEPLOYMENTS)
-    number = min(len(names), max(1, int(seconds / _SHORTEST_S)))
-    return [(names[(seed + at) % len(names)], seconds / number) for at in range(number)]
+    first = seed % len(names)
+    fitting: list[tuple[str, int]] = []
+    used_s = 0
+    for name in names[first:] + names[:first]:
+        round_s = DEPLOYMENTS[name].round_s
+        if fitting and used_s + round_s > seconds:
+            break
+        fitting.append((name, round_s))
+        used_s += round_s
+    return [(name, seconds * round_s / used_s) for name, round_s in fitting]
 
 
 def main(

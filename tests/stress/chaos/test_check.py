@@ -1,5 +1,6 @@
 """The checker on handwritten histories: broken ones, and the closest legal ones."""
 
+import random
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 import pytest
 
 from tests.stress.chaos.check import BUG, NOT_LINEARIZABLE, UNDECIDED, check
-from tests.stress.chaos.history import Call
+from tests.stress.chaos.history import Answer, Call
+from tests.stress.chaos.model import Record, respond
 
 S = 1_000_000_000
 HOUR_MS = 3_600_000
@@ -304,3 +306,64 @@ def test_a_violation_is_explained() -> None:
         "        2.0000 to    3.0000 s  release one token=one ttl_ms=3600000: UNAVAILABLE  applied=unknown",
         "        4.0000 to    5.0000 s  claim two ttl_ms=3600000: CLAIMED, held by two",
     ]
+
+
+def recorded(rng: random.Random, size: int) -> list[Call]:
+    """Return what overlapping callers of a correct store would record; some of them lose the answer."""
+    calls: list[Call] = []
+    record: Record | None = None
+    now_s = end_s = 1.0
+    for number in range(size):
+        now_s += rng.uniform(0, 0.5)
+        token, rpc = (
+            rng.choice((ONE, TWO, THREE)),
+            rng.choice(("claim", "claim", "complete", "release", "extend", "get")),
+        )
+        asked = call(
+            rpc,
+            token,
+            max(0, now_s - rng.uniform(0, 1)),
+            now_s + rng.uniform(0, 1),
+            name=f"{token}/{number}",
+            ttl_ms=rng.choice((300, 900, HOUR_MS)),
+            fingerprint=rng.choice(("", "f", "g")),
+            result=rng.choice(("r", "s")),
+            may_shorten=rng.random() < 0.5,
+        )
+        if rng.random() < 0.1:
+            calls.append(replace(asked, applied=rng.choice(("no", "unknown"))))
+            continue
+        if now_s >= end_s:
+            record = None
+        step = respond(record, asked)
+        record = step.record
+        if step.ttl_ms is not None and not (
+            rpc == "extend" and not asked.may_shorten and now_s + asked.ttl_ms / 1_000 <= end_s
+        ):
+            end_s = now_s + asked.ttl_ms / 1_000
+        outcome, was_replay, holder, result = step.answer
+        answered = replace(asked, outcome=outcome, replayed=was_replay, holder=holder, held_result=result)
+        calls.append(in_doubt(answered) if rng.random() < 0.15 else answered)
+    return calls
+
+
+def test_a_correct_store_is_never_accused() -> None:
+    """No history of a correct store has a finding, however its calls overlap and whatever answers are lost."""
+    for seed in range(300):
+        findings = check(recorded(random.Random(seed), 25)).findings
+        assert not findings, f"seed {seed}: {findings[0]}"
+
+
+def test_one_wrong_answer_is_mostly_found() -> None:
+    """An answer from another moment of the same history rarely fits by chance."""
+    found_in = tried = 0
+    for seed in range(300):
+        rng = random.Random(seed)
+        calls = recorded(rng, 25)
+        at, other = rng.sample([number for number, call in enumerate(calls) if call.answer], 2)
+        if calls[at].rpc == calls[other].rpc and calls[at].answer != calls[other].answer:
+            outcome, was_replay, holder, result = calls[other].answer or Answer("")
+            calls[at] = replace(calls[at], outcome=outcome, replayed=was_replay, holder=holder, held_result=result)
+            tried += 1
+            found_in += bool(check(calls).findings)
+    assert found_in > 0.8 * tried > 20
