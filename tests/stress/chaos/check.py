@@ -166,8 +166,7 @@ class _Search:
                     continue
                 tried.add(asked)
             for state in node.state.after(call, failovers=self._failovers):
-                if state.zone.now_from <= urgent.end_ns:
-                    yield _Node(node.done | bit, state, (call, node.path))
+                yield _Node(node.done | bit, state, (call, node.path))
 
 
 def _can_matter(call: Call, calls: Sequence[Call]) -> bool:

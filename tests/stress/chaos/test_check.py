@@ -147,13 +147,14 @@ BROKEN: dict[str, tuple[Call, ...]] = {
     "extended after its completion": (
         *(won(ONE, 1, 2), completed(ONE, 3, 4), extended(ONE, 5, 6, HOUR_MS, held_result="r")),
     ),
+    "seen early, so it ends early": (won(ONE, 0, 2, ttl_ms=1_000), found(ONE, 0, 0.5), found(ONE, 1.9, 2)),
     "another payload is a duplicate": (won(ONE, 1, 2, fingerprint="f"), duplicate(TWO, ONE, 3, 4, fingerprint="g")),
     "a replay with another payload": (won(ONE, 1, 2, fingerprint="f"), replayed(ONE, 3, 4, fingerprint="g")),
     "the same payload is a mismatch": (won(ONE, 1, 2, fingerprint="f"), mismatch(TWO, ONE, 3, 4, fingerprint="f")),
     "a missing payload is a mismatch": (won(ONE, 1, 2, fingerprint="f"), mismatch(TWO, ONE, 3, 4)),
     "a failover loses an acknowledged claim": (won(ONE, 1, 2), failover(3, 4), won(TWO, 5, 6)),
     "a failover loses a claim whose replay was acknowledged": (
-        *(lost("claim", ONE, 1, 2), replayed(ONE, 3, 4), failover(5, 6), won(TWO, 7, 8)),
+        *(lost("claim", ONE, 1, 2), replayed(ONE, 1, 4), failover(5, 6), won(TWO, 7, 8)),
     ),
     "a claim is lost before the failover": (
         *(lost("claim", ONE, 1, 2), duplicate(TWO, ONE, 3, 4), won(THREE, 5, 6), failover(7, 8)),
@@ -247,6 +248,14 @@ LEGAL: dict[str, tuple[Call, ...]] = {
         *(lost("claim", ONE, 1, 2), duplicate(TWO, ONE, 3, 4), failover(5, 6), won(THREE, 7, 8)),
     ),
     "a failover loses a release": (won(ONE, 1, 2), released(ONE, 3, 4), failover(5, 6), found(ONE, 7, 8)),
+    "a failover loses a completion, which is made again": (
+        *(won(ONE, 1, 2), lost("complete", ONE, 3, 4, result="r"), found(ONE, 5, 5.5, held_result="r")),
+        *(completed(ONE, 5, 20), failover(6, 7), extended(ONE, 8, 9, HOUR_MS)),
+    ),
+    "a deposed master releases what its successor keeps": (
+        *(won(ONE, 1, 2), failover(3, 9), released(ONE, 4, 5), extended(ONE, 5.1, 5.2, HOUR_MS)),
+        *(released(ONE, 6, 7), found(ONE, 10, 11)),
+    ),
     "a deposed master answers from the past": (
         *(won(ONE, 1, 2), failover(3, 9), released(ONE, 4, 5), won(TWO, 6, 7), duplicate(THREE, ONE, 7.5, 8)),
     ),
