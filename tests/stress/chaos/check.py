@@ -1,178 +1,223 @@
-"""The checker: finds answers that no correct service can have given. Pure; independent of how a history was recorded.
+"""The checker: is there an order in which the calls on each id make sense? Pure.
 
-Every answer is an observation of a holder: at some moment between the begin and the end of the call the store held the
-transaction for one token. Two observations are consistent if, in either order, everything required between them (the
-end of a claim, a new claim) may have happened. The checker compares pairs only, and assumes that a call with unknown
-effect may take effect at any time after it began. A finding is therefore always a broken promise, but a broken promise
-that only shows in more than two calls may be missed.
+A history is linearizable if every call can take effect at one moment between its begin and its end, such that the
+sequential model gives exactly the recorded answers (Wing and Gong; memoised as Lowe does). Calls with unknown effect
+may take effect at any time after their begin, or never. Calls that were certainly not applied never do.
+
+The search is bounded. An id it cannot decide is a finding.
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import combinations
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from tests.stress.chaos.history import Call
+from tests.stress.chaos.model import Record, State, Unreplicated, Zone
 
-# The store measures a ttl by the wall clock, which may drift from the monotonic clock of the histories.
-CLOCK_SLACK_NS = 50_000_000
+MAX_STEPS = 200_000
+
+NOT_LINEARIZABLE = "not-linearizable"
+UNDECIDED = "undecided"
+BUG = "bug"
+
+# Answers that no replica has to acknowledge, so that a deposed master may still give them.
+_UNCONFIRMED = {"DUPLICATE", "PAYLOAD_MISMATCH", "NOT_HELD", "FOUND", "NOT_FOUND"}
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A broken promise: its kind, a sentence, and the calls that show it."""
+    """A broken promise: its kind, and a text that shows it."""
 
     kind: str
-    sentence: str
-    calls: tuple[Call, ...]
+    transaction_id: str
+    text: str
 
     def __str__(self) -> str:
-        return "\n".join((f"{self.kind}: {self.sentence}", *(f"    {call}" for call in self.calls)))
+        return f"{self.kind}: {self.transaction_id}: {self.text}"
 
 
 @dataclass(frozen=True, slots=True)
-class Observation:
-    """A call whose answer shows that `token` held the transaction at some moment of the call."""
+class Verdict:
+    """The findings, and what was checked."""
 
-    call: Call
-    token: str
-    fresh: bool
-    """Whether this call made the claim, so that nobody held the transaction just before."""
-    completed: bool
+    findings: list[Finding]
+    steps: int = 0
+    most_steps: int = 0
+    excused: int = 0
+    """Answers during a failover that prove nothing."""
 
 
-def check(calls: Iterable[Call]) -> list[Finding]:
-    """Return the first finding of each kind for each transaction."""
-    by_transaction: dict[str, list[Call]] = defaultdict(list)
+def check(calls: Iterable[Call], max_steps: int = MAX_STEPS) -> Verdict:
+    """Return at most one finding for each id, and one for each INTERNAL error."""
+    by_id: dict[str, list[Call]] = defaultdict(list)
+    failovers: list[Call] = []
     for call in calls:
-        by_transaction[call.transaction_id].append(call)
-    found: list[Finding] = []
-    for ordered in by_transaction.values():
-        ordered.sort(key=lambda call: call.begin_ns)
-        first: dict[str, Finding] = {}
-        for finding in _Transaction(ordered).findings():
-            first.setdefault(finding.kind, finding)
-        found += first.values()
-    return found
+        if call.rpc == "failover":
+            failovers.append(call)
+        else:
+            by_id[call.transaction_id].append(call)
+    findings: list[Finding] = []
+    counts = [0]
+    excused = 0
+    for transaction_id, its_calls in by_id.items():
+        findings += (Finding(BUG, transaction_id, str(call)) for call in its_calls if call.code == "INTERNAL")
+        kept = _excuse(its_calls, failovers)
+        excused += len(its_calls) - len(kept)
+        explanation = explain(kept, failovers, max_steps)
+        counts.append(explanation.steps)
+        if explanation.order is None:
+            findings.append(_finding(transaction_id, kept, failovers, explanation, max_steps))
+    return Verdict(findings, sum(counts), max(counts), excused)
 
 
-class _Transaction:
-    """The calls on one transaction, ordered by begin."""
-
-    def __init__(self, calls: list[Call]) -> None:
-        self._calls = calls
-        # Calls that changed something, or may have, by rpc and token.
-        self._changes: dict[tuple[str, str], list[Call]] = defaultdict(list)
-        for call in calls:
-            if call.may_have_changed:
-                self._changes[call.rpc, call.token].append(call)
-        self._observations = [observation for call in calls if (observation := _observation(call)) is not None]
-
-    def findings(self) -> Iterator[Finding]:
-        """Yield every finding."""
-        for call in self._calls:
-            yield from _answered_wrongly(call)
-        for observation in self._observations:
-            yield from self._without_grounds(observation)
-        for one, other in combinations(self._observations, 2):
-            if not (self._may_follow(one, other) or self._may_follow(other, one)):
-                yield _conflict(one, other)
-        for call in self._calls:
-            if call.outcome in {"NOT_HELD", "RELEASED"}:
-                yield from self._lost(call)
-
-    def _without_grounds(self, observation: Observation) -> Iterator[Finding]:
-        call = observation.call
-        if not self._began("claim", observation.token, call):
-            if call.replayed:
-                kind, what = "replay-of-nothing", "is a replay, but no earlier attempt with its token can have claimed"
-            else:
-                kind, what = (
-                    "held-by-nobody",
-                    f"shows {observation.token}, but none of its claims can have succeeded by then",
-                )
-            tries = (other for other in self._calls if other.token == observation.token and other.rpc == "claim")
-            yield Finding(kind, f"an answer {what}", (call, *(other for other in tries if other is not call)))
-        if observation.completed and not self._began("complete", observation.token, call):
-            yield Finding("completed-by-nobody", "shown as completed, but its holder cannot have completed it", (call,))
-
-    def _began(self, rpc: str, token: str, by: Call) -> bool:
-        return any(change.begin_ns <= by.end_ns for change in self._changes[rpc, token])
-
-    def _may_follow(self, first: Observation, second: Observation) -> bool:
-        if first.call.begin_ns > second.call.end_ns:
-            return False
-        same_claim = first.token == second.token and not second.fresh and not (first.completed and not second.completed)
-        return same_claim or self._may_end(first, second.call)
-
-    def _may_end(self, observation: Observation, by: Call) -> bool:
-        """Return whether the observed claim may have ended before the end of a call."""
-        if not observation.completed and any(
-            release.begin_ns <= by.end_ns and release.latest_ns >= observation.call.begin_ns
-            for release in self._changes["release", observation.token]
-        ):
-            return True
-        begun = self._changes["complete", observation.token]
-        if observation.fresh:
-            begun = [observation.call, *begun]
-        elif not observation.completed:
-            begun = [*self._changes["claim", observation.token], *begun]
-        return any(call.begin_ns + call.ttl_ms * 1_000_000 - CLOCK_SLACK_NS <= by.end_ns for call in begun)
-
-    def _lost(self, absence: Call) -> Iterator[Finding]:
-        """Yield observations of a token that fit neither before nor after the answer that it holds nothing."""
-        if (
-            absence.rpc == "release"
-            and absence.outcome == "NOT_HELD"
-            and self._began("complete", absence.token, absence)
-        ):
-            # A completed transaction cannot be released, but is still held.
-            return
-        for observation in self._observations:
-            if observation.token != absence.token or observation.call is absence:
+def _excuse(calls: Sequence[Call], failovers: Sequence[Call]) -> list[Call]:
+    """Leave out what a deposed master may have answered; what it was told to release may stay held."""
+    kept = []
+    for call in calls:
+        if any(call.begin_ns <= failover.end_ns and failover.begin_ns <= call.end_ns for failover in failovers):
+            if call.outcome in _UNCONFIRMED:
                 continue
-            before = observation.call.begin_ns <= absence.end_ns and self._may_end(observation, absence)
-            after = absence.begin_ns <= observation.call.end_ns and any(
-                claim.latest_ns >= absence.begin_ns and claim.begin_ns <= observation.call.end_ns
-                for claim in self._changes["claim", observation.token]
-            )
-            if not (before or after):
-                if absence.outcome == "NOT_HELD":
-                    yield Finding(
-                        "claim-lost",
-                        "a holder receives NOT_HELD, but nothing can have ended its claim",
-                        (observation.call, absence),
-                    )
-                else:
-                    yield Finding("held-after-release", "a released claim is still held", (absence, observation.call))
+            if call.outcome == "RELEASED":
+                call = _in_doubt(call)  # noqa: PLW2901 - the same call, with less known
+        kept.append(call)
+    return kept
 
 
-def _observation(call: Call) -> Observation | None:
-    if call.outcome == "CLAIMED":
-        return Observation(call, call.token, fresh=not call.replayed, completed=False)
-    if call.outcome == "DUPLICATE":
-        return Observation(call, call.holder, fresh=False, completed=call.completed)
-    if call.outcome in {"COMPLETED", "RELEASED"}:
-        return Observation(call, call.token, fresh=False, completed=call.outcome == "COMPLETED")
-    return None
+def _in_doubt(call: Call) -> Call:
+    return replace(
+        call, outcome="ERROR", code="(pending)", applied="unknown", replayed=False, holder="", held_result=None
+    )
 
 
-def _answered_wrongly(call: Call) -> Iterator[Finding]:
-    own = call.holder == call.token
-    if call.outcome == "DUPLICATE" and own and not call.completed:
-        yield Finding("retry-refused", "a retry receives DUPLICATE of its own claim", (call,))
-    if call.outcome in {"CLAIMED", "COMPLETED"} and not own:
-        yield Finding("answer-of-another", "a caller receives success, but the answer names another holder", (call,))
-    if call.outcome == "CLAIMED" and call.completed:
-        yield Finding("claimed-again", "a completed transaction is answered CLAIMED", (call,))
-    if call.code == "INTERNAL":
-        yield Finding("bug", "the service failed with INTERNAL", (call,))
+class Explanation(NamedTuple):
+    """The order in which calls took effect; None if there is none, or if the search was given up."""
+
+    order: tuple[Call, ...] | None
+    steps: int
+    undecided: bool = False
 
 
-def _conflict(one: Observation, other: Observation) -> Finding:
-    calls = (one.call, other.call)
-    if one.completed != other.completed:
-        return Finding("claimed-again", "a completed transaction was claimed again before it expired", calls)
-    if one.token == other.token:
-        return Finding("stored-twice", "one token claimed twice, but nothing can have ended its first claim", calls)
-    return Finding("two-holders", "two tokens held it, but nothing can have ended either claim in between", calls)
+class _Node(NamedTuple):
+    """A state the search reached, by the calls in `done` (a set of bits)."""
+
+    done: int
+    state: State
+    path: "tuple[Call, object] | None"
+
+
+def explain(calls: Sequence[Call], failovers: Sequence[Call] = (), max_steps: int = MAX_STEPS) -> Explanation:
+    """Search an order of the calls on one id that explains every answer."""
+    return _Search(calls, failovers).run(max_steps)
+
+
+class _Search:
+    def __init__(self, calls: Sequence[Call], failovers: Sequence[Call]) -> None:
+        relevant = [call for call in calls if call.applied != "no" and _can_matter(call, calls)]
+        if relevant:
+            first = min(call.begin_ns for call in relevant)
+            # A failover before the first call, or one after the last answer, changes nothing.
+            relevant += (failover for failover in failovers if failover.end_ns >= first)
+        self._calls = sorted(relevant, key=lambda call: (call.latest_ns, call.begin_ns))
+        self._answered = sum(1 << number for number, call in enumerate(self._calls) if call.answer is not None)
+        self._failovers = any(call.rpc == "failover" for call in relevant)
+        self._seen: dict[tuple[int, Record | None, tuple[Unreplicated, ...]], list[Zone]] = defaultdict(list)
+
+    def run(self, max_steps: int) -> Explanation:
+        stack = [_Node(0, State(None, Zone(-math.inf, math.inf)), None)]
+        steps = 0
+        while stack:
+            node = stack.pop()
+            if not self._answered & ~node.done:
+                return Explanation(_order(node), steps)
+            if not self._is_new(node):
+                continue
+            steps += 1
+            if steps > max_steps:
+                return Explanation(None, steps, undecided=True)
+            stack += reversed(list(self._next(node)))
+        return Explanation(None, steps)
+
+    def _is_new(self, node: _Node) -> bool:
+        zones = self._seen[node.done, node.state.record, node.state.earlier]
+        if any(zone.covers(node.state.zone) for zone in zones):
+            return False
+        zones[:] = [zone for zone in zones if not node.state.zone.covers(zone)]
+        zones.append(node.state.zone)
+        return True
+
+    def _next(self, node: _Node) -> Iterator[_Node]:
+        left = [(1 << number, call) for number, call in enumerate(self._calls) if not node.done & 1 << number]
+        # The list is in the order of ends, so the first answered call is the most urgent.
+        urgent = next(call for _, call in left if call.answer is not None)
+        for bit, call in left:
+            if (state := node.state.allows_now(call)) is not None:
+                yield _Node(node.done | bit, state, (call, node.path))
+                return
+        tried: set[tuple[str | int, ...]] = set()
+        for bit, call in left:
+            if call.begin_ns > urgent.end_ns:
+                continue
+            if call.answer is None and call.rpc not in {"claim", "failover"}:
+                # Attempts that ask the same are interchangeable, and the one that began first can do most.
+                asked = (call.rpc, call.token, call.ttl_ms, call.may_shorten, call.result)
+                if asked in tried:
+                    continue
+                tried.add(asked)
+            for state in node.state.after(call, failovers=self._failovers):
+                yield _Node(node.done | bit, state, (call, node.path))
+
+
+def _can_matter(call: Call, calls: Sequence[Call]) -> bool:
+    """Return whether the call was answered, or may be what explains an answer.
+
+    A claim in doubt that no answer shows explains only that its token could release: without it everything else
+    fits as well.
+    """
+    return (
+        call.answer is not None
+        or call.rpc != "claim"
+        or any(
+            other.holder == call.name or (other.outcome == "RELEASED" and other.token == call.token) for other in calls
+        )
+    )
+
+
+def _order(node: _Node) -> tuple[Call, ...]:
+    order: list[Call] = []
+    path: object = node.path
+    while isinstance(path, tuple):
+        call, path = path
+        order.append(call)
+    return tuple(reversed(order))
+
+
+def _finding(
+    transaction_id: str, calls: Sequence[Call], failovers: Sequence[Call], whole: Explanation, max_steps: int
+) -> Finding:
+    """Report the shortest history that cannot be explained: each answer in turn is added to those before it."""
+    if whole.undecided:
+        return Finding(UNDECIDED, transaction_id, f"no decision about {len(calls)} calls after {whole.steps} steps")
+    answered = sorted((call for call in calls if call.answer is not None), key=lambda call: call.end_ns)
+    best: tuple[Call, ...] = ()
+    for last in answered:
+        until = [
+            call if call.answer is None or call.end_ns <= last.end_ns else _in_doubt(call)
+            for call in (*calls, *failovers)
+            if call.begin_ns <= last.end_ns
+        ]
+        explanation = explain([call for call in until if call.rpc != "failover"], failovers, max_steps)
+        if explanation.order is None:
+            break
+        best = explanation.order
+    origin, before = min(call.begin_ns for call in calls), answered.index(last)
+    shown = sorted((call for call in until if call.end_ns >= origin), key=lambda call: call.begin_ns)
+    lines = [
+        f"answer {before + 1} of {len(answered)} contradicts those before it, in every order",
+        "  calls by begin:",
+        *(f"  {'>>' if call is last else '  '} {call.since(origin)}" for call in shown),
+        f"  the {before} answers before it can be explained in this order:",
+        *(f"     {call.since(origin)}" for call in best),
+    ]
+    return Finding(NOT_LINEARIZABLE, transaction_id, "\n".join(lines))

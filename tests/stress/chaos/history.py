@@ -5,40 +5,63 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+
+class Answer(NamedTuple):
+    """What a reply says of a transaction."""
+
+    outcome: str
+    """The outcome without its prefix; FOUND or NOT_FOUND for a look."""
+    replayed: bool = False
+    holder: str = ""
+    """The claimant shown, which is the name of the attempt that claimed."""
+    result: str | None = None
+    """The result shown; None unless completed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One attempt as its client saw it. Times are CLOCK_MONOTONIC, which all processes of a host share."""
+    """One attempt as its client saw it; an entry of a batch is one too.
+
+    Times are CLOCK_MONOTONIC, which all processes of a host share. A failover is recorded as a call without an id.
+    """
 
     client: str
     rpc: str
-    """claim, complete or release."""
+    """claim, complete, release, extend, get or failover."""
     transaction_id: str
     token: str
-    """Shared by the attempts of one logical call. Also sent as the claimant, so that duplicates show it."""
+    """Shared by the attempts of one logical call."""
     begin_ns: int
     end_ns: int
     outcome: str
-    """The outcome without its prefix, or ERROR."""
+    """As in Answer, or ERROR."""
+    name: str = ""
+    """Unique to the attempt. Claims send it as the claimant, so that replies show which attempt made a claim."""
     ttl_ms: int = 0
-    """The requested ttl of the claim, or of the completed transaction."""
+    """The requested ttl of the claim, the extension or the completed transaction."""
+    fingerprint: str = ""
+    wait_ms: int = 0
+    batch: int = 0
+    """The number of entries of the batch; 0 for a single claim."""
+    result: str = ""
+    """The result a completion sends."""
+    may_shorten: bool = False
     replayed: bool = False
     holder: str = ""
-    """The claimant in the reply, which is the token of the holder."""
-    completed: bool = False
-    """Whether the transaction in the reply is completed."""
+    held_result: str | None = None
     code: str = ""
     reason: str = ""
     applied: str = ""
     """The `applied` of an error, "unknown" if it has none; empty for a reply."""
 
     @property
-    def may_have_changed(self) -> bool:
-        """Whether this attempt itself took effect, or may have."""
-        if self.outcome == "CLAIMED":
-            return not self.replayed
-        return self.outcome in {"COMPLETED", "RELEASED"} or self.applied == "unknown"
+    def answer(self) -> Answer | None:
+        """The answer, or None for an error."""
+        if self.outcome == "ERROR":
+            return None
+        return Answer(self.outcome, self.replayed, self.holder, self.held_result)
 
     @property
     def latest_ns(self) -> float:
@@ -46,11 +69,26 @@ class Call:
         return math.inf if self.applied == "unknown" else self.end_ns
 
     def __str__(self) -> str:
+        return self.since(0)
+
+    def since(self, origin_ns: int) -> str:
+        """Return the call in one line, with times in seconds since `origin_ns`."""
+        span = f"{(self.begin_ns - origin_ns) / 1e9:9.4f} to {(self.end_ns - origin_ns) / 1e9:9.4f} s"
+        asked = {
+            "token": "" if self.rpc == "claim" else self.token,
+            "ttl_ms": self.ttl_ms,
+            "fingerprint": self.fingerprint,
+            "wait_ms": self.wait_ms,
+            "batch": self.batch,
+            "result": self.result,
+            "may_shorten": self.may_shorten,
+        }
+        request = " ".join((f"{self.rpc} {self.name}", *(f"{key}={value}" for key, value in asked.items() if value)))
+        shown = f", held by {self.holder}" if self.holder else ""
+        if self.held_result is not None:
+            shown += f" and completed with {self.held_result!r}"
         answer = self.outcome if not self.code else f"{self.code} {self.reason} applied={self.applied}"
-        shown = f", held by {self.holder}{' and completed' if self.completed else ''}" if self.holder else ""
-        replayed = " replayed" if self.replayed else ""
-        span = f"{self.begin_ns / 1e9:.4f} to {self.end_ns / 1e9:.4f} s"
-        return f"{self.rpc} {self.transaction_id} by {self.token}: {answer}{replayed}{shown} ({span})"
+        return f"{span}  {request}: {answer}{' replayed' if self.replayed else ''}{shown}"
 
 
 def to_line(call: Call) -> str:
