@@ -35,8 +35,8 @@ from dedup_service.server.policies import (
 from dedup_service.server.tls import tls_credentials
 from dedup_service.stores.registry import StoreConfig, make_store, store_config, trace_attributes
 
-# Streams of one connection beyond the limit of in-flight calls, for health checks. A caller with too many calls still
-# receives a reason, and a hostile one cannot pile up more.
+# Streams of one connection beyond the limits of in-flight calls and of waits, for holders and health checks. A caller
+# with too many calls still receives a reason, and a hostile one cannot pile up more.
 _SPARE_STREAMS = 100
 
 # New objects between two garbage collections; Python's default is 700.
@@ -80,8 +80,8 @@ async def serve(settings: Settings, announce: Announce, worker: WorkerMetricFile
         if examined:
             await examine(location, log, strict=settings.strict)
 
-        claims = ClaimService(store, policies, max_result_bytes=settings.max_result_bytes)
-        admission = Admission(settings.max_in_flight)
+        claims = ClaimService(store, policies, max_result_bytes=settings.max_result_bytes, max_waits=settings.max_waits)
+        admission = Admission(settings.max_in_flight, lambda: claims.waiting)
         authorization = make_authorization(settings, claims)
 
         def register(server: grpc.aio.Server) -> None:
@@ -95,7 +95,7 @@ async def serve(settings: Settings, announce: Announce, worker: WorkerMetricFile
                 reflection.enable_server_reflection(names, server)
 
         options = EngineOptions(
-            max_streams=settings.max_in_flight + _SPARE_STREAMS,
+            max_streams=settings.max_in_flight + settings.max_waits + _SPARE_STREAMS,
             reuse_port=worker is not None,
             max_connections=settings.max_connections,
             credentials=credentials,
@@ -118,7 +118,7 @@ async def serve(settings: Settings, announce: Announce, worker: WorkerMetricFile
         background = {
             "health": state.watch(),
             "reload": reload_when_requested(reload, settings, claims, authorization, log),
-            "metrics": observers.sample(lambda: admission.in_flight),
+            "metrics": observers.sample(lambda: (admission.in_flight, claims.waiting)),
         }
         if not examined:
             background["examination"] = _examine_later(state, location, log, strict=settings.strict)
