@@ -33,31 +33,50 @@ Handler = Callable[[RequestT, Call, float | None], Awaitable[Message]]
 
 
 class Admission:
-    """Admits calls until it is closed, at most `limit` at a time. Health checks are not counted."""
+    """Admits calls until it is closed. Health checks are not counted.
 
-    def __init__(self, limit: int) -> None:
+    Calls of holders (complete, release and extend) have a limit of their own, of the same size: other calls must not
+    lock out the holder whose work they are about. Claims that wait, `waiting` in number, are limited where they wait.
+    """
+
+    def __init__(self, limit: int, waiting: Callable[[], int] = lambda: 0) -> None:
         self._limit = limit
-        self.in_flight = 0
+        self._waiting = waiting
+        self._holders = 0
+        self._others = 0
         self.rejected = 0
         """Calls that arrived after `close`."""
         self._closed = False
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def enter(self) -> None:
+    @property
+    def in_flight(self) -> int:
+        """The calls in flight, without those that wait."""
+        return self._holders + self._others - self._waiting()
+
+    def enter(self, *, holder: bool = False) -> None:
         """Count a call in; every success needs one `leave`. Raises ServerStopping and TooManyCalls."""
         if self._closed:
             self.rejected += 1
             raise ServerStopping("the server is shutting down: call another one, or try again")
-        if self.in_flight >= self._limit:
-            raise TooManyCalls(f"{self._limit} calls are in flight: try again, or call another server")
-        self.in_flight += 1
+        if holder:
+            if self._holders >= self._limit:
+                raise TooManyCalls(f"{self._limit} calls of holders are in flight: try again, or call another server")
+            self._holders += 1
+        else:
+            if self._others - self._waiting() >= self._limit:
+                raise TooManyCalls(f"{self._limit} calls are in flight: try again, or call another server")
+            self._others += 1
         self._idle.clear()
 
-    def leave(self) -> None:
+    def leave(self, *, holder: bool = False) -> None:
         """Count a call out."""
-        self.in_flight -= 1
-        if not self.in_flight:
+        if holder:
+            self._holders -= 1
+        else:
+            self._others -= 1
+        if not self._holders and not self._others:
             self._idle.set()
 
     def close(self) -> None:
@@ -87,6 +106,7 @@ class Endpoint(Generic[RequestT]):
         admission: Admission,
         authorization: Authorization | None = None,
         may_change: bool = True,
+        holder: bool = False,
     ) -> None:
         self._method = method
         self._request_type = request_type
@@ -95,13 +115,14 @@ class Endpoint(Generic[RequestT]):
         self._admission = admission
         self._authorization = authorization
         self._may_change = may_change
+        self._holder = holder
 
     async def serve(self, raw: bytes, context: Context) -> bytes:
         """Serve one call. gRPC recognises a bound coroutine method as asynchronous."""
         call = Call(self._method, context.invocation_metadata)
         try:
             self._observer.started(call)
-            self._admission.enter()
+            self._admission.enter(holder=self._holder)
             try:
                 if self._authorization is not None:
                     call.caller = self._authorization.identify(context)
@@ -113,7 +134,7 @@ class Endpoint(Generic[RequestT]):
                 else:
                     reply = await self._handle_in_time(request, call, remaining)
             finally:
-                self._admission.leave()
+                self._admission.leave(holder=self._holder)
             answer = reply.SerializeToString()
         except asyncio.CancelledError:
             remaining = _time_remaining(context)

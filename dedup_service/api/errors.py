@@ -17,6 +17,7 @@ from dedup_service.claims import (
     Reason,
     StoreRefused,
     StoreUnavailable,
+    TooManyWaits,
     TransactionNotFound,
     UnreadableValue,
 )
@@ -73,6 +74,7 @@ TABLE: dict[type[Exception], Row] = {
     StoreRefused: Row(grpc.StatusCode.UNAVAILABLE),
     UnreadableValue: Row(grpc.StatusCode.FAILED_PRECONDITION),
     TooManyCalls: Row(grpc.StatusCode.RESOURCE_EXHAUSTED, RETRY_AFTER_MS),
+    TooManyWaits: Row(grpc.StatusCode.RESOURCE_EXHAUSTED, RETRY_AFTER_MS),
     DeadlineTooNear: Row(grpc.StatusCode.DEADLINE_EXCEEDED),
     DeadlinePassed: Row(grpc.StatusCode.DEADLINE_EXCEEDED),
     ServerStopping: Row(grpc.StatusCode.UNAVAILABLE, RETRY_AFTER_MS),

@@ -39,6 +39,7 @@ _LAST_CLAIM_MAX_S = 1.0
 _SERVICE = dedup_pb2.DESCRIPTOR.services_by_name["DedupService"]
 SERVICE_NAME = _SERVICE.full_name
 METHODS = tuple(method.name for method in _SERVICE.methods)
+_HOLDER_METHODS = ("CompleteTransaction", "ReleaseTransaction", "ExtendTransaction")
 
 
 class DedupServicer:
@@ -203,6 +204,7 @@ def add_to_server(
             admission=admission,
             authorization=authorization,
             may_change=method.name != "GetTransaction",
+            holder=method.name in _HOLDER_METHODS,
         )
         methods[method.name] = grpc.unary_unary_rpc_method_handler(endpoint.serve)
     # In both ways, as generated code does: grpcio serves the first, and the native engine is fast with the second.

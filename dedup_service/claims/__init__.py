@@ -10,6 +10,7 @@ from dedup_service.claims.errors import (
     Reason,
     StoreRefused,
     StoreUnavailable,
+    TooManyWaits,
     TransactionNotFound,
     UnreadableValue,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "StoreNotice",
     "StoreRefused",
     "StoreUnavailable",
+    "TooManyWaits",
     "Transaction",
     "TransactionNotFound",
     "TransactionState",

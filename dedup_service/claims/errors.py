@@ -19,6 +19,7 @@ class Reason(StrEnum):
     CALLER_NOT_ALLOWED = "CALLER_NOT_ALLOWED"
     TRANSACTION_NOT_FOUND = "TRANSACTION_NOT_FOUND"
     TOO_MANY_CALLS = "TOO_MANY_CALLS"
+    TOO_MANY_WAITS = "TOO_MANY_WAITS"
     DEADLINE_TOO_NEAR = "DEADLINE_TOO_NEAR"
     DEADLINE_PASSED = "DEADLINE_PASSED"
     SERVER_STOPPING = "SERVER_STOPPING"
@@ -98,6 +99,12 @@ class TransactionNotFound(ClaimError):
     """The transaction is not claimed."""
 
     reason = Reason.TRANSACTION_NOT_FOUND
+
+
+class TooManyWaits(ClaimError):
+    """The limit of waiting claims is reached; this one met a holder, and nothing was written."""
+
+    reason = Reason.TOO_MANY_WAITS
 
 
 class StoreUnavailable(ClaimError):

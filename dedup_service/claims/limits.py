@@ -66,7 +66,10 @@ def claim_violations(request: ClaimRequest, policy: Policy, now_ms: int) -> Iter
     if request.wait_ms < 0:
         yield FieldViolation("wait", "is negative: leave it out to receive the answer at once")
     elif request.wait_ms > MAX_WAIT_MS:
-        yield FieldViolation("wait", f"is longer than the maximum of {format_duration(MAX_WAIT_MS)}")
+        longest = format_duration(MAX_WAIT_MS)
+        yield FieldViolation(
+            "wait", f"is longer than the maximum of {longest}: shorten it, or set a deadline of at most {longest}"
+        )
 
 
 def holder_violations(

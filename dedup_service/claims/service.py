@@ -5,9 +5,16 @@ import time
 from base64 import urlsafe_b64encode
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
-from dedup_service.claims.errors import Applied, InvalidRequest, StoreUnavailable, TransactionNotFound
+from dedup_service.claims.errors import (
+    Applied,
+    FieldViolation,
+    InvalidRequest,
+    StoreUnavailable,
+    TransactionNotFound,
+)
 from dedup_service.claims.limits import claim_violations, holder_violations, identity_violations
 from dedup_service.claims.policies import Caller, Policies, Policy
 from dedup_service.claims.store import ClaimStore
@@ -26,6 +33,7 @@ from dedup_service.claims.transaction import (
 from dedup_service.claims.waiting import Waiters
 
 DEFAULT_MAX_RESULT_BYTES = 4_096
+DEFAULT_MAX_WAITS = 2_000
 
 _TOKEN_BYTES = 16
 # Many tokens for one system call: asked one by one, the call would cost more than all else about a token.
@@ -59,17 +67,23 @@ class ClaimService:
         policies: Policies,
         *,
         max_result_bytes: int = DEFAULT_MAX_RESULT_BYTES,
+        max_waits: int = DEFAULT_MAX_WAITS,
         clock_ms: Callable[[], int] = system_clock_ms,
     ) -> None:
         self._store = store
         self._max_result_bytes = max_result_bytes
         self._clock_ms = clock_ms
-        self._waiters = Waiters(store)
+        self._waiters = Waiters(store, max_waits)
         self._tokens = claim_tokens()
         self.policies = policies
         """The rules in force. May be replaced at any time; calls in flight keep those they began with."""
         self.shadow_duplicates: Counter[str] = Counter()
         """Claims that only shadow mode let through, by namespace."""
+
+    @property
+    def waiting(self) -> int:
+        """The number of claims that wait for work in progress."""
+        return self._waiters.count
 
     async def close(self) -> None:
         """Send every waiting call to its answer, and let none wait any more."""
@@ -152,14 +166,17 @@ class ClaimService:
         self.policies.of(namespace, caller)
         if violations := tuple(identity_violations(transaction_id, namespace)):
             raise InvalidRequest(*violations)
-        try:
-            transaction = await self._store.get(namespace, transaction_id)
-        except StoreUnavailable as error:
-            # A read changes nothing, whether or not it was carried out.
-            raise error.with_applied(Applied.NO) from error
+        transaction = await self._held(namespace, transaction_id)
         if transaction is None:
             raise TransactionNotFound(f"no transaction with this id is claimed in the namespace {namespace!r}")
         return transaction
+
+    async def _held(self, namespace: str, transaction_id: str) -> Transaction | None:
+        try:
+            return await self._store.get(namespace, transaction_id)
+        except StoreUnavailable as error:
+            # A read changes nothing, whether or not it was carried out.
+            raise error.with_applied(Applied.NO) from error
 
     def _admit(self, request: ClaimRequest, caller: Caller | None) -> _Admitted:
         policy = self.policies.of(request.namespace, caller)
@@ -193,18 +210,37 @@ class ClaimService:
         return answer
 
     async def _wait_and_claim(self, request: ClaimRequest, admitted: _Admitted, answer: ClaimAnswer) -> ClaimAnswer:
-        claim, _, _, policy = admitted
-        until = time.monotonic() + request.wait_ms / 1_000
-        while _is_in_progress(answer) and (left_s := until - time.monotonic()) > 0:
-            await self._waiters.wait(claim.namespace, claim.transaction_id, left_s)
-            # Claimed again at the end of the wait, too: the last answer may be stale.
-            now_ms = self._clock_ms()
-            expiry = request.expiry.resolve(policy.default_ttl_ms, now_ms)
-            claim = claim._replace(claim_time_ms=now_ms, expire_time_ms=expiry.time_ms)
-            answer = self._answer(admitted._replace(claim=claim), await self._store.claim(claim, expiry))
-            if self._waiters.closed:
-                break
+        wait_ms = request.wait_ms
+        if request.expiry.time_ms is not None:
+            # Longer, there would be nothing left to claim.
+            wait_ms = min(wait_ms, request.expiry.time_ms - self._clock_ms())
+        until = time.monotonic() + wait_ms / 1_000
+        with self._waiters.admitted():
+            while _is_in_progress(answer) and (left_s := until - time.monotonic()) > 0:
+                await self._waiters.wait(request.namespace, request.transaction_id, left_s)
+                # At the end of the wait, too: the last answer may be stale.
+                answer = await self._claim_again(request, admitted)
+                if self._waiters.closed:
+                    break
         return answer
+
+    async def _claim_again(self, request: ClaimRequest, admitted: _Admitted) -> ClaimAnswer:
+        """Claim with the lease of this moment; once the expire time has passed, only look the transaction up."""
+        now_ms = self._clock_ms()
+        expiry = request.expiry.resolve(admitted.policy.default_ttl_ms, now_ms)
+        claim = admitted.claim._replace(claim_time_ms=now_ms, expire_time_ms=expiry.time_ms)
+        admitted = admitted._replace(claim=claim)
+        if expiry.time_ms > now_ms:
+            # It may have passed by the clock of the store.
+            with suppress(InvalidRequest):
+                return self._answer(admitted, await self._store.claim(claim, expiry))
+        holder = await self._held(claim.namespace, claim.transaction_id)
+        # Only a claim can confirm that the caller's own token holds the transaction.
+        if holder is None or holder.claim_token == admitted.token:
+            raise InvalidRequest(
+                FieldViolation("expire_time", "passed while the claim waited: send a later time, or a shorter wait")
+            )
+        return self._answer(admitted, holder)
 
     def _check_holder(self, request: HolderRequest, caller: Caller | None) -> tuple[Policy, int]:
         policy, now_ms = self.policies.of(request.namespace, caller), self._clock_ms()

@@ -97,7 +97,8 @@ class ClaimStore(Protocol):
     async def claim(self, claim: Transaction, expiry: Expiry) -> Transaction | None:
         """Store `claim` unless its transaction is held, in one atomic step. Return the holder, or None if stored.
 
-        Raises InvalidRequest when the expiry is in the past by the clock of the store, and UnreadableValue.
+        Raises UnreadableValue, and InvalidRequest when the claim would be stored and its expiry is in the past by the
+        clock of the store. A store may also raise InvalidRequest for such a claim of a held transaction.
         """
 
     async def claim_all(self, claims: Sequence[tuple[Transaction, Expiry]]) -> Sequence[Transaction | Exception | None]:

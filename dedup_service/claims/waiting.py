@@ -2,10 +2,12 @@
 
 import asyncio
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import Context
 from itertools import islice
 
-from dedup_service.claims.errors import StoreUnavailable
+from dedup_service.claims.errors import StoreUnavailable, TooManyWaits
 from dedup_service.claims.store import ClaimStore
 from dedup_service.claims.transaction import TransactionState
 
@@ -16,18 +18,32 @@ Identity = tuple[str, str]
 
 
 class Waiters:
-    """Calls that wait until the work on a transaction may have ended.
+    """Calls that wait until the work on a transaction may have ended, at most `limit` at a time.
 
     Changes made by this process wake them at once; other processes and expiry within about POLL_S. While the store is
     unavailable nobody is woken.
     """
 
-    def __init__(self, store: ClaimStore) -> None:
+    def __init__(self, store: ClaimStore, limit: int) -> None:
         self._store = store
+        self._limit = limit
+        self.count = 0
+        """Calls inside `admitted`."""
         self._waiters: defaultdict[Identity, set[asyncio.Future[None]]] = defaultdict(set)
         self._poller: asyncio.Task[None] | None = None
         self.closed = False
         """Whether waiting has ended for good."""
+
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """Count a call among the waits, from its first one until it is answered. Raises TooManyWaits."""
+        if self.count >= self._limit:
+            raise TooManyWaits(f"{self._limit} claims are waiting: claim without wait, or try again later")
+        self.count += 1
+        try:
+            yield
+        finally:
+            self.count -= 1
 
     async def wait(self, namespace: str, transaction_id: str, timeout_s: float) -> None:
         """Return when the work may have ended, after `timeout_s` at the latest, and at once after `close`."""

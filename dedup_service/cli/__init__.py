@@ -3,10 +3,13 @@
 import sys
 
 from dedup_service.config.errors import FatalError
+from dedup_service.signals import remember_signals
 
 
 def main() -> None:
     """Run the command line; the exit code is 2 for a bad command or setting, 1 for a failed start."""
+    if sys.argv[1:2] in (["serve"], ["supervisor"], ["worker"]):
+        remember_signals()
     # Imported lazily: a server without the libraries of other commands saves a third of its start-up time and memory,
     # and the supervisor needs none of the server's.
     try:

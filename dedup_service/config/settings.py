@@ -167,7 +167,13 @@ class Settings(Listening):
         "[default: none, the same rules for every namespace]",
     )
     max_in_flight: int = Field(
-        2_000, gt=0, description="Maximum calls in flight; further ones are rejected. Health checks do not count."
+        2_000,
+        gt=0,
+        description="Maximum claims and look-ups in flight; further ones are rejected. Calls of holders have a limit "
+        "of the same size for themselves; waiting claims and health checks do not count.",
+    )
+    max_waits: int = Field(
+        2_000, gt=0, description="Maximum claims that wait for work in progress; further ones are rejected."
     )
     store_timeout: DurationMs = Field(1_000, description="Timeout of one store operation.")
     readiness: Literal["store", "process"] = Field(

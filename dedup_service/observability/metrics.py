@@ -93,7 +93,16 @@ class Metrics:
             "dedup_shadow_duplicates", "Duplicates that shadow mode let through.", "namespace"
         )
         self.in_flight = Gauge(
-            "dedup_calls_in_flight", "Calls in flight.", multiprocess_mode="livesum", registry=self.registry
+            "dedup_calls_in_flight",
+            "Calls in flight, without waiting claims.",
+            multiprocess_mode="livesum",
+            registry=self.registry,
+        )
+        self.waiting = Gauge(
+            "dedup_calls_waiting",
+            "Claims that wait for work in progress.",
+            multiprocess_mode="livesum",
+            registry=self.registry,
         )
         build_info = Gauge("dedup_build_info", "1.", list(build), multiprocess_mode="livemax", registry=self.registry)
         build_info.labels(*build.values()).set(1)

@@ -80,12 +80,14 @@ class Observers:
         if self._metrics is not None:
             self._metrics.bind(namespaces)
 
-    async def sample(self, in_flight: Callable[[], int]) -> None:
-        """Report the calls in flight forever; cheaper than at each call, and scrapes see no more."""
+    async def sample(self, counts: Callable[[], tuple[int, int]]) -> None:
+        """Report the calls in flight and the waits forever; cheaper than at each call, and scrapes see no more."""
         if self._metrics is None:
             return
         while True:
-            self._metrics.in_flight.set(in_flight())
+            in_flight, waiting = counts()
+            self._metrics.in_flight.set(in_flight)
+            self._metrics.waiting.set(waiting)
             await asyncio.sleep(_SAMPLE_INTERVAL_S)
 
 

@@ -29,14 +29,14 @@ from dedup_service.server.policies import (
     load_policies,
     log_policies,
     make_authorization,
-    reload_requests,
     reload_when_requested,
 )
 from dedup_service.server.tls import tls_credentials
+from dedup_service.signals import handle_signals
 from dedup_service.stores.registry import StoreConfig, make_store, store_config, trace_attributes
 
-# Streams of one connection beyond the limit of in-flight calls, for health checks. A caller with too many calls still
-# receives a reason, and a hostile one cannot pile up more.
+# Streams of one connection beyond the limits of in-flight calls and of waits, for holders and health checks. A caller
+# with too many calls still receives a reason, and a hostile one cannot pile up more.
 _SPARE_STREAMS = 100
 
 # New objects between two garbage collections; Python's default is 700.
@@ -55,6 +55,34 @@ _STOP_SLACK_S = 0.5
 Announce = Callable[[Sequence[str]], None]
 
 
+class _Signals:
+    """The signals of a server: `stop` has each SIGTERM and SIGINT, and SIGHUP sets `reload`.
+
+    The first one to stop cancels the current task, unless `started` was called before.
+    """
+
+    def __init__(self) -> None:
+        self.stop: asyncio.Queue[signal.Signals] = asyncio.Queue()
+        self.reload = asyncio.Event()
+        self._starting = asyncio.current_task()
+        handle_signals(
+            {
+                signal.SIGTERM: lambda: self._end(signal.SIGTERM),
+                signal.SIGINT: lambda: self._end(signal.SIGINT),
+                signal.SIGHUP: self.reload.set,
+            }
+        )
+
+    def started(self) -> None:
+        self._starting = None
+
+    def _end(self, number: signal.Signals) -> None:
+        self.stop.put_nowait(number)
+        if self._starting is not None:
+            self._starting.cancel()
+            self._starting = None
+
+
 async def serve(settings: Settings, announce: Announce, worker: WorkerMetricFiles | None = None) -> None:
     """Serve until SIGTERM or SIGINT, then drain and return. `worker` is set for one of several workers.
 
@@ -62,9 +90,18 @@ async def serve(settings: Settings, announce: Announce, worker: WorkerMetricFile
     the shutdown health reports NOT_SERVING, new calls are rejected, waiting calls are answered, and in-flight calls get
     the grace period; a second signal ends it. Raises FatalError if the server cannot start or a background task fails.
     """
+    signals = _Signals()
+    try:
+        await _serve(settings, announce, worker, signals)
+    except asyncio.CancelledError:
+        if signals.stop.empty():
+            raise
+        logger().info("server_stopped", message="a signal ended the start")
+
+
+async def _serve(settings: Settings, announce: Announce, worker: WorkerMetricFiles | None, signals: _Signals) -> None:
     log = logger()
     async with AsyncExitStack() as undo:
-        reload = reload_requests()
         observers = undo.enter_context(observing(settings, log, SERVICE_NAME, METHODS, worker=worker))
         policies = load_policies(settings)
         observers.bind_namespaces(list(policies.namespaces))
@@ -80,8 +117,8 @@ async def serve(settings: Settings, announce: Announce, worker: WorkerMetricFile
         if examined:
             await examine(location, log, strict=settings.strict)
 
-        claims = ClaimService(store, policies, max_result_bytes=settings.max_result_bytes)
-        admission = Admission(settings.max_in_flight)
+        claims = ClaimService(store, policies, max_result_bytes=settings.max_result_bytes, max_waits=settings.max_waits)
+        admission = Admission(settings.max_in_flight, lambda: claims.waiting)
         authorization = make_authorization(settings, claims)
 
         def register(server: grpc.aio.Server) -> None:
@@ -95,7 +132,7 @@ async def serve(settings: Settings, announce: Announce, worker: WorkerMetricFile
                 reflection.enable_server_reflection(names, server)
 
         options = EngineOptions(
-            max_streams=settings.max_in_flight + _SPARE_STREAMS,
+            max_streams=settings.max_in_flight + settings.max_waits + _SPARE_STREAMS,
             reuse_port=worker is not None,
             max_connections=settings.max_connections,
             credentials=credentials,
@@ -107,9 +144,9 @@ async def serve(settings: Settings, announce: Announce, worker: WorkerMetricFile
             undo.push_async_callback(probes.stop, None)
         await engine.start()
         undo.push_async_callback(_stop, engine)
-        stop = _stop_signals()
+        signals.started()
         drain = _Drain(state, admission, claims, store)
-        undo.push_async_callback(drain.run, settings.shutdown_grace, stop, log)
+        undo.push_async_callback(drain.run, settings.shutdown_grace, signals.stop, log)
 
         _tune_garbage_collection()
         log_policies(settings, claims, log)
@@ -117,12 +154,12 @@ async def serve(settings: Settings, announce: Announce, worker: WorkerMetricFile
         announce(addresses)
         background = {
             "health": state.watch(),
-            "reload": reload_when_requested(reload, settings, claims, authorization, log),
-            "metrics": observers.sample(lambda: admission.in_flight),
+            "reload": reload_when_requested(signals.reload, settings, claims, authorization, log),
+            "metrics": observers.sample(lambda: (admission.in_flight, claims.waiting)),
         }
         if not examined:
             background["examination"] = _examine_later(state, location, log, strict=settings.strict)
-        await _run_until(stop, background, log)
+        await _run_until(signals.stop, background, log)
     log.info("server_stopped", shadow_duplicates=dict(claims.shadow_duplicates))
 
 
@@ -184,14 +221,6 @@ def _tune_garbage_collection() -> None:
     # objects between two collections, too, they cost a claim 0.7 µs instead of 5.
     gc.freeze()
     gc.set_threshold(_COLLECTION_THRESHOLD)
-
-
-def _stop_signals() -> asyncio.Queue[signal.Signals]:
-    loop = asyncio.get_running_loop()
-    received: asyncio.Queue[signal.Signals] = asyncio.Queue()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, received.put_nowait, number)
-    return received
 
 
 def _log_started(

@@ -1,7 +1,6 @@
 """Policies and tokens from the operator's files, read at the start and again on SIGHUP."""
 
 import asyncio
-import signal
 from collections.abc import Iterator
 
 from dedup_service.api.authorization import Authorization, BearerTokens
@@ -63,13 +62,6 @@ def log_policies(settings: Settings, claims: ClaimService, log: Logger) -> None:
         shadow_duplicates=dict(claims.shadow_duplicates),
         **({} if claims.policies.callers is None else {"callers": sorted(claims.policies.callers)}),
     )
-
-
-def reload_requests() -> asyncio.Event:
-    """Return an event that SIGHUP sets; from now on the signal no longer ends the process."""
-    requested = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, requested.set)
-    return requested
 
 
 async def reload_when_requested(

@@ -15,7 +15,8 @@ from dedup_service.config.settings import Settings, settings_from_json
 from dedup_service.observability.banner import banner
 from dedup_service.observability.logs import configure_logs
 from dedup_service.observability.observers import WorkerMetricFiles
-from dedup_service.server.life_cycle import serve
+from dedup_service.server.life_cycle import Announce, serve
+from dedup_service.signals import ignore_signals
 from dedup_service.supervisor.messages import Refusal, WorkerStart, ready_line, refusal_line
 
 # Time beyond the grace period in which a worker whose supervisor is gone has to end.
@@ -30,7 +31,14 @@ def run_server(settings: Settings, *, show_banner: bool = False) -> None:
             sys.stdout.write(banner(addresses))
             sys.stdout.flush()
 
-    uvloop.run(serve(settings, announce))
+    uvloop.run(_serve(settings, announce))
+
+
+async def _serve(settings: Settings, announce: Announce, worker: WorkerMetricFiles | None = None) -> None:
+    try:
+        await serve(settings, announce, worker)
+    finally:
+        ignore_signals()
 
 
 def run_worker() -> None:
@@ -38,7 +46,11 @@ def run_worker() -> None:
 
     The first line of standard input says how to start; standard output reports to the supervisor.
     """
-    start = WorkerStart.from_line(sys.stdin.buffer.readline())
+    line = sys.stdin.buffer.readline()
+    if not line:
+        # The supervisor is gone already.
+        return
+    start = WorkerStart.from_line(line)
     # Whatever a library prints must not reach the supervisor as a report.
     report = os.dup(1)
     os.dup2(2, 1)
@@ -54,7 +66,7 @@ def run_worker() -> None:
         sys.exit(error.exit_code)
 
     try:
-        uvloop.run(serve(settings, announce, WorkerMetricFiles(start.number, start.metrics_folder)))
+        uvloop.run(_serve(settings, announce, WorkerMetricFiles(start.number, start.metrics_folder)))
     except BackgroundTaskFailed as error:
         # Not a refusal, which would stop every worker: the supervisor restarts this one.
         sys.exit(error.exit_code)

@@ -6,6 +6,8 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn, Self
 
+from dedup_service.signals import keep_for_next_program
+
 
 @dataclass(frozen=True, slots=True)
 class SupervisorStart:
@@ -88,6 +90,7 @@ def become_supervisor(start: SupervisorStart) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     command = own_command("supervisor")
+    keep_for_next_program()
     os.execv(command[0], command)  # noqa: S606 - no shell is wanted
 
 

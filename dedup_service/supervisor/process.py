@@ -13,6 +13,7 @@ from dedup_service.config.addresses import Address
 from dedup_service.config.errors import FatalError
 from dedup_service.observability.banner import banner
 from dedup_service.observability.logs import configure_logs, logger
+from dedup_service.signals import ignore_signals
 from dedup_service.supervisor.messages import Refusal, SupervisorStart
 from dedup_service.supervisor.supervisor import Supervisor
 
@@ -55,6 +56,8 @@ async def _supervise(settings: dict[str, Any], metrics: "WorkerMetrics | None", 
         refusal = await Supervisor(settings, metrics, log).run(announce)
     except OSError as error:
         return Refusal(f"a worker cannot be started: {error}", 1)
+    finally:
+        ignore_signals()
     log.info("supervisor_stopped")
     return refusal
 

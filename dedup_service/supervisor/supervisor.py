@@ -8,6 +8,7 @@ from itertools import count
 from typing import Any, Protocol
 
 from dedup_service.observability.logs import Logger
+from dedup_service.signals import handle_signals
 from dedup_service.supervisor.messages import Refusal, WorkerStart
 from dedup_service.supervisor.worker_process import WorkerProcess, start_worker, status_text
 
@@ -82,11 +83,14 @@ class Supervisor:
         and SIGHUP. SIGUSR2 replaces them one by one, each ready before the old one drains. Dead workers are restarted.
         Returns after the last worker has ended or was killed.
         """
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._end, number)
-        loop.add_signal_handler(signal.SIGHUP, self._reload)
-        loop.add_signal_handler(signal.SIGUSR2, self._replacement_requested.set)
+        handle_signals(
+            {
+                signal.SIGTERM: lambda: self._end(signal.SIGTERM),
+                signal.SIGINT: lambda: self._end(signal.SIGINT),
+                signal.SIGHUP: self._reload,
+                signal.SIGUSR2: self._replacement_requested.set,
+            }
+        )
         self._start_task(self._start(announce))
         try:
             return await self._over
@@ -104,7 +108,7 @@ class Supervisor:
 
     def _reload(self) -> None:
         for worker in self._live:
-            worker.reload()
+            worker.signal(signal.SIGHUP)
 
     async def _start(self, announce: Callable[[Sequence[str]], None]) -> None:
         workers = [await self._start_worker() for _ in range(self._count)]

@@ -7,6 +7,7 @@ import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Sequence
 
+from dedup_service.signals import kept_for_child
 from dedup_service.supervisor.messages import Refusal, WorkerStart, own_command, read_report
 
 
@@ -22,7 +23,6 @@ class WorkerProcess:
         """The reported refusal."""
         self._process = process
         self._started = time.monotonic()
-        self._reload_due = False
         self._reported = asyncio.Event()
         self._following = asyncio.create_task(self._follow())
 
@@ -46,13 +46,6 @@ class WorkerProcess:
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(number)
 
-    def reload(self) -> None:
-        """Forward a SIGHUP once ready: earlier the signal would end the worker."""
-        if self.addresses:
-            self.signal(signal.SIGHUP)
-        else:
-            self._reload_due = True
-
     async def _follow(self) -> int:
         assert self._process.stdout is not None  # noqa: S101 - it is a pipe
         async for line in self._process.stdout:
@@ -62,8 +55,6 @@ class WorkerProcess:
                 continue
             self.addresses = report
             self._reported.set()
-            if self._reload_due:
-                self.signal(signal.SIGHUP)
         status = await self._process.wait()
         self._reported.set()
         return status
@@ -75,7 +66,8 @@ async def start_worker(start: WorkerStart) -> WorkerProcess:
     Its own process group makes Ctrl-C in a terminal reach it once, through the supervisor. The end of its standard
     input tells it that the supervisor is gone.
     """
-    process = await asyncio.create_subprocess_exec(*own_command("worker"), stdin=PIPE, stdout=PIPE, process_group=0)
+    with kept_for_child():
+        process = await asyncio.create_subprocess_exec(*own_command("worker"), stdin=PIPE, stdout=PIPE, process_group=0)
     assert process.stdin is not None  # noqa: S101 - it is a pipe
     process.stdin.write(start.to_line())
     return WorkerProcess(start.number, process)

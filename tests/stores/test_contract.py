@@ -205,6 +205,15 @@ async def test_looking_up_an_unclaimed_id_is_an_error(claims: ClaimService, uniq
         await claims.get("default", unique)
 
 
+async def test_a_wait_ends_at_the_expire_time_of_its_claim(claims: ClaimService, unique: str) -> None:
+    """A wait that would outlive the claim it asks for is cut, and the duplicate is answered with the holder."""
+    held = await claims.claim(ClaimRequest(unique))
+    at_time = RequestedExpiry(time_ms=system_clock_ms() + 500)
+    async with asyncio.timeout(60):
+        answer = await claims.claim(ClaimRequest(unique, expiry=at_time, wait_ms=200_000))
+    assert (answer.outcome, answer.transaction) == (ClaimOutcome.DUPLICATE, held.transaction)
+
+
 async def test_default_and_given_lifetimes_are_kept(claims: ClaimService, unique: str) -> None:
     """The transaction expires after the default, the ttl, or at the expire time, to the millisecond."""
     now_ms = system_clock_ms()

@@ -22,6 +22,7 @@ from dedup_service.claims import (
     Policy,
     RequestedExpiry,
     Transaction,
+    TransactionNotFound,
     TransactionState,
     system_clock_ms,
 )
@@ -292,6 +293,23 @@ async def test_of_fifty_waiters_on_a_released_claim_one_wins(claims: ClaimServic
     outcomes = [answer.outcome for answer in answers]
     assert outcomes.count(ClaimOutcome.CLAIMED) == 1
     assert {answer.transaction.result for answer in answers if answer.outcome is ClaimOutcome.DUPLICATE} == {b"paid"}
+
+
+async def test_a_released_claim_is_not_taken_after_the_expire_time(
+    store: ClaimStore, claims: ClaimService, unique: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A claim whose expire time has passed during its wait is refused if nobody holds the transaction any more."""
+    # No poll finds the release, as if it came just before the expire time.
+    monkeypatch.setattr(waiting_module, "POLL_S", 1_000)
+    await hold(claims, unique)
+    at_time = RequestedExpiry(time_ms=system_clock_ms() + 2_000)
+    waiter = asyncio.create_task(claims.claim(ClaimRequest(unique, expiry=at_time, wait_ms=60_000)))
+    await waiting(claims, 1)
+    assert await ClaimService(store, Policies(POLICY)).release(asks(unique))
+    with pytest.raises(InvalidRequest, match="expire_time: passed while the claim waited"):
+        await waiter
+    with pytest.raises(TransactionNotFound):
+        await claims.get("default", unique)
 
 
 async def test_a_waiter_takes_over_what_expires(claims: ClaimService, unique: str) -> None:

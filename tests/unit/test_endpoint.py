@@ -33,6 +33,7 @@ from dedup_service.claims import (
     Reason,
     StoreRefused,
     StoreUnavailable,
+    TooManyWaits,
     TransactionNotFound,
     UnreadableValue,
 )
@@ -225,6 +226,7 @@ FAILURES = [
         False,
     ),
     (TooManyCalls("full"), "RESOURCE_EXHAUSTED", Reason.TOO_MANY_CALLS, Applied.NO, True),
+    (TooManyWaits("full"), "RESOURCE_EXHAUSTED", Reason.TOO_MANY_WAITS, Applied.NO, True),
     (ServerStopping("bye"), "UNAVAILABLE", Reason.SERVER_STOPPING, Applied.NO, True),
     (DeadlineTooNear("near"), "DEADLINE_EXCEEDED", Reason.DEADLINE_TOO_NEAR, Applied.NO, False),
     (

@@ -264,6 +264,35 @@ async def test_admission_limits_calls_in_flight() -> None:
     assert admission.rejected == 0
 
 
+async def test_holders_have_a_limit_of_their_own() -> None:
+    """Other calls cannot lock out holders, whose number is limited too."""
+    admission = Admission(1)
+    admission.enter()
+    admission.enter(holder=True)
+    with pytest.raises(TooManyCalls, match="1 calls of holders are in flight"):
+        admission.enter(holder=True)
+    admission.leave()
+    admission.enter()
+    admission.leave()
+    admission.leave(holder=True)
+    await asyncio.wait_for(admission.idle(), 1)
+
+
+async def test_waiting_calls_leave_room_for_others() -> None:
+    """A call that waits is not in flight, and the drain still waits for it."""
+    waiting = 0
+    admission = Admission(1, lambda: waiting)
+    admission.enter()
+    waiting = 1
+    assert admission.in_flight == 0
+    admission.enter()
+    with pytest.raises(TooManyCalls):
+        admission.enter()
+    admission.leave()
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(admission.idle(), 0.01)
+
+
 async def test_a_closed_admission_rejects_new_calls_and_counts_them() -> None:
     """The drain ends once no call has been rejected for a while, so it needs the count."""
     admission = Admission(1)

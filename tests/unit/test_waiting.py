@@ -14,13 +14,18 @@ from dedup_service.claims import (
     ClaimRequest,
     ClaimService,
     Expiry,
+    FieldViolation,
     HolderRequest,
+    InvalidRequest,
     Policies,
     Policy,
     Reason,
+    RequestedExpiry,
     StoreUnavailable,
+    TooManyWaits,
     Transaction,
     TransactionState,
+    system_clock_ms,
     waiting,
 )
 from dedup_service.claims.waiting import Waiters
@@ -63,7 +68,7 @@ def store() -> CountingStore:
 @pytest.fixture
 async def waiters(store: CountingStore) -> AsyncIterator[Waiters]:
     """Waiters that are closed at the end."""
-    waiters = Waiters(store)
+    waiters = Waiters(store, limit=100)
     yield waiters
     await waiters.close()
 
@@ -295,3 +300,58 @@ async def test_closing_answers_a_waiting_claim(store: CountingStore) -> None:
     async with asyncio.timeout(LONG_S / 3):
         answer = await waiter
     assert (answer.outcome, answer.transaction.state) == (ClaimOutcome.DUPLICATE, TransactionState.IN_PROGRESS)
+
+
+async def test_waits_beyond_the_limit_are_refused(store: CountingStore) -> None:
+    """A claim that would wait is refused beyond the limit; one that need not wait is answered, and places are reused.
+
+    Protection: `admitted` counts from the first wait to the answer.
+    """
+    claims = ClaimService(store, Policies(Policy(60_000, 60_000, 60_000)), max_waits=1)
+    await claims.claim(ClaimRequest("x", claim_token=TOKEN))
+    for _ in range(2):
+        waiter = asyncio.create_task(claims.claim(ClaimRequest("x", wait_ms=30_000)))
+        await until_read(store)
+        assert claims.waiting == 1
+        with pytest.raises(TooManyWaits, match="1 claims are waiting"):
+            await claims.claim(ClaimRequest("x", wait_ms=30_000))
+        assert (await claims.claim(ClaimRequest("x"))).outcome is ClaimOutcome.DUPLICATE
+        store.held.pop(("default", "y"), None)
+        assert (await claims.claim(ClaimRequest("y", wait_ms=30_000))).outcome is ClaimOutcome.CLAIMED
+        waiter.cancel()
+        await asyncio.gather(waiter, return_exceptions=True)
+        assert claims.waiting == 0
+    await claims.close()
+
+
+@pytest.mark.parametrize("held", [True, False])
+async def test_an_expire_time_that_passed_by_the_clock_of_the_store(store: CountingStore, held: bool) -> None:  # noqa: FBT001
+    """If the store refuses the claim at the end of a wait, a holder makes it a duplicate; without one it is refused.
+
+    Protection: a claim refused after a wait is followed by a look-up.
+    """
+    claims = ClaimService(store, Policies(Policy(60_000, 60_000, 60_000)))
+    await claims.claim(ClaimRequest("x", claim_token=TOKEN))
+    at_time = RequestedExpiry(time_ms=system_clock_ms() + 50_000)
+    waiter = asyncio.create_task(claims.claim(ClaimRequest("x", expiry=at_time, wait_ms=30_000)))
+    await until_read(store)
+    store.faults["x"] = InvalidRequest(FieldViolation("expire_time", "is in the past by the clock of the store"))
+    if held:
+        await claims.close()
+        assert (await waiter).outcome is ClaimOutcome.DUPLICATE
+    else:
+        await claims.release(HolderRequest("x", claim_token=TOKEN))
+        with pytest.raises(InvalidRequest, match="passed while the claim waited"):
+            await waiter
+        await claims.close()
+
+
+async def test_a_wait_over_the_dict_store_ends_at_the_expire_time(store: CountingStore) -> None:
+    """As in the contract suite of the stores."""
+    claims = ClaimService(store, Policies(Policy(60_000, 60_000, 60_000)))
+    await claims.claim(ClaimRequest("x", claim_token=TOKEN))
+    at_time = RequestedExpiry(time_ms=system_clock_ms() + 100)
+    async with asyncio.timeout(LONG_S):
+        answer = await claims.claim(ClaimRequest("x", expiry=at_time, wait_ms=200_000))
+    assert answer.outcome is ClaimOutcome.DUPLICATE
+    await claims.close()

@@ -182,6 +182,19 @@ def test_a_wait_ends_before_the_deadline(stub: Stub, unique: str) -> None:
     assert reply.outcome == dedup_pb2.CLAIM_OUTCOME_DUPLICATE
 
 
+def test_a_wait_above_the_maximum_needs_a_near_deadline(stub: Stub, unique: str) -> None:
+    """A wait above 5 minutes is rejected, unless the deadline of the call cuts it to that or less."""
+    hold(stub, unique)
+    request = Claim(transaction_id=unique, wait=Duration(seconds=3_600))
+    assert stub.ClaimTransaction(request, timeout=4).outcome == dedup_pb2.CLAIM_OUTCOME_DUPLICATE
+    too_long = {"wait": "is longer than the maximum of 300s: shorten it, or set a deadline of at most 300s"}
+    for answer in (
+        refused(lambda: stub.ClaimTransaction(request)),
+        refused(lambda: stub.ClaimTransaction(request, timeout=600)),
+    ):
+        assert (answer.code, answer.violations) == (grpc.StatusCode.INVALID_ARGUMENT, too_long)
+
+
 def test_one_of_fifty_waiters_wins_a_released_claim(stub: Stub, unique: str) -> None:
     """Fifty calls wait on one id: after the release one receives CLAIMED, and the others receive its result."""
     release = dedup_pb2.ReleaseTransactionRequest(transaction_id=unique, claim_token=hold(stub, unique))

@@ -158,9 +158,10 @@ export interface ClaimTransactionRequest {
    */
   payloadFingerprint: Buffer;
   /**
-   * How long a duplicate of work in progress may wait before it is answered. Default 0 (no wait), at most 5 minutes.
-   * The wait ends when the work completes (DUPLICATE with the result), when the claim is released or expires (one
-   * waiter receives CLAIMED), or at this timeout. Set a longer deadline on the call: a shorter one cuts the wait.
+   * How long a duplicate of work in progress may wait before it is answered. Default 0 (no wait), at most 5 minutes;
+   * more is accepted on a call with a deadline of at most 5 minutes. The wait ends when the work completes (DUPLICATE
+   * with the result), when the claim is released or expires (one waiter receives CLAIMED), or at this timeout. A shorter
+   * deadline of the call, and the expire_time of this request, cut it. Waits above a limit of the server are rejected.
    * Rejected in a batch, where it would delay the other entries.
    */
   wait: Duration | undefined;
