@@ -119,7 +119,7 @@ class ClaimService:
                 request.claim_token,
                 result=request.result,
                 completion_time_ms=now_ms,
-                expiry=request.expiry.resolve(policy.retention_ms, now_ms),
+                expiry=request.expiry.resolve(policy.retention_ms, policy.max_ttl_ms, now_ms),
             )
         )
         if completed is not None:
@@ -142,7 +142,7 @@ class ClaimService:
                 request.namespace,
                 request.transaction_id,
                 request.claim_token,
-                expiry=request.expiry.resolve(policy.default_ttl_ms, now_ms),
+                expiry=request.expiry.resolve(policy.default_ttl_ms, policy.max_ttl_ms, now_ms),
                 allow_shortening=request.allow_shortening,
             )
         )
@@ -164,10 +164,10 @@ class ClaimService:
     def _admit(self, request: ClaimRequest, caller: Caller | None) -> _Admitted:
         policy = self.policies.of(request.namespace, caller)
         now_ms = self._clock_ms()
-        if violations := tuple(claim_violations(request, policy, now_ms)):
+        if violations := tuple(claim_violations(request, policy)):
             raise InvalidRequest(*violations)
         token = request.claim_token or next(self._tokens)
-        expiry = request.expiry.resolve(policy.default_ttl_ms, now_ms)
+        expiry = request.expiry.resolve(policy.default_ttl_ms, policy.max_ttl_ms, now_ms)
         claim = Transaction(
             namespace=request.namespace,
             transaction_id=request.transaction_id,
@@ -199,7 +199,7 @@ class ClaimService:
             await self._waiters.wait(claim.namespace, claim.transaction_id, left_s)
             # Claimed again at the end of the wait, too: the last answer may be stale.
             now_ms = self._clock_ms()
-            expiry = request.expiry.resolve(policy.default_ttl_ms, now_ms)
+            expiry = request.expiry.resolve(policy.default_ttl_ms, policy.max_ttl_ms, now_ms)
             claim = claim._replace(claim_time_ms=now_ms, expire_time_ms=expiry.time_ms)
             answer = self._answer(admitted._replace(claim=claim), await self._store.claim(claim, expiry))
             if self._waiters.closed:
@@ -208,7 +208,7 @@ class ClaimService:
 
     def _check_holder(self, request: HolderRequest, caller: Caller | None) -> tuple[Policy, int]:
         policy, now_ms = self.policies.of(request.namespace, caller), self._clock_ms()
-        if violations := tuple(holder_violations(request, policy, now_ms, self._max_result_bytes)):
+        if violations := tuple(holder_violations(request, policy, self._max_result_bytes)):
             raise InvalidRequest(*violations)
         return policy, now_ms
 
