@@ -24,17 +24,18 @@ READINESS = "readiness"
 _Status = health_pb2.HealthCheckResponse
 
 # A probe is one small call over a new connection; other callers of this plaintext listener must not cost much more.
-# Idle peers must not keep it out: gRPC refuses the newest connection at the limit, so the limit is high and idle ones
-# end soon, both those without a preface (by the handshake timeout) and those without a call.
+# Idle peers must not keep it out: at the limit gRPC closes the newest connection, so the limit is high, connections
+# without a call end soon, and those with one that does not end (Watch) a little later.
 MAX_PROBE_CONNECTIONS = 500
+_MAX_IDLE_MS = 5_000
+_MAX_AGE_MS = 60_000
 _LISTENER_OPTIONS = (
     ("grpc.max_concurrent_streams", 10),
     ("grpc.max_allowed_incoming_connections", MAX_PROBE_CONNECTIONS),
     ("grpc.max_receive_message_length", 4_096),
-    ("grpc.server_handshake_timeout_ms", 5_000),
-    ("grpc.max_connection_idle_ms", 5_000),
-    ("grpc.max_connection_age_ms", 60_000),
-    ("grpc.max_connection_age_grace_ms", 5_000),
+    ("grpc.max_connection_idle_ms", _MAX_IDLE_MS),
+    ("grpc.max_connection_age_ms", _MAX_AGE_MS),
+    ("grpc.max_connection_age_grace_ms", _MAX_IDLE_MS),
     ("grpc.keepalive_time_ms", 60_000),
 )
 

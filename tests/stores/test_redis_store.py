@@ -174,6 +174,8 @@ async def test_a_long_foreign_value_is_a_duplicate_and_is_not_read(
             assert not await change(holder)
         await service.close()
         assert proxy.bytes_downstream < 64 * 1024
+    # The scripts of the changes have not copied it either.
+    assert redis_client.info("memory")["used_memory_lua"] < 40 * 1024 * 1024
     assert redis_client.strlen(unique) == 80 * 1024 * 1024
     redis_client.delete(unique)
 

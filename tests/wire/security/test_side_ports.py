@@ -13,7 +13,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
+from dedup_service.api.health import HealthServicer, StoreHistory
 from dedup_service.config.settings import load_settings
+from dedup_service.server import health
 from dedup_service.server.descriptors import allow_descriptors
 from dedup_service.server.engines import MAX_CONNECTIONS
 from dedup_service.server.health import MAX_PROBE_CONNECTIONS
@@ -110,13 +112,31 @@ def test_the_health_listener_closes_idle_connections(
 ) -> None:
     """More idle connections than the limit delay a probe until the server closes them; claims do not notice.
 
-    Protections: the handshake timeout for a peer without a preface, and the idle limit for one without a call.
+    Protection: the limit on idle time, shorter than the limit on age.
     """
     service = start_grpcio("--health-listen", "127.0.0.1:0", "--store-url", f"sqlite://{tmp_path / 'c.db'}")
     opened = peers(health_target(service), 600, IDLE)
     assert claim_succeeds(service, unique)
-    wait_until(lambda: is_live(health_target(service)), deadline_s=60, what="a probe")
-    wait_until(lambda: all(map(is_closed, opened)), deadline_s=60, what="the end of the idle connections")
+    wait_until(lambda: is_live(health_target(service)), deadline_s=45, what="a probe")
+    wait_until(lambda: all(map(is_closed, opened)), deadline_s=45, what="the end of the idle connections")
+
+
+async def test_the_health_listener_ends_calls_that_do_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Watch, whose connection is never idle, ends at the limit of its connection's age.
+
+    Protection: that limit.
+    """
+    options = [(name, min(value, 500) if "_age" in name else value) for name, value in health._LISTENER_OPTIONS]
+    monkeypatch.setattr(health, "_LISTENER_OPTIONS", tuple(options))
+    servicer, log = HealthServicer(StoreHistory()), Mock()
+    server = await health.listen_for_probes(["127.0.0.1:0"], servicer, log, reuse_port=False)
+    async with grpc.aio.insecure_channel(log.info.call_args.kwargs["addresses"][0]) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            async for _ in watch:
+                pass
+        assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
+    await server.stop(None)
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
