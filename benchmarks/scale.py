@@ -188,7 +188,7 @@ class TimedStore:
         while time.perf_counter() < end:
             self._number += 1
             now_ms = system_clock_ms()
-            expiry = RequestedExpiry(ttl_ms=3_600_000).resolve(0, now_ms)
+            expiry = RequestedExpiry(ttl_ms=3_600_000).resolve(0, 0, now_ms)
             claim = Transaction("default", f"live:{self._number}", "T" * 22, "", now_ms, expiry.time_ms)
             begun = time.perf_counter()
             if await self._store.claim(claim, expiry) is not None:

@@ -3,9 +3,9 @@
 import re
 from collections.abc import Iterator
 
-from dedup_service.claims.errors import FieldViolation
+from dedup_service.claims.errors import FieldViolation, InvalidRequest
 from dedup_service.claims.policies import Policy
-from dedup_service.claims.transaction import ClaimRequest, HolderRequest, RequestedExpiry
+from dedup_service.claims.transaction import ClaimRequest, Expiry, HolderRequest, RequestedExpiry
 from dedup_service.config.durations import format_duration
 
 MAX_TRANSACTION_ID_BYTES = 512
@@ -44,10 +44,10 @@ def identity_violations(transaction_id: str, namespace: str) -> Iterator[FieldVi
         yield FieldViolation("namespace", fault)
 
 
-def claim_violations(request: ClaimRequest, policy: Policy, now_ms: int) -> Iterator[FieldViolation]:
+def claim_violations(request: ClaimRequest, policy: Policy) -> Iterator[FieldViolation]:
     """Yield every fault of a claim."""
     yield from identity_violations(request.transaction_id, request.namespace)
-    yield from expiry_violations(request.expiry, policy, now_ms)
+    yield from _ttl_violations(request.expiry, policy)
     if request.claim_token and not _TOKEN.fullmatch(request.claim_token):
         yield FieldViolation(
             "claim_token",
@@ -72,12 +72,10 @@ def claim_violations(request: ClaimRequest, policy: Policy, now_ms: int) -> Iter
         )
 
 
-def holder_violations(
-    request: HolderRequest, policy: Policy, now_ms: int, max_result_bytes: int
-) -> Iterator[FieldViolation]:
+def holder_violations(request: HolderRequest, policy: Policy, max_result_bytes: int) -> Iterator[FieldViolation]:
     """Yield every fault of a completion, an extension or a release."""
     yield from identity_violations(request.transaction_id, request.namespace)
-    yield from expiry_violations(request.expiry, policy, now_ms)
+    yield from _ttl_violations(request.expiry, policy)
     if not request.claim_token:
         yield FieldViolation("claim_token", "is empty: send the token the claim returned")
     elif not _TOKEN.fullmatch(request.claim_token):
@@ -89,20 +87,41 @@ def holder_violations(
         )
 
 
-def expiry_violations(expiry: RequestedExpiry, policy: Policy, now_ms: int) -> Iterator[FieldViolation]:
-    """Yield the faults of a ttl or an expire time under a policy."""
+def _ttl_violations(expiry: RequestedExpiry, policy: Policy) -> Iterator[FieldViolation]:
     if expiry.ttl_ms is not None:
         if expiry.ttl_ms <= 0:
             yield FieldViolation("ttl", "must be at least 1 ms: leave it out for the default of the namespace")
         elif expiry.ttl_ms > policy.max_ttl_ms:
             yield FieldViolation("ttl", f"is longer than the maximum of {format_duration(policy.max_ttl_ms)}")
-    if expiry.time_ms is not None:
-        if expiry.time_ms <= now_ms:
-            yield FieldViolation("expire_time", "is in the past: send a time in the future, or a ttl")
-        elif expiry.time_ms - now_ms > policy.max_ttl_ms:
-            yield FieldViolation(
-                "expire_time", f"is further away than the maximum ttl of {format_duration(policy.max_ttl_ms)}"
-            )
+
+
+def end_by_store_clock(expiry: Expiry, now_ms: int) -> int:
+    """Return the end of a record where the clock of the store reads `now_ms`.
+
+    Raises InvalidRequest for an expire time that is past or too far away.
+    """
+    if expiry.ttl_ms is not None:
+        return now_ms + expiry.ttl_ms
+    if expiry.time_ms <= now_ms:
+        raise expire_time_past()
+    if expiry.max_ttl_ms is not None and expiry.time_ms - now_ms > expiry.max_ttl_ms:
+        raise expire_time_too_far(expiry.max_ttl_ms)
+    return expiry.time_ms
+
+
+def expire_time_past() -> InvalidRequest:
+    """Return the refusal of an expire time that is past by the clock of the store."""
+    return InvalidRequest(
+        FieldViolation("expire_time", "is in the past by the clock of the store: send a later time, or a ttl")
+    )
+
+
+def expire_time_too_far(max_ttl_ms: int) -> InvalidRequest:
+    """Return the refusal of an expire time that is too far away by the clock of the store."""
+    limit = format_duration(max_ttl_ms)
+    return InvalidRequest(
+        FieldViolation("expire_time", f"is further away than the maximum ttl of {limit} by the clock of the store")
+    )
 
 
 def _control_character(match: re.Match[str]) -> str:

@@ -133,7 +133,7 @@ class ClaimService:
                 request.claim_token,
                 result=request.result,
                 completion_time_ms=now_ms,
-                expiry=request.expiry.resolve(policy.retention_ms, now_ms),
+                expiry=request.expiry.resolve(policy.retention_ms, policy.max_ttl_ms, now_ms),
             )
         )
         if completed is not None:
@@ -156,7 +156,7 @@ class ClaimService:
                 request.namespace,
                 request.transaction_id,
                 request.claim_token,
-                expiry=request.expiry.resolve(policy.default_ttl_ms, now_ms),
+                expiry=request.expiry.resolve(policy.default_ttl_ms, policy.max_ttl_ms, now_ms),
                 allow_shortening=request.allow_shortening,
             )
         )
@@ -181,10 +181,10 @@ class ClaimService:
     def _admit(self, request: ClaimRequest, caller: Caller | None) -> _Admitted:
         policy = self.policies.of(request.namespace, caller)
         now_ms = self._clock_ms()
-        if violations := tuple(claim_violations(request, policy, now_ms)):
+        if violations := tuple(claim_violations(request, policy)):
             raise InvalidRequest(*violations)
         token = request.claim_token or next(self._tokens)
-        expiry = request.expiry.resolve(policy.default_ttl_ms, now_ms)
+        expiry = request.expiry.resolve(policy.default_ttl_ms, policy.max_ttl_ms, now_ms)
         claim = Transaction(
             namespace=request.namespace,
             transaction_id=request.transaction_id,
@@ -227,7 +227,7 @@ class ClaimService:
     async def _claim_again(self, request: ClaimRequest, admitted: _Admitted) -> ClaimAnswer:
         """Claim with the lease of this moment; once the expire time has passed, only look the transaction up."""
         now_ms = self._clock_ms()
-        expiry = request.expiry.resolve(admitted.policy.default_ttl_ms, now_ms)
+        expiry = request.expiry.resolve(admitted.policy.default_ttl_ms, admitted.policy.max_ttl_ms, now_ms)
         claim = admitted.claim._replace(claim_time_ms=now_ms, expire_time_ms=expiry.time_ms)
         admitted = admitted._replace(claim=claim)
         if expiry.time_ms > now_ms:
@@ -244,7 +244,7 @@ class ClaimService:
 
     def _check_holder(self, request: HolderRequest, caller: Caller | None) -> tuple[Policy, int]:
         policy, now_ms = self.policies.of(request.namespace, caller), self._clock_ms()
-        if violations := tuple(holder_violations(request, policy, now_ms, self._max_result_bytes)):
+        if violations := tuple(holder_violations(request, policy, self._max_result_bytes)):
             raise InvalidRequest(*violations)
         return policy, now_ms
 

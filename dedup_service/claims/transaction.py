@@ -33,13 +33,15 @@ def _without_token(values: NamedTuple) -> str:
 
 
 class Expiry(NamedTuple):
-    """The end of a record: `ttl_ms` after the store receives it by the store's clock, or else at `time_ms`.
+    """The end of a record by the clock of the store: `ttl_ms` after it receives the record, or else at `time_ms`.
 
-    With a ttl, `time_ms` is the expected end by the clock of this host.
+    With a ttl, `time_ms` is the expected end by the clock of this host. Without one, the store checks that `time_ms` is
+    in the future and at most `max_ttl_ms` away.
     """
 
     time_ms: int
     ttl_ms: int | None = None
+    max_ttl_ms: int | None = None
 
 
 class RequestedExpiry(NamedTuple):
@@ -48,10 +50,10 @@ class RequestedExpiry(NamedTuple):
     ttl_ms: int | None = None
     time_ms: int | None = None
 
-    def resolve(self, default_ttl_ms: int, now_ms: int) -> Expiry:
+    def resolve(self, default_ttl_ms: int, max_ttl_ms: int, now_ms: int) -> Expiry:
         """Return the end, counted from `now_ms` where it is a ttl."""
         if self.time_ms is not None:
-            return Expiry(self.time_ms)
+            return Expiry(self.time_ms, max_ttl_ms=max_ttl_ms)
         ttl_ms = default_ttl_ms if self.ttl_ms is None else self.ttl_ms
         return Expiry(now_ms + ttl_ms, ttl_ms)
 

@@ -23,11 +23,19 @@ READINESS = "readiness"
 
 _Status = health_pb2.HealthCheckResponse
 
-# A probe is one small call at a time; other callers of this plaintext listener must not cost much more.
+# A probe is one small call over a new connection; other callers of this plaintext listener must not cost much more.
+# Idle peers must not keep it out: at the limit gRPC closes the newest connection, so the limit is high, connections
+# without a call end soon, and those with one that does not end (Watch) a little later.
+MAX_PROBE_CONNECTIONS = 500
+_MAX_IDLE_MS = 5_000
+_MAX_AGE_MS = 60_000
 _LISTENER_OPTIONS = (
-    ("grpc.max_concurrent_streams", 100),
-    ("grpc.max_allowed_incoming_connections", 100),
+    ("grpc.max_concurrent_streams", 10),
+    ("grpc.max_allowed_incoming_connections", MAX_PROBE_CONNECTIONS),
     ("grpc.max_receive_message_length", 4_096),
+    ("grpc.max_connection_idle_ms", _MAX_IDLE_MS),
+    ("grpc.max_connection_age_ms", _MAX_AGE_MS),
+    ("grpc.max_connection_age_grace_ms", _MAX_IDLE_MS),
     ("grpc.keepalive_time_ms", 60_000),
 )
 

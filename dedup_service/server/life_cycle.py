@@ -22,6 +22,7 @@ from dedup_service.config.settings import Settings
 from dedup_service.observability.calls import CallObserver
 from dedup_service.observability.logs import Logger, logger
 from dedup_service.observability.observers import Observers, WorkerMetricFiles, observing
+from dedup_service.server.descriptors import allow_descriptors
 from dedup_service.server.engines import Engine, EngineOptions, make_engine
 from dedup_service.server.health import Health, examine, listen_for_probes
 from dedup_service.server.listeners import warn_of_exposure
@@ -102,6 +103,7 @@ async def serve(settings: Settings, announce: Announce, worker: WorkerMetricFile
 async def _serve(settings: Settings, announce: Announce, worker: WorkerMetricFiles | None, signals: _Signals) -> None:
     log = logger()
     async with AsyncExitStack() as undo:
+        allow_descriptors(settings, log)
         observers = undo.enter_context(observing(settings, log, SERVICE_NAME, METHODS, worker=worker))
         policies = load_policies(settings)
         observers.bind_namespaces(list(policies.namespaces))

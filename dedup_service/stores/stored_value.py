@@ -54,6 +54,9 @@ def canary_prefix(layout: KeyLayout, prefix: str) -> bytes:
 
 VERSION = 1
 
+MAX_VALUE_BYTES = 1_048_576 + 65_536
+"""No version of this service writes a longer value: the largest allowed result, and room for every other field."""
+
 UNREADABLE = {
     Reason.VALUE_VERSION_UNKNOWN: f"the stored value has another version than {VERSION}, which this service reads: "
     "upgrade this service, or wait until the transaction expires",
@@ -95,6 +98,8 @@ def decode(value: bytes, namespace: str, transaction_id: str) -> Transaction:
     Raises UnreadableValue for another version and for a damaged value: either may be a live claim, so it is neither
     "go" nor "duplicate".
     """
+    if len(value) > MAX_VALUE_BYTES:
+        return unknown_holder(namespace, transaction_id)
     try:
         fields = msgpack.unpackb(value)
     except ValueError:

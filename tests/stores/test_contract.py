@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from dedup_service.claims import (
+    ClaimAnswer,
     ClaimOutcome,
     ClaimRequest,
     ClaimService,
@@ -110,11 +111,11 @@ async def test_a_cancelled_claim_leaves_the_store_in_order(store: ClaimStore, un
 
 async def test_many_claims_are_answered_in_order_and_each_alone(store: ClaimStore, unique: str) -> None:
     """In a batch the first claim of an id holds it, and a refused claim does not affect the others."""
-    claims = [(a_claim(f"{unique}-{number // 2}", claimant=str(number)), MINUTE) for number in range(100)]
+    claims = [(a_claim(f"{unique}-{number // 2}", claimant=str(number)), MINUTE) for number in range(98)]
     past = a_claim(f"{unique}-past", ttl_ms=-1)
     answers = await store.claim_all([*claims[:50], (past, end_of(past)), *claims[50:]])
     assert isinstance(answers[50], InvalidRequest)
-    holders = [claims[number - 1][0] if number % 2 else None for number in range(100)]
+    holders = [claims[number - 1][0] if number % 2 else None for number in range(98)]
     assert [*answers[:50], *answers[51:]] == holders
     assert await store.get("default", f"{unique}-past") is None
 
@@ -224,3 +225,37 @@ async def test_default_and_given_lifetimes_are_kept(claims: ClaimService, unique
     assert by_default.expire_time_ms == (by_default.claim_time_ms or 0) + POLICY.default_ttl_ms
     assert by_ttl.expire_time_ms == (by_ttl.claim_time_ms or 0) + 1_234
     assert by_time.expire_time_ms == now_ms + 9_999
+
+
+@pytest.mark.parametrize("skew_ms", [-30_000, 30_000], ids=["service-behind", "service-ahead"])
+async def test_an_expire_time_is_judged_by_the_clock_of_the_store(store: ClaimStore, unique: str, skew_ms: int) -> None:
+    """Whatever the clock of the service reads, an expire time must lie within the maximum ttl by the store's clock.
+
+    Protection: the store checks it in the step that claims. Redis reports success for a time in the past and keeps
+    nothing.
+    """
+    service = ClaimService(store, Policies(POLICY), clock_ms=lambda: system_clock_ms() + skew_ms)
+    aheads_ms = {
+        "past": -20_000,
+        "soon": 20_000,
+        "late": POLICY.max_ttl_ms - 20_000,
+        "too late": POLICY.max_ttl_ms + 20_000,
+    }
+
+    def claim_of(name: str) -> ClaimRequest:
+        expire_time_ms = system_clock_ms() + aheads_ms[name.partition("-")[0]]
+        return ClaimRequest(f"{name}-{unique}", expiry=RequestedExpiry(time_ms=expire_time_ms))
+
+    for name in ("past", "too late"):
+        with pytest.raises(InvalidRequest, match=f"expire_time: .*{'past' if name == 'past' else '1d'}"):
+            await service.claim(claim_of(name))
+    for name in ("soon", "late"):
+        request = claim_of(name)
+        assert (await service.claim(request)).outcome is ClaimOutcome.CLAIMED
+        held = await service.get("default", request.transaction_id)
+        assert held.expire_time_ms == request.expiry.time_ms
+    answers = await service.claim_all([claim_of(f"{name}-batch") for name in aheads_ms])
+    outcomes = [answer.outcome if isinstance(answer, ClaimAnswer) else type(answer) for answer in answers]
+    assert outcomes == [InvalidRequest, ClaimOutcome.CLAIMED, ClaimOutcome.CLAIMED, InvalidRequest]
+    for name in ("past", "too late", "past-batch", "too late-batch"):
+        assert await store.get("default", f"{name}-{unique}") is None

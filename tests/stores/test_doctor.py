@@ -25,6 +25,7 @@ OK, INFO, WARNING, CRITICAL = Severity.OK, Severity.INFO, Severity.WARNING, Seve
 EVERY_RIGHT = (
     "+set",
     "+get",
+    "+strlen",
     "+del",
     "+eval",
     "+evalsha",
@@ -157,7 +158,7 @@ async def test_replicas_need_a_floor_for_writes_and_take_no_claims(start_redis: 
     assert not [finding for finding in findings if finding.check == "write"]
 
 
-@pytest.mark.parametrize("right", ["set", "get", "del", "eval", "evalsha", "pexpiretime", "time"])
+@pytest.mark.parametrize("right", ["set", "get", "strlen", "del", "eval", "evalsha", "pexpiretime", "time"])
 async def test_every_missing_right_is_found_by_its_name(start_redis: StartRedis, right: str) -> None:
     """A missing right is found with the ACL command that, run verbatim, grants it."""
     server = start_redis()
@@ -173,7 +174,7 @@ async def test_all_missing_rights_are_found_at_once(start_redis: StartRedis) -> 
     """A user without any right gets one finding for each of them in one examination."""
     findings = await examined(user_with(start_redis(), "~dedup:*"))
     remedies = {finding.remedy for finding in findings if finding.check == "rights"}
-    commands = ("set", "get", "del", "eval", "evalsha", "pexpiretime", "pexpireat", "time")
+    commands = ("set", "get", "strlen", "del", "eval", "evalsha", "pexpiretime", "pexpireat", "time")
     assert remedies == {f"ACL SETUSER limited +{command}" for command in commands}
     assert of("clock", findings).severity is INFO
 

@@ -17,6 +17,7 @@ from dedup_service.claims import (
     Applied,
     Completion,
     Extension,
+    InvalidRequest,
     Reason,
     Release,
     StoreUnavailable,
@@ -29,7 +30,7 @@ from dedup_service.stores.redis.channel import ReplicaQuorum
 from dedup_service.stores.redis.store import RedisStore
 from dedup_service.stores.registry import StoreConfig, make_store
 from dedup_service.stores.stored_value import prefixed_layout
-from tests.support.claims import MINUTE, a_claim, lasting
+from tests.support.claims import MINUTE, a_claim, end_of, lasting
 from tests.support.cluster import ClusterDeployment
 from tests.support.polling import eventually, wait_until
 from tests.support.processes import RedisProcess
@@ -184,6 +185,27 @@ async def test_completions_and_extensions_wait_too(open_store: OpenStore, pair: 
     found = await survivor.get("default", unique)
     assert found is not None
     assert (found.state, found.result) == (TransactionState.COMPLETED, b"paid")
+
+
+async def test_expire_times_are_checked_and_wait_too(open_store: OpenStore, pair: Pair, unique: str) -> None:
+    """A claim by expire time waits for its replica, alone and in a batch, and one in the past is refused."""
+    store = await open_store(pair.master.url)
+    past, first, second = (
+        a_claim(f"{unique}-{ttl_ms}", token=MINE, ttl_ms=ttl_ms) for ttl_ms in (-5_000, 60_000, 70_000)
+    )
+    with pytest.raises(InvalidRequest, match="expire_time"):
+        await store.claim(past, end_of(past))
+    assert await store.claim(first, end_of(first)) is None
+    assert await store.claim(first, end_of(first)) == first
+    refused, held, kept = await store.claim_all([(claim, end_of(claim)) for claim in (past, first, second)])
+    assert isinstance(refused, InvalidRequest)
+    assert (held, kept) == (first, None)
+    with redis.Redis(port=pair.replica.port, protocol=2) as replica:
+        keys = [f"dedup:default:{claim.transaction_id}" for claim in (past, first, second)]
+        assert [replica.pexpiretime(key) for key in keys] == [-2, first.expire_time_ms, second.expire_time_ms]
+    with paused(pair.replica):
+        third = a_claim(f"{unique}-third", token=MINE)
+        assert await failure_of(store.claim(third, end_of(third))) == ("STORE_NOT_REPLICATED", Applied.UNKNOWN)
 
 
 async def test_a_release_needs_no_replica(open_store: OpenStore, pair: Pair, unique: str) -> None:

@@ -228,7 +228,6 @@ async def test_an_unclaimed_id_is_not_held(claims: ClaimService, unique: str) ->
         ({"namespace": "Pay"}, "namespace"),
         ({"ttl_ms": 0}, "ttl"),
         ({"ttl_ms": 86_400_001}, "ttl"),
-        ({"expire_time_ms": 1}, "expire_time"),
         ({"result": b"x" * 4097}, "result"),
     ],
 )
@@ -417,3 +416,17 @@ async def test_a_similar_token_holds_nothing(store: ClaimStore, unique: str) -> 
         assert not await claims.release(asks(unique, token))
         assert await claims.complete(asks(unique, token)) is None
     assert await store.get("default", unique) == claim
+
+
+@pytest.mark.parametrize("ahead_ms", [-1, POLICY.max_ttl_ms + 20_000], ids=["past", "too-late"])
+async def test_a_change_to_a_bad_expire_time_changes_nothing(store: ClaimStore, unique: str, ahead_ms: int) -> None:
+    """An expire time that is past or too far away by the clock of the store fails the change; the claim stays.
+
+    Protection: the step that changes the claim checks it. With a time in the past Redis would delete the claim.
+    """
+    behind = ClaimService(store, Policies(POLICY), clock_ms=lambda: system_clock_ms() - 30_000)
+    held = await hold(behind, unique)
+    for change in (behind.complete, behind.extend):
+        with pytest.raises(InvalidRequest, match="expire_time"):
+            await change(asks(unique, expire_time_ms=system_clock_ms() + ahead_ms, allow_shortening=True))
+        assert await store.get("default", unique) == held

@@ -14,6 +14,7 @@ from redis.crc import key_slot
 
 from dedup_service.claims import (
     Applied,
+    ClaimAnswer,
     ClaimOutcome,
     ClaimRequest,
     ClaimService,
@@ -184,6 +185,26 @@ async def test_the_whole_life_of_a_claim(open_store: OpenStore, masters: Cluster
         assert completed is not None
         assert completed.result == b"paid"
         assert not await store.release(Release("default", transaction_id, MINE))
+
+
+@pytest.mark.parametrize("layout", ["prefixed", "raw"])
+async def test_an_empty_foreign_value_is_a_duplicate(masters: ClusterDeployment, unique: str, layout: str) -> None:
+    """Empty foreign values on each master are duplicates, and the other entries of the batch are claimed.
+
+    Protection: an empty reply is a value, and only nil means that the claim was stored.
+    """
+    store = make_store(StoreConfig(masters.url, layout))
+    await store.open()
+    foreign, free = ids_of(f"{unique}-foreign"), ids_of(f"{unique}-free")
+    with redis.RedisCluster("127.0.0.1", masters.masters[0].port, protocol=2) as client:
+        for transaction_id in foreign:
+            client.set(key_of(transaction_id) if layout == "prefixed" else transaction_id, b"", px=60_000)
+    mixed = [transaction_id for pair in zip(foreign, free, strict=True) for transaction_id in pair]
+    service = ClaimService(store, Policies(Policy(60_000, 60_000, 60_000)))
+    answers = await service.claim_all([ClaimRequest(transaction_id) for transaction_id in mixed])
+    outcomes = [answer.outcome if isinstance(answer, ClaimAnswer) else answer for answer in answers]
+    assert outcomes == [ClaimOutcome.DUPLICATE, ClaimOutcome.CLAIMED] * IDS
+    await store.close()
 
 
 async def test_ids_with_braces_stay_apart(open_store: OpenStore, masters: ClusterDeployment, unique: str) -> None:

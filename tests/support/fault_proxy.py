@@ -18,6 +18,7 @@ class FaultProxy:
         self.hold_replies.set()
         self.connections = 0
         self.sent_upstream = bytearray()
+        self.bytes_downstream = 0
 
     async def __aenter__(self) -> Self:
         """Listen on a free port."""
@@ -77,6 +78,7 @@ class FaultProxy:
 
     async def _downstream(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(65536):
+            self.bytes_downstream += len(data)
             await self.hold_replies.wait()
             if self.swallow_replies:
                 writer.transport.abort()

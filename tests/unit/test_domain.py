@@ -170,7 +170,7 @@ async def test_a_caller_without_the_namespace_is_refused_by_every_operation(stor
         (RequestedExpiry(), Expiry(NOW_MS + 60_000, 60_000)),
         (RequestedExpiry(ttl_ms=5), Expiry(NOW_MS + 5, 5)),
         # The store must keep a time as it is: a ttl counts from when the store receives it.
-        (RequestedExpiry(time_ms=NOW_MS + 7), Expiry(NOW_MS + 7, None)),
+        (RequestedExpiry(time_ms=NOW_MS + 7), Expiry(NOW_MS + 7, None, POLICY.max_ttl_ms)),
     ],
 )
 async def test_a_claim_expires_after_its_ttl_or_at_its_time(

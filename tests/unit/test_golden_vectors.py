@@ -57,7 +57,7 @@ RAISED: dict[Reason, Exception] = {
 def token_violations(claim_token: str) -> list[str]:
     """Return the fields that the server rejects in a claim with this token."""
     request = ClaimRequest("x", claim_token=claim_token)
-    return [fault.field for fault in claim_violations(request, Policy(1_000, 1_000, 1_000), 1_000)]
+    return [fault.field for fault in claim_violations(request, Policy(1_000, 1_000, 1_000))]
 
 
 @pytest.mark.parametrize("vector", VECTORS["transaction_ids"]["valid"], ids=lambda vector: repr(vector["id"])[:30])

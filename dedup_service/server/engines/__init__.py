@@ -14,7 +14,7 @@ from dedup_service.server.listeners import add_listener
 MAX_MESSAGE_BYTES = 2 * 1024 * 1024
 # One limit for both of grpcio's, between which it would reject at random.
 MAX_METADATA_BYTES = 8 * 1024
-# Below the 1,024 files a process may usually open. The engine native cannot count connections.
+# Per address; the process raises its limit of open files to match. The engine native cannot count connections.
 MAX_CONNECTIONS = 1_000
 # Load balancers that drop idle connections send pings. The server closes a connection that sends many more.
 MIN_PING_INTERVAL_MS = 10_000

@@ -18,6 +18,9 @@ MAX_UNANSWERED = 10_000
 # After a stall of this process the timer may run before replies already in the socket are read.
 _GRACE_S = 0.05
 
+# A long reply is not overdue while this much of it arrives within each timeout.
+_PROGRESS_BYTES = 1024 * 1024
+
 _NO_REPLY_YET = object()
 
 Command = tuple[bytes | str | int, ...]
@@ -34,6 +37,9 @@ class RedisChannel(asyncio.Protocol):
         self._timeout_s = timeout_ms / 1000
         self._loop = loop
         self._replies = hiredis.Reader(notEnoughData=_NO_REPLY_YET)
+        # The bytes of the unfinished reply since its last progress, and the loop time of that.
+        self._arrived = 0
+        self._progressed_at = 0.0
         self._unsent: list[bytes] = []
         # The futures of all unanswered commands, oldest first, with the loop time at which each was queued.
         self._unanswered: deque[tuple[asyncio.Future[Any], float]] = deque()
@@ -83,8 +89,10 @@ class RedisChannel(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Hand replies to their commands, in order."""
         self._replies.feed(data)
+        self._arrived += len(data)
         try:
             while (reply := self._replies.gets()) is not _NO_REPLY_YET:
+                self._arrived = 0
                 if not self._unanswered or len(self._unanswered) == len(self._unsent):
                     # An unsolicited reply would answer the next command.
                     self._end(_protocol_error("Redis sent a reply to no command"))
@@ -95,6 +103,9 @@ class RedisChannel(asyncio.Protocol):
         except hiredis.ProtocolError:
             self._end(_protocol_error("Redis sent bytes outside its protocol"))
             return
+        if self._arrived >= _PROGRESS_BYTES:
+            self._arrived = 0
+            self._progressed_at = self._loop.time()
         self._end_if_drained()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -118,7 +129,7 @@ class RedisChannel(asyncio.Protocol):
         if not self._unanswered:
             return
         oldest, since = self._unanswered[0]
-        due = since + self._timeout_s
+        due = max(since, self._progressed_at) + self._timeout_s
         if self._loop.time() < due:
             self._overdue = None
             self._watchdog = self._loop.call_at(due, self._watch)

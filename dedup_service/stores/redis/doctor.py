@@ -263,6 +263,7 @@ class _Examination:
         )
         await self._try("SET", self._key, stored_value.encode(scratch), "NX", "GET", "PX", _SCRATCH_TTL_MS)
         await self._try("GET", self._key)
+        await self._try("STRLEN", self._key)
         await self._try("PEXPIRETIME", self._key)
         await self._try("PEXPIREAT", self._key, now_ms + _SCRATCH_TTL_MS)
         if self._min_replicas:

@@ -4,7 +4,8 @@ from typing import Any
 
 import hiredis
 
-from dedup_service.claims import Applied, Reason, StoreUnavailable, UnreadableValue
+from dedup_service.claims import Applied, InvalidRequest, Reason, StoreUnavailable, UnreadableValue
+from dedup_service.claims.limits import expire_time_past, expire_time_too_far
 from dedup_service.stores import stored_value
 from dedup_service.stores.redis.channel import RedisChannel
 
@@ -92,9 +93,13 @@ def _unexpected_reply(expected: str, applied: Applied) -> StoreUnavailable:
     )
 
 
-def error_of_reply(text: str) -> StoreUnavailable | UnreadableValue:
+def error_of_reply(text: str) -> StoreUnavailable | UnreadableValue | InvalidRequest:
     """Return the error of an error reply."""
-    word = text.partition(" ")[0]
+    word, _, rest = text.partition(" ")
+    if word == "EXPIRE_TIME_PAST":
+        return expire_time_past()
+    if word == "EXPIRE_TIME_TOO_FAR" and _is_number(rest.encode()):
+        return expire_time_too_far(int(rest))
     if word == "WRONGTYPE":
         return UnreadableValue(
             Reason.KEY_OF_ANOTHER_TYPE,

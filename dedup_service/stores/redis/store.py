@@ -1,4 +1,4 @@
-"""Claims in Redis or Valkey. `SET key value NX GET PX` decides a claim; one script per change compares the token."""
+"""Claims in Redis or Valkey. One command decides a claim; one script per change compares the token."""
 
 import asyncio
 from collections.abc import Iterator, Sequence
@@ -13,15 +13,12 @@ from dedup_service.claims import (
     Completion,
     Expiry,
     Extension,
-    FieldViolation,
-    InvalidRequest,
     Reason,
     Release,
     StoreNotice,
     StoreUnavailable,
     Transaction,
     UnreadableValue,
-    system_clock_ms,
 )
 from dedup_service.stores import stored_value
 from dedup_service.stores.redis.canary import RedisCanary
@@ -36,13 +33,16 @@ from dedup_service.stores.redis.replies import (
     value_of,
 )
 from dedup_service.stores.redis.scripts import (
+    GET,
     ScriptCall,
+    claim_call,
     complete_call,
     confirm_call,
+    expiry_arguments,
     extend_call,
     release_call,
 )
-from dedup_service.stores.stored_value import KeyLayout
+from dedup_service.stores.stored_value import KeyLayout, raw_layout
 
 # Followed where the nodes know the target. Neither server has carried the command out.
 _REDIRECTIONS = ("MOVED", "ASK")
@@ -60,11 +60,11 @@ class RedisStore:
     ) -> None:
         self._nodes = nodes
         self._key = key_layout
+        # Other programs write values of any length under the same keys.
+        self._shares_keys = key_layout is raw_layout
         self._description = description
         self._canary = canary
         self._min_replicas = min_replicas
-        # The clock of Redis minus ours at the last check: an expire time must lie ahead by both clocks.
-        self._clock_ahead_ms = 0
 
     @property
     def description(self) -> str:
@@ -91,8 +91,6 @@ class RedisStore:
         if not answers:
             failure = next(result for result in results if isinstance(result, BaseException))
             raise failure if isinstance(failure, ClaimError) else unexpected_failure("checking Redis", failure)
-        # The clock furthest ahead: a claim may go to any of the servers.
-        self._clock_ahead_ms = max(answers)
         return self._canary.take_notices()
 
     async def _check(self, hash_tag: bytes, link: RedisLink) -> int:
@@ -100,7 +98,7 @@ class RedisStore:
         time = channel.send("TIME")
         self._canary.look(hash_tag, link, channel)
         try:
-            return time_ms_of(checked(await time, channel)) - system_clock_ms()
+            return time_ms_of(checked(await time, channel))
         except UnreadableValue as error:
             raise StoreUnavailable(error.reason, str(error), Applied.NO) from error
 
@@ -157,11 +155,16 @@ class RedisStore:
     def _claim_command(self, claim: Transaction, expiry: Expiry) -> tuple[bytes, Command]:
         key = self._key(claim.namespace, claim.transaction_id)
         value = stored_value.encode(claim)
-        return key, ("SET", key, value, "NX", "GET", *self._expiry(expiry))
+        if expiry.ttl_ms is not None and not self._shares_keys:
+            return key, ("SET", key, value, "NX", "GET", *expiry_arguments(expiry))
+        # Redis accepts an expire time in the past and keeps nothing, and GET returns a foreign value of any length. The
+        # script checks both. Sent by its text: there is no digest that Redis could have forgotten.
+        script, arguments = claim_call(value, expiry)
+        return key, ("EVAL", script.text, 1, key, *arguments)
 
     async def complete(self, completion: Completion) -> Transaction | None:
         """Implement ClaimStore."""
-        return await self._change(completion, complete_call(completion, self._expiry(completion.expiry)))
+        return await self._change(completion, complete_call(completion))
 
     async def release(self, release: Release) -> bool:
         """Implement ClaimStore."""
@@ -172,12 +175,13 @@ class RedisStore:
 
     async def extend(self, extension: Extension) -> Transaction | None:
         """Implement ClaimStore."""
-        return await self._change(extension, extend_call(extension, self._expiry(extension.expiry)))
+        return await self._change(extension, extend_call(extension))
 
     async def get(self, namespace: str, transaction_id: str) -> Transaction | None:
         """Implement ClaimStore. Only a claim by an unknown holder costs a second command."""
         key = self._key(namespace, transaction_id)
-        reply = await self._execute(key, "GET", key)
+        look = ("EVAL", GET.text, 1, key) if self._shares_keys else ("GET", key)
+        reply = await self._execute(key, *look)
         if reply is None:
             return None
         transaction = stored_value.decode(value_of(reply), namespace, transaction_id)
@@ -189,14 +193,6 @@ class RedisStore:
         return stored_value.unknown_holder(
             namespace, transaction_id, None if expire_time_ms == _NO_EXPIRY else expire_time_ms
         )
-
-    def _expiry(self, expiry: Expiry) -> tuple[str, int]:
-        if expiry.ttl_ms is not None:
-            return "PX", expiry.ttl_ms
-        # Redis accepts a PXAT in the past and deletes the key at once: the claim would hold nothing.
-        if expiry.time_ms <= system_clock_ms() + self._clock_ahead_ms:
-            raise InvalidRequest(FieldViolation("expire_time", "is in the past by the clock of Redis: send a ttl"))
-        return "PXAT", expiry.time_ms
 
     async def _change(self, change: Completion | Extension, call: ScriptCall) -> Transaction | None:
         key = self._key(change.namespace, change.transaction_id)

@@ -10,8 +10,6 @@ from dedup_service.claims import (
     Completion,
     Expiry,
     Extension,
-    FieldViolation,
-    InvalidRequest,
     Reason,
     Release,
     StoreNotice,
@@ -20,6 +18,7 @@ from dedup_service.claims import (
     Transaction,
     system_clock_ms,
 )
+from dedup_service.claims.limits import end_by_store_clock, expire_time_too_far
 from dedup_service.stores.sqlite.file import ClaimFile
 from dedup_service.stores.sqlite.thread import FORGET, BatchThread, Row, Step
 from dedup_service.stores.stored_value import KeyLayout, decode, encode
@@ -101,7 +100,8 @@ class SqliteStore:
         value = encode(claim)
 
         def step(held: bytes | None, now_ms: int) -> tuple[bytes | None, Row | None]:
-            return (held, None) if held is not None else (None, (value, _end(expiry, now_ms)))
+            end_ms = _end(expiry, now_ms)
+            return (held, None) if held is not None else (None, (value, end_ms))
 
         holder = await self._ask(claim.namespace, claim.transaction_id, step)
         return None if holder is None else decode(holder, claim.namespace, claim.transaction_id)
@@ -142,6 +142,7 @@ class SqliteStore:
 
     async def _change(self, change: Completion | Extension) -> Transaction | None:
         def step(held: bytes | None, now_ms: int) -> tuple[bytes | None, Row | None]:
+            end_ms = _end(change.expiry, now_ms)
             if held is None:
                 return None, None
             holder = decode(held, change.namespace, change.transaction_id)
@@ -149,7 +150,7 @@ class SqliteStore:
             if changed is None or changed is holder:
                 return (None if changed is None else held), None
             value = encode(changed, over=held)
-            return value, (value, _end(change.expiry, now_ms))
+            return value, (value, end_ms)
 
         value = await self._ask(change.namespace, change.transaction_id, step)
         return None if value is None else decode(value, change.namespace, change.transaction_id)
@@ -172,7 +173,7 @@ def _look(held: bytes | None, _: int) -> tuple[bytes | None, Row | None]:
 
 
 def _end(expiry: Expiry, now_ms: int) -> int:
-    expire_time_ms = expiry.time_ms if expiry.ttl_ms is None else now_ms + expiry.ttl_ms
-    if not now_ms < expire_time_ms <= _MAX_TIME_MS:
-        raise InvalidRequest(FieldViolation("expire_time", "is not in the future: send a later time, or a ttl"))
-    return expire_time_ms
+    end_ms = end_by_store_clock(expiry, now_ms)
+    if end_ms > _MAX_TIME_MS:
+        raise expire_time_too_far(_MAX_TIME_MS - now_ms)
+    return end_ms

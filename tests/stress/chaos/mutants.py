@@ -85,7 +85,9 @@ def _without(name: str, check: bytes, instead: bytes = b"false") -> None:
 def _no_nx() -> None:
     async def claim(self: RedisStore, claim: Transaction, expiry: Expiry) -> Transaction | None:
         key = self._key(claim.namespace, claim.transaction_id)
-        reply = await self._execute(key, "SET", key, stored_value.encode(claim), "GET", *self._expiry(expiry))
+        reply = await self._execute(
+            key, "SET", key, stored_value.encode(claim), "GET", *scripts.expiry_arguments(expiry)
+        )
         return reply and stored_value.decode(reply, claim.namespace, claim.transaction_id)
 
     RedisStore.claim = claim  # type: ignore[method-assign]
@@ -96,7 +98,7 @@ def _check_then_set() -> None:
         key = self._key(claim.namespace, claim.transaction_id)
         if reply := await self._execute(key, "GET", key):
             return stored_value.decode(reply, claim.namespace, claim.transaction_id)
-        await self._execute(key, "SET", key, stored_value.encode(claim), *self._expiry(expiry))
+        await self._execute(key, "SET", key, stored_value.encode(claim), *scripts.expiry_arguments(expiry))
         return None
 
     RedisStore.claim = claim  # type: ignore[method-assign]

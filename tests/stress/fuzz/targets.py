@@ -141,7 +141,7 @@ def read_request(data: bytes) -> None:
 
 
 def _check_claim(request: ClaimRequest) -> None:
-    if violations := list(claim_violations(request, POLICY, NOW_MS)):
+    if violations := list(claim_violations(request, POLICY)):
         _check_violations(InvalidRequest(*violations))
         return
     _check_identity(request.transaction_id, request.namespace)
@@ -156,14 +156,14 @@ def _check_claim(request: ClaimRequest) -> None:
         request.claim_token,
         request.claimant,
         NOW_MS,
-        request.expiry.resolve(POLICY.default_ttl_ms, NOW_MS).time_ms,
+        request.expiry.resolve(POLICY.default_ttl_ms, POLICY.max_ttl_ms, NOW_MS).time_ms,
         payload_fingerprint=request.payload_fingerprint,
     )
     assert stored_value.decode(stored_value.encode(claim), request.namespace, request.transaction_id) == claim
 
 
 def _check_holder(request: HolderRequest) -> None:
-    if violations := list(holder_violations(request, POLICY, NOW_MS, _MAX_RESULT_BYTES)):
+    if violations := list(holder_violations(request, POLICY, _MAX_RESULT_BYTES)):
         _check_violations(InvalidRequest(*violations))
         return
     _check_identity(request.transaction_id, request.namespace)
@@ -183,7 +183,6 @@ def _check_identity(transaction_id: str, namespace: str) -> None:
 
 def _check_expiry(expiry: RequestedExpiry) -> None:
     assert expiry.ttl_ms is None or 1 <= expiry.ttl_ms <= POLICY.max_ttl_ms
-    assert expiry.time_ms is None or NOW_MS < expiry.time_ms <= NOW_MS + POLICY.max_ttl_ms
 
 
 def _check_violations(rejection: InvalidRequest) -> None:

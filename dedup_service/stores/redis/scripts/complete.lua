@@ -2,7 +2,11 @@
 -- expiry_option is PX or PXAT.
 local token, result = ARGV[1], ARGV[2]
 local packed_expire_time, packed_state, packed_completion_time, packed_result = ARGV[3], ARGV[4], ARGV[5], ARGV[6]
-local expiry_option, expiry = ARGV[7], ARGV[8]
+local expiry_option, expiry, max_ttl = ARGV[7], ARGV[8], ARGV[9]
+local fault = fault_of(expiry_option, expiry, max_ttl)
+if fault then
+  return fault
+end
 local value, fields, begins = held(KEYS[1], token)
 if not value then
   return false

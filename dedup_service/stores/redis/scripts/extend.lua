@@ -1,7 +1,11 @@
 -- Replies with the value now stored, or nil if the token does not hold the transaction in progress. expiry_option is PX or
 -- PXAT; allow_shortening is 1 or 0.
 local token, packed_expire_time = ARGV[1], ARGV[2]
-local expiry_option, expiry, allow_shortening = ARGV[3], ARGV[4], ARGV[5]
+local expiry_option, expiry, max_ttl, allow_shortening = ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+local fault = fault_of(expiry_option, expiry, max_ttl)
+if fault then
+  return fault
+end
 local value, fields, begins = held(KEYS[1], token)
 if not value or fields[6] ~= IN_PROGRESS then
   return false

@@ -1,4 +1,4 @@
--- Prepended to each of the other scripts. Field numbers are those of the stored value, counted from 1:
+-- Prepended to the scripts that compare a token. Field numbers are those of the stored value, counted from 1:
 -- version, token, claimant, claim time, expire time, state, fingerprint, completion time, result.
 
 local IN_PROGRESS, COMPLETED = 1, 2
@@ -29,7 +29,7 @@ end
 -- the ninth field) if `token` holds the key, or else nil. Raises for a value this version cannot read. Scripts build a
 -- new value from slices of the old one, so that fields a newer version added at the end are kept.
 local function held(key, token)
-  local value = redis.call('GET', key)
+  local value = bounded(key)
   local first = value and string.byte(value, 1)
   -- This service writes only arrays that begin with a number.
   if not first or first < 0x91 or (first > 0x9f and first ~= 0xdc) then
