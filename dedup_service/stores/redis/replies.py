@@ -45,6 +45,10 @@ class ScriptForgotten(StoreUnavailable):
     """Redis does not know the script by its digest: it restarted, or its scripts were flushed."""
 
 
+class KeyForbidden(Exception):
+    """The cause of a failure: the Redis user may run the command, but not with this key."""
+
+
 def checked(reply: Any, channel: RedisChannel) -> Any:  # noqa: ANN401 - any reply of Redis
     """Return the reply unless it is an error, which is raised as a ClaimError."""
     if type(reply) is not hiredis.ReplyError:
@@ -105,7 +109,10 @@ def error_of_reply(text: str) -> StoreUnavailable | UnreadableValue:
         return UnreadableValue(reason, stored_value.UNREADABLE[reason])
     if word in _REFUSALS:
         reason, sentence = _REFUSALS[word]
-        return StoreUnavailable(reason, f"{sentence} ({word})", Applied.NO)
+        failure = StoreUnavailable(reason, f"{sentence} ({word})", Applied.NO)
+        if word == "NOPERM" and " key" in text:
+            failure.__cause__ = KeyForbidden()
+        return failure
     # Perhaps from a proxy that passed the command on, hence UNKNOWN. The rest of the text may quote the token.
     return StoreUnavailable(
         Reason.STORE_ERROR, f"Redis answered with the error {word}: see the log of Redis", Applied.UNKNOWN
