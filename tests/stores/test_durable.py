@@ -382,7 +382,7 @@ async def test_the_canary_expects_what_a_failover_must_keep(pair: Pair, min_repl
 async def test_a_loss_without_a_replica_is_reported_once(pair: Pair) -> None:
     """In durable mode a flush is reported by the next check, once, also while no replica acknowledges.
 
-    Protections: a loss ends the expectation, and a failed check has its notices.
+    Protection: a failed check has its notices.
     """
     async with watched(FixedServer(parse_redis_url(pair.master.url)), 1) as store:
         assert await losses_seen(store) == (True, 0)

@@ -57,10 +57,8 @@ class RedisCanary:
         if previous is not None and not (previous.isdigit() and len(previous) < _MAX_DIGITS):
             return
         found, age_s = int(previous or 0), self._monotonic() - memory.acknowledged_at
-        if found < memory.acknowledged:
-            if age_s < _SURELY_KEPT_S:
-                self._notices.append(_forgotten(memory, found, age_s))
-            memory.acknowledged = 0
+        if found < memory.acknowledged and age_s < _SURELY_KEPT_S:
+            self._notices.append(_forgotten(memory, found, age_s))
 
     def acknowledge(self, hash_tag: bytes, count: int) -> None:
         """Expect this count from now on: the server has it and, in durable mode, so have its replicas."""
