@@ -1,8 +1,8 @@
-"""Measures how much memory the server leaks for each call that its client cancels, compared with answered calls.
+"""Measures the memory a server leaks per cancelled call, compared with answered calls.
 
-grpcio leaks the operations of a cancelled batch (grpc/grpc#43360). Each kind of call has its own server with the
-embedded store. Resident memory is read between rounds, without in-flight calls. Linux only. A cancelled call waits as a
-duplicate of a claim in progress, so it is cancelled while the server works on it.
+grpcio leaks the operations of a cancelled batch (grpc/grpc#43360). Each kind has its own server with the embedded
+store. Resident memory is read between rounds, without in-flight calls. Linux only. A cancelled call waits as a
+duplicate, so the server works on it.
 """
 
 import argparse
@@ -31,7 +31,7 @@ Stub = Any
 
 
 def request(wait_s: int = 0) -> dedup_pb2.ClaimTransactionRequest:
-    """Return a claim of the held transaction."""
+    """Return a duplicate's claim."""
     claim = dedup_pb2.ClaimTransactionRequest(transaction_id="held")
     claim.ttl.FromSeconds(86_400)
     claim.wait.FromSeconds(wait_s)
@@ -39,7 +39,7 @@ def request(wait_s: int = 0) -> dedup_pb2.ClaimTransactionRequest:
 
 
 async def answered(stub: Stub, _: random.Random) -> None:
-    """Make a call and receive its answer."""
+    """Make an answered call."""
     await stub.ClaimTransaction(request())
 
 
@@ -58,7 +58,7 @@ KINDS = {"answered": answered, "cancelled": cancelled}
 
 
 async def measure(kind: str, calls: int) -> dict[str, Any]:
-    """Make calls of one kind against a new server, and return the figures."""
+    """Call a new server in one way, and return the figures."""
     chance = random.Random(SEED)  # noqa: S311 - seeds a benchmark
     a_round = max(1, calls // ROUNDS // CALLERS)
     with tempfile.TemporaryDirectory(prefix="dedup-benchmark-") as folder:
@@ -105,7 +105,7 @@ async def _rounds(kind: str, stub: Stub, chance: random.Random, a_round: int, pi
 
 
 def main() -> None:
-    """Measure both kinds of calls, and print the figures."""
+    """Measure both kinds of calls."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--calls", type=int, default=100_000, help="number of calls of each kind (default: %(default)s)"

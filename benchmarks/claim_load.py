@@ -1,7 +1,7 @@
-"""Claims fresh transactions through the Python client with many callers, one claim per call or coalesced.
+"""Claims fresh transactions through the Python client with many callers, coalesced or not.
 
-Prints one JSON object: the number of claims, the duration and the latencies. clients/go/internal/claimload has the same
-flags and output.
+Prints a JSON object: number of claims, duration and latencies. clients/go/internal/claimload has the same flags and
+output.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from dedup import Client, DuplicateTransaction, aio
 
 
 class Window:
-    """The measured time. Earlier answers are warm-up; callers stop after it."""
+    """The measured time, after the warm-up; callers stop at its end."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -38,14 +38,14 @@ class WrongAnswer(Exception):
 
 
 def check(claim: aio.Claim | object, transaction_id: str) -> None:
-    """Raise WrongAnswer unless `claim` is a new claim of this id."""
+    """Raise WrongAnswer unless `claim` newly holds this id."""
     transaction = getattr(claim, "transaction", None)
     if getattr(claim, "replayed", True) or transaction is None or transaction.transaction_id != transaction_id:
         raise WrongAnswer(f"a fresh claim of {transaction_id} was answered with {transaction}")
 
 
 async def awaiting(target: str, callers: int, window: Window, prefix: str, *, coalesce: bool) -> list[float]:
-    """Claim with this many tasks of one event loop, and return the latencies in seconds."""
+    """Claim with this many tasks, and return the latencies in seconds."""
     latencies: list[float] = []
 
     async def caller(client: aio.Client, name: str) -> None:
@@ -84,7 +84,7 @@ class Thread(threading.Thread):
         self._window = window
 
     def run(self) -> None:
-        """Claim until the window is over, then claim the last id again."""
+        """Claim until the window ends, then the last id again."""
         try:
             last = self._claim_for_a_while()
         except Exception as error:  # noqa: BLE001 - raised by the main thread
@@ -136,7 +136,7 @@ def round_of(latencies: Sequence[float], seconds: float) -> dict[str, float]:
 
 
 def main() -> None:
-    """Run one round, and print its figures."""
+    """Print the figures of a round."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--client", choices=("aio", "sync"), required=True)
     parser.add_argument("--target", required=True)

@@ -1,8 +1,8 @@
-"""Measures the effect of coalescing: concurrent callers with one claim per call, compared with coalesced claims.
+"""Measures coalescing: concurrent callers with one claim per call, compared with coalesced claims.
 
-The Go client and both Python clients call the service on grpcio over a fresh Redis. Rounds of both kinds are
-interleaved, each with its own client process. Every claim of a fresh id must be CLAIMED, and a second claim of each
-caller's last id must be a DUPLICATE. Linux only. Progress goes to standard error.
+The Go client and both Python clients call the service on grpcio over a fresh Redis, in interleaved rounds, each with
+its own client process. Every fresh id must be CLAIMED, and a second claim of each caller's last id a DUPLICATE. Linux
+only. Progress goes to standard error.
 """
 
 import json
@@ -24,7 +24,7 @@ _TIMEOUT_S = 60
 
 
 def loads(folder: Path) -> dict[str, list[str]]:
-    """Return the load command of each client; without the Go client, and with a message, if Go is missing."""
+    """Return each client's load command; without Go, omit its client with a message."""
     found = {
         f"Python {name}": [sys.executable, "-m", "benchmarks.claim_load", "--client", name] for name in ("aio", "sync")
     }
@@ -40,7 +40,7 @@ def loads(folder: Path) -> dict[str, list[str]]:
 
 
 def measure(rounds: int, seconds: float) -> dict[str, Any]:
-    """Return the figures of every client and kind by round. Raises CannotMeasure for a wrong answer."""
+    """Return all figures by round. Raises CannotMeasure for a wrong answer."""
     found: dict[str, dict[str, list[dict[str, float]]]] = {}
     with tempfile.TemporaryDirectory(prefix="dedup-benchmark-") as name, running_redis(Path(name)) as redis:
         commands = loads(Path(name))
@@ -53,7 +53,7 @@ def measure(rounds: int, seconds: float) -> dict[str, Any]:
                     for kind in KINDS:
                         cpu_s = server.cpu_s
                         figures = one_round(command, server.target, f"{done}:{client}:{kind}", kind, seconds)
-                        # Slightly too high: includes the warm-up and the final duplicates.
+                        # Slightly too high: includes warm-up and final duplicates.
                         figures["server_cpu_us"] = (server.cpu_s - cpu_s) * 1e6 / figures["claims"]
                         found.setdefault(client, {}).setdefault(kind, []).append(figures)
                         rate = figures["claims"] / figures["seconds"]
@@ -64,7 +64,7 @@ def measure(rounds: int, seconds: float) -> dict[str, Any]:
 
 
 def one_round(command: list[str], target: str, prefix: str, kind: str, seconds: float) -> dict[str, float]:
-    """Run one client process, and return its figures."""
+    """Return one client process's figures."""
     asked = ["--target", target, "--callers", str(CALLERS), "--seconds", str(seconds), "--prefix", prefix]
     if kind == "coalesced":
         asked.append("--coalesce")
@@ -76,7 +76,7 @@ def one_round(command: list[str], target: str, prefix: str, kind: str, seconds: 
 
 
 def gain(client: dict[str, list[dict[str, float]]], figure: str) -> Spread:
-    """Return the ratio of a figure with coalescing to the same figure without, paired by rounds."""
+    """Return the ratio of a figure with coalescing to that without, paired by rounds."""
     alone, together = ([_figure(each, figure) for each in client[kind]] for kind in KINDS)
     return paired_ratios(together, alone)
 
@@ -99,7 +99,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure, and publish the figures."""
+    """Publish the figures."""
     chosen = publishing.options(__doc__)
     try:
         results = publishing.earlier(chosen) or measure(*((1, 0.5) if chosen.quick else (7, 3.0)))

@@ -1,6 +1,6 @@
-"""Claims fresh keys in Redis with redis-py, without a service, and prints one JSON object like loadgen.
+"""Claims fresh keys in Redis with redis-py, without a service; prints one JSON object like loadgen.
 
-`sync` makes sequential calls on one connection. `asyncio` uses a pool with a connection for each caller.
+`sync` calls sequentially on one connection. `asyncio` has a connection for each caller.
 """
 
 import argparse
@@ -19,7 +19,7 @@ TTL_MS = 60_000
 
 @dataclass
 class Measurements:
-    """The measurements of all callers. The clocks start once the connections are open."""
+    """The measurements of all callers. The clocks start once connected."""
 
     latencies_us: list[int] = field(default_factory=list)
     wrong: int = 0
@@ -27,7 +27,7 @@ class Measurements:
     cpu_s: float = field(default_factory=lambda: -time.process_time())
 
     def record(self, begun: float, *, claimed: object) -> None:
-        """Record an answer; it is wrong unless the fresh key was claimed."""
+        """Record an answer; wrong unless claimed."""
         self.latencies_us.append(int((time.perf_counter() - begun) * 1e6))
         self.wrong += not claimed
 
@@ -70,7 +70,7 @@ async def pooled(url: str, prefix: str, seconds: float, concurrency: int) -> Mea
 
 
 def main() -> None:
-    """Claim for the given time, and print the measurements."""
+    """Print the measurements of a run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--client", choices=("sync", "asyncio"), required=True)
     parser.add_argument("--redis", required=True, help="URL")

@@ -1,4 +1,4 @@
-"""Fills stores with live or expired claims, in the format of the service."""
+"""Fills stores with live or expired claims in the service's format."""
 
 import random
 import sqlite3
@@ -15,7 +15,7 @@ SEED = 20251128
 LIFE_MS = 86_400_000
 # As long as a generated token.
 _TOKEN = "T" * 22
-# Runs inside Redis: sending ten million commands would take minutes.
+# Runs inside Redis: ten million commands would take minutes.
 _FILL = """
 for number = ARGV[1], ARGV[2] - 1 do
   local value = ARGV[4] .. string.format('%022d', number) .. ARGV[5]
@@ -29,17 +29,17 @@ Progress = Callable[[int], None]
 
 
 def transaction_id(number: int) -> str:
-    """Return the id of a held transaction, in the format of the lucky box."""
+    """Return the id of a held transaction, as of the lucky box."""
     return f"lucky_box:{100_000_000 + number}:405:daily:2025-11-28"
 
 
 def a_claim(number: int, expire_time_ms: int) -> Transaction:
-    """Return a claim made the default ttl before it expires."""
+    """Return a claim made the default ttl before its expiry."""
     return Transaction("default", transaction_id(number), f"{number:022}", "", expire_time_ms - 60_000, expire_time_ms)
 
 
 def fill_redis(url: str, count: int, progress: Progress, *, bare: bool = False) -> None:
-    """Store `count` live claims. `bare` stores msgpack `true` instead, as a service with its own SETNX does."""
+    """Store `count` live claims, or with `bare` msgpack `true`, as a service with its own SETNX does."""
     now_ms = system_clock_ms()
     value = encode(Transaction("default", "", _TOKEN, "", now_ms, now_ms + LIFE_MS))
     head, _, tail = value.partition(_TOKEN.encode())
@@ -54,7 +54,7 @@ def fill_redis(url: str, count: int, progress: Progress, *, bare: bool = False) 
 
 
 def fill_sqlite(path: Path, count: int, progress: Progress, *, expired: bool = False) -> None:
-    """Create a claim file with `count` rows in random key order: live, or expired within the last minute."""
+    """Create a claim file of `count` rows in random key order: live, or expired within a minute."""
     file = ClaimFile(path, system_clock_ms)
     file.begin()
     file.close()

@@ -1,7 +1,7 @@
-"""Measures the service and the no-op server on several versions of grpcio, to choose the version to lock.
+"""Measures the service and the no-op server on several versions of grpcio, to choose one.
 
-Each version is installed into its own folder, which precedes the installed packages; everything else is the same. The
-servers run at the same time, in interleaved rounds.
+Each version precedes the installed packages from its own folder; all else is equal. The servers run at the same time,
+in interleaved rounds.
 """
 
 import argparse
@@ -22,7 +22,7 @@ VERSIONS = "1.75.1,1.80.0,1.85.1"
 
 
 def install(version: str, folder: Path) -> str:
-    """Install one version of grpcio, without dependencies, into its own folder; return the path."""
+    """Install a version of grpcio, without dependencies, into its own folder; return the path."""
     say(f"installing grpcio {version}")
     target = folder / f"grpcio-{version}"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
@@ -56,7 +56,7 @@ def measure(versions: list[str], extent: Extent) -> Results:
 
 
 def compare(results: Results, versions: list[str]) -> str:
-    """Return the table: throughput and CPU of each version, and their ratio to the first version by round."""
+    """Return the table: throughput and CPU of each version, and their ratio to the first by round."""
     rows = []
     for cell in results.cells:
         kind, _, version = cell.server.partition(", grpcio ")
@@ -71,7 +71,7 @@ def compare(results: Results, versions: list[str]) -> str:
 
 
 def main() -> None:
-    """Measure, and print the table or the JSON object."""
+    """Print the table or the JSON object."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--versions", default=VERSIONS, help="comma-separated; the first is the base (default: %(default)s)"

@@ -1,7 +1,7 @@
-"""Measures the cost of each attack of tests/support/attacks.py on each engine, and its effect on other callers.
+"""Measures the cost of each attack of tests/support/attacks.py on each engine, and its effect on others.
 
-Every attack has its own server with the embedded store. For each, the output has the server's answers, its CPU time,
-its resident memory before, during and after, and the latency of another caller's claim during the attack. Linux only.
+Each attack has its own server with the embedded store. The output has the server's answers, CPU time, and resident
+memory before, during and after, and the latency of another caller's claim meanwhile. Linux only.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def memory_mib(service: ServiceProcess) -> int:
 
 
 def claim_ms(service: ServiceProcess) -> float | str:
-    """Return the latency of a claim on a new connection, or the error code."""
+    """Return a new connection's claim latency, or the error code."""
     begun = time.perf_counter()
     with service.channel() as channel:
         stub = dedup_pb2_grpc.DedupServiceStub(channel)
@@ -55,7 +55,7 @@ def claim_ms(service: ServiceProcess) -> float | str:
 
 
 def measure(engine: EngineName, name: str, size: int) -> dict[str, Any]:
-    """Run one attack on a fresh server, and return the figures."""
+    """Return the figures of an attack on a fresh server."""
     with tempfile.TemporaryDirectory() as folder:
         service = ServiceProcess("--engine", engine, "--store-url", f"sqlite://{folder}/claims.db").start()
         try:
@@ -81,13 +81,13 @@ def measure(engine: EngineName, name: str, size: int) -> dict[str, Any]:
 
 
 def say(line: str) -> None:
-    """Print and flush a line: the whole run takes minutes."""
+    """Print a line at once: the run takes minutes."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 
 
 def main() -> None:
-    """Run every attack, or those chosen, on each engine."""
+    """Run all or the chosen attacks on each engine."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--attack", action="append", choices=list(ATTACKS), help="run only this attack; may be repeated"

@@ -1,4 +1,4 @@
-"""The load: h2load for constant bodies, loadgen in Go for fresh ids, Redis directly, and the checks of the answers."""
+"""The load: h2load for constant bodies, loadgen in Go for fresh ids, Redis directly; and checks of the answers."""
 
 import csv
 import io
@@ -21,7 +21,7 @@ from dedup.v1 import dedup_pb2, dedup_pb2_grpc
 CLAIM_PATH = "/dedup.v1.DedupService/ClaimTransaction"
 NOOP_PATH = "/dedup.benchmark.Noop/Call"
 
-# As many as a few callers with one channel each; in-flight calls are distributed over them.
+# As with a few callers; in-flight calls are distributed over them.
 MAX_CONNECTIONS = 8
 BATCH = 100
 _TIMEOUT_S = 60
@@ -33,7 +33,7 @@ _RIVALS = 16
 _CHECK_CONNECTIONS = 4
 _LOADGEN = Path(__file__).parent / "loadgen"
 _HEADERS = ("content-type: application/grpc", "te: trailers", "grpc-timeout: 5S")
-# The gRPC frame header: a compression flag and the length.
+# The gRPC frame header: compression flag and length.
 _PREFIX_BYTES = 5
 
 
@@ -43,11 +43,11 @@ def frame(message: bytes) -> bytes:
 
 
 def parse_h2load(output: str, log: str, *, answer_bytes: int, concurrency: int) -> Load:
-    """Return the measurements in h2load's output and request log. Raises CannotMeasure if they cannot be parsed.
+    """Return the measurements of h2load's output and request log. Raises CannotMeasure if unparsable.
 
-    To h2load, a failed gRPC call is a 200, too. But an error has no body, and another outcome has a body of another
-    length. So all answers count as wrong if the total body size does not match. Calls in flight at the end may add up
-    to one answer per caller.
+    To h2load, a failed gRPC call is a 200, too, but its body is missing, and another outcome's has another length. So
+    all answers count as wrong if the total body size does not match. Calls in flight at the end may add up to one
+    answer per caller.
     """
     counts = re.search(r"requests: .* (\d+) done, (\d+) succeeded, (\d+) failed, (\d+) errored", output)
     data = re.search(r"traffic: .*\((\d+)\) data", output)
@@ -71,7 +71,7 @@ def _log_rows(log: str) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class ConstantAnswer:
-    """The message of every call of an h2load run, and the expected size of each answer."""
+    """The message of every call of an h2load run, and each answer's expected size."""
 
     message: bytes
     answer_bytes: int
@@ -105,7 +105,7 @@ class H2load:
 
 
 class Loadgen:
-    """Sends a fresh id with each claim, and checks every answer."""
+    """Claims a fresh id per call, and checks every answer."""
 
     name = "loadgen"
 
@@ -148,7 +148,7 @@ def direct(client: str, url: str, prefix: str, *, concurrency: int, seconds: flo
 
 
 def redis_benchmark(port: int, *, concurrency: int, calls: int) -> float | None:
-    """Return the `SET NX GET PX` per second of redis-benchmark, or None if it is not installed."""
+    """Return redis-benchmark's `SET NX GET PX` per second, or None without it."""
     binary = shutil.which("redis-benchmark")
     if binary is None:
         return None
@@ -158,16 +158,16 @@ def redis_benchmark(port: int, *, concurrency: int, calls: int) -> float | None:
 
 
 def noop_answer(transaction_id: str) -> ConstantAnswer:
-    """Return a claim for the no-op rpc, whose answer is empty."""
+    """Return a claim for the no-op rpc, with an empty answer."""
     return ConstantAnswer(_hot_claim(transaction_id, retry=False).SerializeToString(), 0)
 
 
 @contextmanager
 def claimed(target: str, transaction_id: str, *, retry: bool) -> Iterator[ConstantAnswer]:
-    """Claim the id, yield the expected answer to later claims, and check at the end that the answer is the same.
+    """Claim the id, yield the expected answer to later claims, and check it again at the end.
 
-    Later claims receive DUPLICATE, or, as retries with the same token, CLAIMED and replayed. Raises CannotMeasure if
-    they do not.
+    Later claims receive DUPLICATE, or, as retries with the same token, CLAIMED and replayed. Raises CannotMeasure
+    otherwise.
     """
     with grpc.insecure_channel(target) as channel:
         stub = dedup_pb2_grpc.DedupServiceStub(channel)
@@ -188,7 +188,7 @@ def claimed(target: str, transaction_id: str, *, retry: bool) -> Iterator[Consta
 
 
 async def double_claims(target: str, run: str, ids: int) -> int:
-    """Make 16 concurrent claims of each id, and return the number of ids not CLAIMED exactly once."""
+    """Claim each id 16 times concurrently, and return the number of ids not CLAIMED exactly once."""
     async with AsyncExitStack() as stack:
         stubs = []
         for number in range(_CHECK_CONNECTIONS):

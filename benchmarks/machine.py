@@ -1,4 +1,4 @@
-"""The machine and software of a run, and the CPU time and memory of processes. Linux only."""
+"""The machine and software, and CPU time and memory of processes. Linux only."""
 
 import datetime as dt
 import os
@@ -18,7 +18,7 @@ _PROGRAMS = {
 
 
 def describe() -> dict[str, str | int]:
-    """Return what the figures depend on: hardware, and versions of installed software."""
+    """Return hardware and versions of installed software."""
     memory = re.search(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text())
     cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     found: dict[str, str | int] = {
@@ -41,17 +41,17 @@ def describe() -> dict[str, str | int]:
 
 
 def cpu_s(pid: int) -> float:
-    """Return the CPU seconds, user and system, of a process and its descendants. Resolution: a clock tick (10 ms)."""
+    """Return the CPU seconds, user and system, of a process and its descendants, by clock ticks (10 ms)."""
     total = 0
     for each in _tree(pid):
-        # The process name in parentheses may itself contain spaces and parentheses.
+        # A process name may contain spaces and parentheses.
         fields = Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()
         total += int(fields[11]) + int(fields[12])
     return total / _TICKS_PER_SECOND
 
 
 def peak_kib(pid: int) -> int:
-    """Return the summed peak resident memory of a process and its descendants. Shared pages count for each process."""
+    """Return the summed peak resident memory of a process and its descendants, counting shared pages each time."""
     return sum(_status_kib(each, "VmHWM") for each in _tree(pid))
 
 

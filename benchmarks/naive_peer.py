@@ -1,8 +1,7 @@
 """A naive implementation for comparison: grpc.server with ten threads and redis-py.
 
-It serves ClaimTransaction of the same contract. `setnx` claims with one atomic command, `get-then-set` with two, which
-is the original defect. Neither supports tokens: a retry receives DUPLICATE, and a duplicate learns nothing about the
-holder.
+It serves ClaimTransaction of the same contract. `setnx` claims with one atomic command, `get-then-set` with two, the
+original defect. Tokens are ignored: a retry receives DUPLICATE, and duplicates learn nothing about the holder.
 """
 
 import argparse
@@ -42,7 +41,7 @@ def setnx(client: redis.Redis) -> Admit:
 
 
 def get_then_set(client: redis.Redis) -> Admit:
-    """Claim with two commands, which is a race."""
+    """Claim with two commands: a race."""
 
     def admit(key: str) -> bool:
         if client.get(key) is not None:

@@ -1,7 +1,7 @@
-"""Serves an empty rpc on one engine of the service: the lower bound for the cost of a claim.
+"""Serves an empty rpc on an engine of the service: the lower bound for the cost of a claim.
 
-It accepts the bytes of a claim and answers an empty message, with the event loop and engine options of the service, but
-without decoding, checks, store, reply and log line.
+It accepts a claim's bytes and answers an empty message, with the service's event loop and engine options, but without
+decoding, checks, store, reply and log line.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from dedup_service.server.engines import EngineOptions, make_engine
 
 SERVICE = "dedup.benchmark.Noop"
 
-# The service's default limit of concurrent calls on one connection.
+# The service's default limit of concurrent calls per connection.
 MAX_STREAMS = 2_100
 
 
@@ -24,7 +24,7 @@ async def noop(_: bytes, __: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
 
 
 def register(server: grpc.aio.Server) -> None:
-    """Register the rpc with generic and registered handlers, as the service does."""
+    """Register the rpc with generic and registered handlers."""
     methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {"Call": grpc.unary_unary_rpc_method_handler(noop)}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
     server.add_registered_method_handlers(SERVICE, methods)

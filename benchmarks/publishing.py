@@ -1,6 +1,6 @@
-"""Publishing of figures: Markdown tables, their place in a page of the documentation, and the options of the scripts.
+"""Publishes figures: Markdown tables, their place in a page, and the scripts' options.
 
-A page marks each table with `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`; the text between the marks is rewritten.
+Tables stand between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`; the text between the marks is rewritten.
 """
 
 import argparse
@@ -13,12 +13,12 @@ from typing import Any
 from benchmarks.results import Spread
 
 ROOT = Path(__file__).resolve().parents[1]
-# The page with the tables of the single studies.
+# The page with the studies' tables.
 STUDIES = ROOT / "benchmarks" / "results" / "studies.md"
 
 
 def options(doc: str | None) -> argparse.Namespace:
-    """Return the options of the command line; the help starts with the first line of a script's docstring."""
+    """Return the command line's options; the help starts with the script's docstring."""
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument(
         "--quick", action="store_true", help="short run of a few seconds, whose figures are meaningless"
@@ -34,7 +34,7 @@ def options(doc: str | None) -> argparse.Namespace:
 
 
 def publish(name: str, results: dict[str, Any], tables: str, chosen: argparse.Namespace) -> None:
-    """Print the tables or the JSON, and write the files of the options. `name` is the mark in the page."""
+    """Print the tables or the JSON, and write the options' files. `name` is the mark in the page."""
     text = json.dumps(results, indent=1) + "\n"
     if chosen.json and chosen.json != Path("-"):
         chosen.json.write_text(text)
@@ -54,13 +54,13 @@ def say(line: str) -> None:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table, with the first column left-aligned and the others right-aligned."""
+    """Return a Markdown table, left-aligned in the first column only."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def number(value: float) -> str:
-    """Return a figure with three significant digits, or rounded to a whole number from 100 on."""
+    """Return a figure with three significant digits, whole from 100 on."""
     if value == 0 or abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}"
@@ -72,7 +72,7 @@ def with_range(found: Spread | None) -> str:
 
 
 def update_docs(page: Path, tables: Mapping[str, str]) -> None:
-    """Write each table between its marks in the page. Raises ValueError if the marks are missing."""
+    """Write each table between its marks in the page. Raises ValueError for missing marks."""
     text = page.read_text()
     for name, content in tables.items():
         begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"

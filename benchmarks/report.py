@@ -1,4 +1,4 @@
-"""The report of the main benchmark: Markdown tables, and plots as SVG files that depend on the results only."""
+"""The main benchmark's report: Markdown tables, and SVG plots that depend on the results only."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -11,7 +11,7 @@ from benchmarks.publishing import number, table, with_range
 from benchmarks.results import Cell, Results, spread
 from benchmarks.rounds import DIRECT, DIRECT_CLIENT, WORKLOADS
 
-# Set before pyplot is imported: no window, text as text, and reproducible ids.
+# Set before importing pyplot: no window, text as text, reproducible ids.
 mpl.use("svg")
 mpl.rcParams.update(
     {
@@ -25,13 +25,13 @@ mpl.rcParams.update(
 
 from matplotlib import pyplot as plt  # noqa: E402 - as above
 
-# The concurrency of the tables that show only one.
+# For tables that show one concurrency.
 TYPICAL_CALLERS = 64
 _PLOTTED = ("hot", "noop", "set")
 
 
 def callers_shown(results: Results) -> int:
-    """Return the concurrency of tables that show only one: the greatest measured up to 64, else the smallest."""
+    """Return the concurrency such tables show: the greatest measured up to 64, else the smallest."""
     measured = sorted({cell.concurrency for cell in results.cells})
     return max((each for each in measured if each <= TYPICAL_CALLERS), default=measured[0])
 
@@ -49,7 +49,7 @@ def _ratio(cell: Cell, base: Cell | None) -> str:
 
 
 def detail(results: Results, cells: Iterable[Cell]) -> str:
-    """Return the table of these cells. Latencies and CPU are medians over the rounds."""
+    """Return the table of these cells: medians of latencies and CPU over the rounds."""
     header = ["server: workload", "load by", "callers", "a second", "of the no-op", "of redis-py"]
     rows = []
     for cell in cells:
@@ -63,7 +63,7 @@ def detail(results: Results, cells: Iterable[Cell]) -> str:
 
 def _typical(results: Results, omitted: tuple[str, ...] = ()) -> str:
     callers = callers_shown(results)
-    # Batches are measured with fewer callers only.
+    # Only batches have fewer callers.
     few = max((cell.concurrency for cell in results.cells if cell.workload == "batch"), default=0)
     shown = [c for c in results.cells if c.concurrency == (min(callers, few) if c.workload == "batch" else callers)]
     shown = [cell for cell in shown if not any(part in _name(cell) for part in omitted)]
@@ -111,7 +111,7 @@ def _machine(results: Results) -> str:
 
 
 def sections(results: Results) -> dict[str, str]:
-    """Return every table by the name of its mark."""
+    """Return the tables by their mark."""
     return {
         "machine": _machine(results),
         "typical": _typical(results),
@@ -122,7 +122,7 @@ def sections(results: Results) -> dict[str, str]:
 
 
 def page_sections(results: Results) -> dict[str, str]:
-    """Return the tables of docs/performance.md, whose conclusions need more than a sentence."""
+    """Return the tables of docs/performance.md."""
     return {
         "machine": _machine(results),
         "typical": _typical(results, omitted=("redis-unix", "retries with one token", "get-then-set")),
@@ -131,10 +131,10 @@ def page_sections(results: Results) -> dict[str, str]:
 
 
 def write(results: Results, folder: Path, json_path: Path | None = None) -> None:
-    """Write results.json, report.md and the plots into a folder, and the JSON also to `json_path`."""
+    """Write results.json, report.md and plots into a folder, and the JSON to `json_path`."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results.to_json(), separators=(",", ":")) + "\n"
-    # One line per cell, for readable diffs.
+    # Readable diffs.
     text = text.replace('{"server"', '\n{"server"')
     for path in (folder / "results.json", *([json_path] if json_path else [])):
         path.write_text(text)
@@ -144,7 +144,7 @@ def write(results: Results, folder: Path, json_path: Path | None = None) -> None
 
 
 def draw(results: Results, folder: Path) -> Iterator[Path]:
-    """Draw each plot, and yield its file."""
+    """Draw the plots, and yield their files."""
     yield _lines(results, folder / "throughput.svg", "throughput", "calls a second", scale="linear")
     yield _lines(results, folder / "latency-p99.svg", "p99_us", "p99 in µs", scale="log")
     yield _cpu(results, folder / "cpu.svg")

@@ -1,4 +1,4 @@
-"""The results of a run, as in its JSON file, and the arithmetic: percentiles, spreads and paired ratios."""
+"""A run's results, as in its JSON file, and the arithmetic: percentiles, spreads, paired ratios."""
 
 import math
 import statistics
@@ -19,13 +19,13 @@ class Spread:
 
 
 def percentile(ordered: Sequence[int], percent: float) -> int:
-    """Return the nearest-rank percentile of ascending values, which is always one of them.
+    """Return the nearest-rank percentile of ascending values, always one of them.
 
     Raises ValueError for no values.
     """
     if not ordered:
         raise ValueError("no values: nothing was measured")
-    # In floating point, 99.9 % of 41,000 is slightly above 40,959, which would select the next rank.
+    # In floating point, 99.9 % of 41,000 exceeds 40,959 slightly, which would select the next rank.
     rank = math.ceil(round(len(ordered) * percent / 100, 6))
     return ordered[max(rank, 1) - 1]
 
@@ -38,10 +38,9 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def paired_ratios(values: Sequence[float], base: Sequence[float]) -> Spread:
-    """Return the spread of the ratios of each round's value to the base of the same round.
+    """Return the spread of each round's ratio to the base of the same round.
 
-    Pairing cancels the changing speed of the machine. Raises ValueError for different numbers of rounds, or a base of
-    zero.
+    Pairing cancels the machine's changing speed. Raises ValueError for different numbers of rounds, or a base of zero.
     """
     if len(values) != len(base):
         raise ValueError(f"{len(values)} rounds cannot be paired with {len(base)}: use results of one run")
@@ -52,7 +51,7 @@ def paired_ratios(values: Sequence[float], base: Sequence[float]) -> Spread:
 
 @dataclass(frozen=True)
 class Load:
-    """The measurements of a load generator: ascending latencies in microseconds, one for each answered call."""
+    """A load generator's measurements: ascending latencies in microseconds, one per answered call."""
 
     seconds: float
     latencies_us: list[int]
@@ -70,8 +69,7 @@ class Load:
 class Round:
     """The figures of one cell in one round.
 
-    CPU is that of the measured server only. p99 is None below 100 calls and p99.9 below 1,000, where it would be the
-    slowest call.
+    CPU is the measured server's. p99 is None below 100 calls and p99.9 below 1,000, where it would be the slowest call.
     """
 
     throughput: float
@@ -109,12 +107,12 @@ class Cell:
     rounds: list[Round] = field(default_factory=list)
 
     def spread(self, figure: str) -> Spread | None:
-        """Return the spread of one figure over the rounds, or None if a round lacks it."""
+        """Return a figure's spread over the rounds, or None if a round lacks it."""
         values = [getattr(each, figure) for each in self.rounds]
         return None if None in values else spread(values)
 
     def ratio(self, other: "Cell", figure: str = "throughput") -> Spread:
-        """Return the ratio of a figure of this cell to the other cell's, paired by rounds."""
+        """Return the ratio of a figure to the other cell's, paired by rounds."""
         return paired_ratios(
             [getattr(each, figure) for each in self.rounds], [getattr(each, figure) for each in other.rounds]
         )
@@ -122,7 +120,7 @@ class Cell:
 
 @dataclass
 class ServerFigures:
-    """One server over the whole run: the time of each start until it listens, and its peak resident memory."""
+    """One server over the whole run: the time of each start until it listens, and peak resident memory."""
 
     server: str
     start_ms: list[float] = field(default_factory=list)
@@ -139,13 +137,13 @@ class Results:
     settings: dict[str, Any]
     cells: list[Cell] = field(default_factory=list)
     servers: list[ServerFigures] = field(default_factory=list)
-    # Requests per second of redis-benchmark, by number of connections.
+    # Requests per second, by number of connections.
     redis_benchmark: dict[str, list[float]] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     format: int = FORMAT
 
     def cell(self, server: str, workload: str, concurrency: int, loader: str | None = None) -> Cell | None:
-        """Return one cell, or None if it was not measured."""
+        """Return a cell, None if not measured."""
         for cell in self.cells:
             if (cell.server, cell.workload, cell.concurrency) == (server, workload, concurrency) and loader in {
                 None,
@@ -159,7 +157,7 @@ class Results:
         return self.cell(cell.base, "noop", cell.concurrency, cell.loader)
 
     def bad_answers(self) -> Iterator[str]:
-        """Yield a sentence for each service with a double claim, and each round with wrong answers or failed calls."""
+        """Yield a sentence per service with a double claim, and per round with wrong answers or failed calls."""
         for server in self.servers:
             if server.double_claims and server.server.startswith("service"):
                 yield f"{server.server}: {server.double_claims} of {server.claims_checked} ids not CLAIMED exactly once"
@@ -172,7 +170,7 @@ class Results:
                     )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON object of the results file."""
+        """Return the results file's JSON."""
         return asdict(self)
 
     @classmethod

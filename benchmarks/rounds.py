@@ -1,4 +1,4 @@
-"""The plan of a run and its execution: start every server, check its answers, measure in interleaved rounds."""
+"""Plans and executes a run: starts servers, checks answers, measures in interleaved rounds."""
 
 import asyncio
 import sys
@@ -12,16 +12,16 @@ from benchmarks import load
 from benchmarks.results import Cell, Load, Results, Round, ServerFigures
 from benchmarks.servers import Redis, Server, Subject
 
-# The name of redis-py without a service, as a server in the report.
+# redis-py without a service, as a server in the report.
 DIRECT = "Redis directly"
 # The base of the comparison with Redis.
 DIRECT_CLIENT = "redis-py asyncio"
 STORES = ("redis-tcp", "redis-unix", "sqlite")
 NAIVE = ("setnx", "get-then-set")
-# With more callers, thousands of claims would be in flight, and the figures would show the queue.
+# With more callers, the figures would show the queue of thousands of claims.
 BATCH_CALLERS = 16
 
-# Workloads of h2load, which repeats one body, and of loadgen, which sends fresh ids.
+# Workloads of h2load, which repeats one body, and of loadgen, with fresh ids.
 CONSTANT = ("noop", "hot", "retry")
 FRESH = ("noop", "fresh", "batch")
 WORKLOADS = {
@@ -39,7 +39,7 @@ _REDIS_BENCHMARK_CALLS = 20_000
 
 
 def store_url(store: str, redis: Redis, folder: Path, engine: str) -> str:
-    """Return the URL of a store, by its name in the report."""
+    """Return a store's URL by its name in the report."""
     urls = {"redis-tcp": redis.tcp_url, "redis-unix": redis.unix_url, "sqlite": f"sqlite://{folder}/{engine}.db"}
     return urls[store]
 
@@ -47,7 +47,7 @@ def store_url(store: str, redis: Redis, folder: Path, engine: str) -> str:
 def all_subjects(
     engines: list[str], stores: list[str], *, workers: int, redis: Redis, folder: Path, naive: bool
 ) -> list[Subject]:
-    """Return every server of a run, each no-op server before the services paired with it."""
+    """Return all servers of a run, no-op servers before their paired services."""
     found = []
     for engine in engines:
         noop = ["-m", "benchmarks.noop_server", "--engine", engine]
@@ -72,8 +72,8 @@ def all_subjects(
 class Extent:
     """The extent of a run.
 
-    `seconds` is the duration of each measurement, `races` the number of ids that 16 callers claim concurrently, and
-    `starts` the number of starts of each server.
+    `seconds` is the duration of each measurement, `races` the number of ids claimed by 16 concurrent callers, and
+    `starts` the starts of each server.
     """
 
     concurrency: tuple[int, ...]
@@ -84,7 +84,7 @@ class Extent:
 
 
 class Rounds:
-    """Measures into `results`. Every method may raise CannotMeasure."""
+    """Measures into `results`. Methods may raise CannotMeasure."""
 
     def __init__(self, extent: Extent, results: Results, h2load: load.H2load, loadgen: load.Loadgen | None) -> None:
         self._extent = extent
@@ -115,7 +115,7 @@ class Rounds:
         return servers
 
     def measure(self, servers: Sequence[Server], direct: Redis | None = None) -> None:
-        """Measure every server, and Redis directly if given, in rounds; then read peak memory."""
+        """Measure every server, and Redis directly if given, in rounds; then peak memory."""
         cells = {key: Cell(*key, base=base) for key, base in self._keys(servers, direct)}
         self._results.cells += cells.values()
         by_name = {server.subject.name: server for server in servers}

@@ -1,8 +1,8 @@
 """Measures the service, a no-op rpc, a naive implementation and Redis directly, in interleaved rounds.
 
-Each round runs every workload on every server at every concurrency, so changes in the speed of the machine affect all
-of them. Each figure is paired with the no-op of the same engine, concurrency, load generator and round. Linux only.
-Progress goes to standard error. The output is a JSON file, a Markdown page and plots.
+Each round runs all workloads, servers and concurrencies, so the machine's changing speed affects all of them. Figures
+are paired with the no-op of the same engine, concurrency, load generator and round. Linux only. Progress goes to
+standard error; the output is a JSON file, a Markdown page and plots.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def _options() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure and write the report; exit with 1 if an answer was wrong."""
+    """Write the report; exit with 1 for a wrong answer."""
     options = _options()
     try:
         if options.from_json:

@@ -1,4 +1,4 @@
-"""Measures the cost of a claim by number of held claims, the memory of a held claim in Redis, and reclaiming in SQLite.
+"""Measures claims by number of held claims, their memory in Redis, and reclaiming in SQLite.
 
 - Sizes: Redis servers and SQLite files of growing sizes run side by side, each with its own service. Rounds are
   interleaved, and every figure is paired with that of the smallest store.
@@ -41,7 +41,7 @@ _TURN_S = 1.0
 
 
 class FilledStore:
-    """A store of one size, and its service."""
+    """A store of one size and its service."""
 
     def __init__(self, store: str, size: int, url: str, folder: Path, stack: ExitStack) -> None:
         self.store = store
@@ -58,7 +58,7 @@ class FilledStore:
         self.redis_us: list[float] = []
 
     def measure(self, kind: str, claims: int) -> None:
-        """Claim sequentially, and keep the median latency in µs. Raises CannotMeasure for a wrong answer."""
+        """Keep the median latency of sequential claims in µs. Raises CannotMeasure for a wrong answer."""
         latencies = []
         for _ in range(claims):
             self._count += 1
@@ -75,12 +75,12 @@ class FilledStore:
         self.rounds[kind].append(statistics.median(latencies))
 
     def _held(self) -> str:
-        # Multiples of a large prime spread over all held ids.
+        # Spreads over all held ids.
         return transaction_id(self._count * 7_368_787 % self.size)
 
 
 def filled_stores(sizes: dict[str, list[int]], folder: Path, stack: ExitStack) -> list[FilledStore]:
-    """Return filled stores of all sizes, each with its service."""
+    """Return a filled store with its service for each size."""
     found = []
     for size in sizes["redis"]:
         home = folder / f"redis-{size}"
@@ -116,7 +116,7 @@ def measure_sizes(sizes: dict[str, list[int]], rounds: int, claims: int) -> list
 
 
 def _set_us(filled: FilledStore) -> float | None:
-    """Return Redis' own figure for a SET in µs. The filling does not count, since a script did it."""
+    """Return Redis' own figure for a SET in µs. A script filled it, which does not count."""
     if filled.store != "redis":
         return None
     with redis.Redis.from_url(filled.url) as client:
@@ -129,7 +129,7 @@ def _set_us(filled: FilledStore) -> float | None:
 
 
 def measure_memory(count: int) -> dict[str, Any]:
-    """Return the memory of a held claim in Redis in bytes, and that of `SET key true PX`."""
+    """Return the bytes of a held claim in Redis, and of `SET key true PX`."""
     found: dict[str, Any] = {"claims": count}
     for name in ("claim", "bare"):
         with ExitStack() as stack:
@@ -150,7 +150,7 @@ def measure_memory(count: int) -> dict[str, Any]:
 
 
 class TimedFile(ClaimFile):
-    """A claim file that records the duration of each step of upkeep, and skips upkeep while `turn` is off."""
+    """A claim file that times each step of upkeep, and skips upkeep while `turn` is off."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, system_clock_ms)
@@ -182,7 +182,7 @@ class TimedStore:
         self._store._thread.start()  # noqa: SLF001
 
     async def take_turn(self, seconds: float) -> None:
-        """Claim fresh ids sequentially, with a pause between them."""
+        """Claim fresh ids sequentially, with pauses."""
         self.file.turn = True
         end = time.perf_counter() + seconds
         while time.perf_counter() < end:
@@ -203,7 +203,7 @@ class TimedStore:
 
 
 async def measure_reclaim(rows: int, seconds: float) -> dict[str, Any]:
-    """Return the figures of both stores, each under load for `seconds`."""
+    """Return both stores' figures, each under load for `seconds`."""
     with tempfile.TemporaryDirectory(prefix="dedup-benchmark-") as folder:
         backlog, control = Path(folder) / "backlog.db", Path(folder) / "control.db"
         fill_sqlite(backlog, rows, _progress("SQLite with expired rows", rows), expired=True)
@@ -232,7 +232,7 @@ def expired_rows(path: Path) -> int:
 
 
 def distribution(values_us: list[int]) -> dict[str, float]:
-    """Return the count, percentiles in milliseconds, and the number of values above PAUSE_LIMIT_MS."""
+    """Return count, percentiles in milliseconds, and the number above PAUSE_LIMIT_MS."""
     ordered = sorted(values_us)
     if not ordered:
         return {"count": 0}
@@ -305,7 +305,7 @@ def _progress(what: str, count: int) -> Any:  # noqa: ANN401 - a callback
 
 
 def main() -> None:
-    """Measure, and publish the figures."""
+    """Publish the figures."""
     chosen = publishing.options(__doc__)
     try:
         results = publishing.earlier(chosen) or measure_all(quick=chosen.quick)

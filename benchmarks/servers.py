@@ -1,4 +1,4 @@
-"""Runs the measured servers and Redis as child processes."""
+"""Runs measured servers and Redis as child processes."""
 
 import os
 import shutil
@@ -24,9 +24,9 @@ class CannotMeasure(Exception):
 
 @dataclass(frozen=True)
 class Subject:
-    """One server to measure: its name in the report, and the Python arguments of each of its processes.
+    """A server to measure: its name in the report, and its processes' Python arguments.
 
-    Packages in the folder `python_path` precede the installed ones.
+    Packages in `python_path` precede the installed ones.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Server:
         return f"127.0.0.1:{self.port}"
 
     def start(self) -> float:
-        """Start the processes; return the milliseconds until they listen. Raises CannotMeasure with the log."""
+        """Start the processes; return milliseconds until they listen. Raises CannotMeasure with the log."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("DEDUP_")}
         if self.subject.python_path:
             environment["PYTHONPATH"] = self.subject.python_path
@@ -75,7 +75,7 @@ class Server:
         return (time.perf_counter() - begun) * 1_000
 
     def stop(self) -> None:
-        """Terminate the processes, and wait for their exit."""
+        """Terminate the processes and await their exit."""
         for process in self._processes:
             process.terminate()
         for process in self._processes:
@@ -117,7 +117,7 @@ class Redis:
 
 @contextmanager
 def running_redis(folder: Path) -> Iterator[Redis]:
-    """Run a Redis on a free port and a Unix socket. Raises CannotMeasure if Redis is not installed."""
+    """Run a Redis on a free port and a Unix socket. Raises CannotMeasure without Redis."""
     binary = shutil.which("redis-server")
     if binary is None:
         raise CannotMeasure("redis-server is not on PATH: `apt-get install redis-server` on Debian")

@@ -1,8 +1,8 @@
-"""Measures the time from the start of the service until its health is SERVING, and its memory when idle.
+"""Measures the time from the service's start until its health is SERVING, and its idle memory.
 
-The base, for each store, is a fresh interpreter that only imports grpc, protobuf and the driver. Rounds are interleaved
-and paired. A socket polls until the service listens, and only then a channel asks for its health: the reconnect backoff
-of a refused gRPC channel is too long for this measurement. Linux only.
+Per store, the base is a fresh interpreter that only imports grpc, protobuf and the driver, in interleaved, paired
+rounds. A socket polls until the service listens, then a channel asks for its health: a refused channel's reconnect
+backoff is too long. Linux only.
 """
 
 import os
@@ -33,14 +33,14 @@ _POLL_S = 0.001
 
 
 def bare_import(store: str) -> float:
-    """Return the milliseconds of a fresh interpreter that imports the libraries of the store and exits."""
+    """Return the milliseconds of a fresh interpreter that imports the store's libraries."""
     begun = time.perf_counter()
     subprocess.run([sys.executable, "-c", f"{BARE[store]}; import os; os._exit(0)"], check=True)
     return (time.perf_counter() - begun) * 1_000
 
 
 def start(url: str, log: Path, idle_s: float) -> tuple[float, int]:
-    """Return the milliseconds until health is SERVING, and the peak resident memory in KiB after `idle_s` seconds.
+    """Return milliseconds until health is SERVING, and peak resident KiB after `idle_s` seconds.
 
     Raises CannotMeasure if the service exits, or does not serve in time.
     """
@@ -90,7 +90,7 @@ def measure(rounds: int, idle_s: float, stores: Sequence[str]) -> dict[str, Any]
     with tempfile.TemporaryDirectory(prefix="dedup-benchmark-") as name, running_redis(Path(name)) as redis:
         urls = {"redis": redis.tcp_url, "sqlite": f"sqlite://{name}/claims.db"}
         for store in stores:
-            # Warm up the page cache, and create the claim file.
+            # Warms up the page cache and creates the claim file.
             bare_import(store)
             start(urls[store], Path(name) / "log", 0)
         for done in range(rounds):
@@ -115,7 +115,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure, and publish the figures."""
+    """Publish the figures."""
     chosen = publishing.options(__doc__)
     try:
         results = publishing.earlier(chosen) or measure(*((1, 0.2) if chosen.quick else (15, _IDLE_S)), tuple(BARE))

@@ -1,8 +1,8 @@
 """Measures the effect of a second worker, and the cost of metrics with one and two workers.
 
-Services with one and two workers, without and with metrics, share one Redis. Rounds are interleaved, and every figure
-is paired with that of one worker without metrics. h2load claims one hot id over eight connections, which the kernel
-distributes over the workers. Linux only.
+Services with one and two workers, with and without metrics, share one Redis. Rounds are interleaved, paired with one
+worker without metrics. h2load claims one hot id over eight connections, which the kernel distributes over workers.
+Linux only.
 """
 
 import sys
@@ -29,7 +29,7 @@ ENGINES = ("grpcio", "native")
 
 
 def measure(engines: tuple[str, ...], rounds: int, seconds: float) -> dict[str, Any]:
-    """Return calls per second and CPU microseconds per call, of every engine and kind, by round."""
+    """Return calls per second and CPU µs per call, of every engine and kind, by round."""
     found: dict[str, dict[str, dict[str, list[float]]]] = {
         engine: {kind: {"rate": [], "cpu_us": []} for kind in KINDS} for engine in engines
     }
@@ -74,7 +74,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure, and publish the figures."""
+    """Publish the figures."""
     chosen = publishing.options(__doc__)
     try:
         results = publishing.earlier(chosen) or measure(ENGINES, 1 if chosen.quick else 12, 0.3 if chosen.quick else 1)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Check the locked packages for known vulnerabilities.
 
-Exit codes: 0: no package has one, and every package was looked up. 1: a package has one. 3: some packages could not be
-looked up, and the others have none.
+Exit codes: 0: none found, all packages looked up. 1: a package has one. 3: none found, but some packages could not be
+looked up.
 """
 # ruff: noqa: S603
 # Runs pip-audit and prints to a terminal.
@@ -22,7 +22,7 @@ _VULNERABLE, _NOT_AUDITED = 1, 3
 
 
 def main() -> int:
-    """Audit the lock from a temporary environment and return the exit code."""
+    """Audit the lock from a temporary environment; return the exit code."""
     print(f"Checking the packages of {_LOCK} for known vulnerabilities…", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
@@ -47,7 +47,7 @@ def main() -> int:
 
 
 def verdict(report: str, complaint: str) -> tuple[int, list[str]]:
-    """Return the exit code and the output lines for pip-audit's report and its standard error."""
+    """Return exit code and output lines for pip-audit's report and standard error."""
     try:
         packages: list[dict[str, Any]] = json.loads(report)["dependencies"]
     except (ValueError, KeyError, TypeError):
@@ -58,7 +58,7 @@ def verdict(report: str, complaint: str) -> tuple[int, list[str]]:
         for package in packages
         for known in package.get("vulns", ())
     ]
-    # Some registries have no vulnerability data and answer "not found" for packages that they serve.
+    # Some registries answer "not found" for vulnerabilities of packages they serve.
     skipped = [package["name"] for package in packages if "skip_reason" in package]
     sentences = []
     if skipped or not packages:

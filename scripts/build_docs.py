@@ -1,7 +1,7 @@
-"""Build the documentation into build/site. Fails on broken links and on pages that load anything from other sites.
+"""Build the documentation into build/site. Fails on broken links and on pages that load from other sites.
 
-The pages are the repository's Markdown files under their own paths, so that links between them work both on a code host
-and on the site. Links to other sites are not checked.
+Pages are Markdown files under their repository paths, so that links between them work on a code host and on the site.
+Links to other sites are not checked.
 """
 
 import json
@@ -18,7 +18,7 @@ BUILD = ROOT / "build"
 PAGES = BUILD / "docs"
 SITE = BUILD / "site"
 
-# In reading order. A folder stands for its pages. Missing pages are skipped. Pages without a section are under "More".
+# In reading order. A folder stands for its pages; missing pages are skipped, the others are under "More".
 SECTIONS: dict[str, Sequence[str]] = {
     "Start": ("README.md", "docs/index.md", "docs/concepts.md", "docs/faq.md", "docs/comparison.md"),
     "Clients": (
@@ -74,10 +74,10 @@ def _tracked() -> list[Path]:
 
 
 def stage() -> list[str]:
-    """Copy the files of the site under their repository paths, and return its pages."""
+    """Copy the site's files under their repository paths; return its pages."""
     shutil.rmtree(PAGES, ignore_errors=True)
     shutil.rmtree(SITE, ignore_errors=True)
-    # Everything that pages may link to: the contract, golden vectors, examples and configurations.
+    # Possible targets of links: the contract, golden vectors, examples and configurations.
     wanted = [path for path in _tracked() if path.parts[0] not in ("tests", "dedup_service", ".ci", "requirements")]
     for path in wanted:
         (PAGES / path).parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ def navigation(pages: Sequence[str]) -> list[dict[str, list[str]]]:
 
 
 def faults(page: Path, pages: dict[Path, _Page]) -> Iterator[str]:
-    """Yield the broken links of a built page and the resources that it loads from other sites."""
+    """Yield a page's broken links and resources from other sites."""
     for tag, link in pages[page].links:
         parts = urlsplit(link)
         if parts.scheme or parts.netloc:

@@ -20,13 +20,13 @@ KUBERNETES = ROOT / "deploy" / "kubernetes"
 CHARTS = ROOT / "deploy" / "helm"
 OBSERVABILITY = ROOT / "deploy" / "observability"
 
-# The oldest supported Kubernetes of each overlay. Native sidecars need 1.29, the preStop sleep needs 1.30. For plain
-# sidecars it is the oldest available schema. NEWEST is the newest available schema.
+# The oldest supported Kubernetes: native sidecars need 1.29, the preStop sleep 1.30, and plain sidecars have the oldest
+# available schema. NEWEST is the newest available schema.
 OLDEST = {"native-sidecar": "1.29", "plain-sidecar": "1.25", "shared": "1.30", "shared-mutual-tls": "1.30"}
 HELM_OLDEST = "1.30"
 NEWEST = "1.37"
 
-# Value sets with which the chart is rendered.
+# Values that render the chart.
 VALUES = (
     (),
     ("shared.tlsSecretName=dedup-tls",),
@@ -40,7 +40,7 @@ class Failed(Exception):
 
 
 def run(*command: str | Path) -> str:
-    """Return the output of a tool; raise Failed with its output if it fails."""
+    """Return a tool's output; raise Failed with it if the tool fails."""
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, cwd=ROOT)
     if done.returncode:
         raise Failed(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
@@ -48,7 +48,7 @@ def run(*command: str | Path) -> str:
 
 
 def validate(text: str, versions: set[str], what: str) -> None:
-    """Validate every resource of a rendered text against the strict schemas of these versions; raise Failed."""
+    """Validate rendered resources against these versions' strict schemas; raise Failed."""
     resources = [resource for resource in yaml.safe_load_all(text) if resource]
     if not resources:
         raise Failed(f"{what}: nothing was rendered")
@@ -76,7 +76,7 @@ def check_kustomize() -> None:
 
 
 def check_helm() -> None:
-    """Lint the chart, render and validate it and the example's, and see the chart reject invalid values."""
+    """Lint the chart, render and validate it and the example's, and see it reject invalid values."""
     run("helm", "lint", "--strict", CHARTS / "dedup")
     template = ("helm", "template", "--kube-version", HELM_OLDEST, "dedup")
     for values in VALUES:
@@ -89,14 +89,14 @@ def check_helm() -> None:
             continue
         raise Failed(f"helm: the chart accepts {value}")
     with tempfile.TemporaryDirectory() as folder:
-        # A copy, since Helm copies the dependency into the chart.
+        # Helm copies the dependency into the chart.
         charts = Path(shutil.copytree(CHARTS, Path(folder) / "helm"))
         run("helm", "dependency", "update", "--skip-refresh", charts / "example-app")
         validate(run(*template, charts / "example-app"), {HELM_OLDEST, NEWEST}, "helm example-app")
 
 
 def check_alerts() -> None:
-    """Check the alert rules, run their tests, and parse the queries of the dashboard."""
+    """Check and test the alert rules, and parse the dashboard's queries."""
     run("promtool", "check", "rules", OBSERVABILITY / "alerts.yaml")
     run("promtool", "test", "rules", OBSERVABILITY / "alerts_test.yaml")
     dashboard = json.loads((OBSERVABILITY / "dashboard.json").read_text())
@@ -121,7 +121,7 @@ CHECKS: dict[str, Callable[[], None]] = {
 
 
 def main() -> None:
-    """Run the check of every installed tool, report missing tools, and exit with 1 if a check failed."""
+    """Run the checks of installed tools, report missing ones, and exit with 1 for a failed check."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--require", action="append", default=[], choices=CHECKS, help="fail if this tool is missing")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")

@@ -17,10 +17,10 @@ from matplotlib.axes import Axes
 from matplotlib.dates import AutoDateLocator, DateFormatter
 
 DASHBOARD = Path(__file__).parents[1] / "deploy" / "observability" / "dashboard.json"
-# Size in inches of a cell of Grafana's grid, which is 24 cells wide.
+# Inches of a cell of Grafana's grid, 24 cells wide.
 _CELL = (0.75, 0.36)
 _POINTS = 240
-# Values for Grafana's variables. The rate interval must span several scrapes.
+# Grafana's variables. The rate interval must span several scrapes.
 _VARIABLES = {"$job": ".*", "$namespace": ".*", "$__rate_interval": "20s"}
 _COLOURS = {"red": "#e24d42", "green": "#4f9d4f", "orange": "#ef843c", "blue": "#3f7fbf"}
 
@@ -28,7 +28,7 @@ Series = tuple[str, list[datetime], list[float]]
 
 
 def main() -> None:
-    """Run the queries of the dashboard against Prometheus, and write the image."""
+    """Query Prometheus for the dashboard, and write the image."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--prometheus", default="http://127.0.0.1:9090", help="URL of Prometheus (default: %(default)s)"
@@ -42,7 +42,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     dashboard = json.loads(DASHBOARD.read_text())
-    # A whole number of seconds, so that all series have the same timestamps.
+    # Whole seconds, so that all series share timestamps.
     step = max(1, round(60 * arguments.minutes / _POINTS))
     span = range(arguments.until - step * _POINTS, arguments.until + 1, step)
     height = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in dashboard["panels"])
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def _bounds(grid: dict[str, int], height: int) -> tuple[float, float, float, float]:
-    # Margins for the title, axis and legend of a panel; a row has none.
+    # Margins for a panel's title, axis and legend; a row has none.
     left, top, right, bottom = (0.9, 0.6, 0.2, 1.5) if grid["h"] > 1 else (0.3, 0.0, 0.0, 0.0)
     if grid["h"] == 4:
         bottom = 0.4

@@ -1,7 +1,7 @@
 """Write the generated parts of the documentation: the settings, the errors and the list of decisions.
 
-docs/errors.toml must describe every `Reason` except INTERNAL, and nothing else; otherwise the script exits with an
-error. With `--check` it writes nothing, and exits with 1 if a part is stale.
+Exits with an error unless docs/errors.toml describes every `Reason` except INTERNAL, and nothing else. `--check` writes
+nothing, and exits with 1 if a part is stale.
 """
 
 import argparse
@@ -26,7 +26,7 @@ REMARKS = DOCS / "errors.toml"
 _WRITTEN_DEFAULT = re.compile(r"\s*\[default: (.+)\]$")
 _METAVARS = {"DURATION": "a duration", "FILE": "a path", "INTEGER": "a number", "NUMBER": "a number", "TEXT": ""}
 
-# Every exception that is not in the table.
+# Exceptions outside the table.
 _INTERNAL = (
     f"| `{Reason.INTERNAL}` | `INTERNAL` | unknown | no | A bug. The message has an incident id; the log has the cause "
     "under this id. Operators: [internal errors](runbook.md#errors-internal). |"
@@ -70,7 +70,7 @@ def errors() -> Iterator[str]:
 
 
 def error_rows(remarks: Mapping[str, Mapping[str, Mapping[str, str]]]) -> Iterator[str]:
-    """Yield the table of errors in the order of `remarks`: exception, then reason. Exits if they and Reason differ."""
+    """Yield the table of errors in the order of `remarks`: exception, then reason. Exits if Reason differs."""
     name = REMARKS.relative_to(ROOT)
     described = {reason for reasons in remarks.values() for reason in reasons}
     sent = {reason.value for reason in Reason if reason is not Reason.INTERNAL}
@@ -116,7 +116,7 @@ PARTS = {
 
 
 def updated(text: str, part: str, lines: Iterator[str]) -> str:
-    """Return the page with the text between the marks of a part replaced. Exits if the marks are missing."""
+    """Return the page with a part's text replaced. Exits without its marks."""
     begin, end = f"<!-- generated: {part}, by make docs-reference -->\n", f"<!-- end: {part} -->"
     if begin not in text or end not in text:
         sys.exit(f"a page lacks the marks {begin.strip()!r} and {end!r}")

@@ -15,12 +15,12 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TIMEOUT = 30.0  # Seconds. A start takes about one, and several on a loaded machine.
+TIMEOUT = 30.0  # Seconds. A start takes about one, several under load.
 
-# Settings of the caller's shell would change the installation.
+# The caller's settings would change the installation.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("DEDUP_", "PYTHON"))}
 
-# Run by the Python of the new environment, outside the tree.
+# Run by the new environment's Python, outside the tree.
 SHIP_NO_COMMON_FILE = """
 from importlib.metadata import files
 common = {str(file) for file in files("dedup-service")} & {str(file) for file in files("dedup-client")}
@@ -43,11 +43,11 @@ import dedup_service
 
 
 def copy_tree(destination: Path) -> None:
-    """Copy the tracked and unignored files, so that no ignored file can affect the installation."""
+    """Copy tracked and unignored files; ignored ones cannot affect the installation."""
     listing = subprocess.check_output(["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT)
     for name in os.fsdecode(listing).split("\0"):
         source = ROOT / name
-        if source.is_file():  # Git still lists deleted files until the deletion is committed.
+        if source.is_file():  # Git lists deleted files until the commit.
             (destination / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, destination / name)
 
@@ -68,7 +68,7 @@ def await_address(server: subprocess.Popen[bytes], log: Path) -> str:
 
 
 class Installation:
-    """A new environment with a clean copy of this tree installed."""
+    """A new environment with a clean copy of this tree."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -84,7 +84,7 @@ class Installation:
         return subprocess.run(whole, env=ENVIRONMENT, cwd=self.folder, check=False, timeout=timeout).returncode
 
     def expect(self, exit_code: int, command: str, *arguments: str | Path, timeout: float = TIMEOUT) -> None:
-        """Run a command of the environment; exit unless it ends with this code."""
+        """Run a command of the environment; exit unless its code is this."""
         if (ended := self.run(command, *arguments, timeout=timeout)) != exit_code:
             sys.exit(f"smoke: `{command} {' '.join(map(str, arguments))}` ended with {ended}, not {exit_code}")
 
@@ -99,7 +99,7 @@ class Installation:
 
 
 def claim_twice(installed: Installation) -> None:
-    """Start the service and see one claim claimed and its repetition a duplicate."""
+    """Start the service; a claim is claimed, and its repetition a duplicate."""
     installed.expect(0, "dedup-service", "--version")
     log = installed.folder / "server.log"
     store = f"sqlite:{installed.folder}/claims.db"
@@ -121,7 +121,7 @@ def claim_twice(installed: Installation) -> None:
 
 
 def uninstall_each(installed: Installation) -> None:
-    """See each distribution stay whole when the other is uninstalled."""
+    """Uninstall each distribution; the other stays whole."""
     installed.expect(0, "python", "-c", SHIP_NO_COMMON_FILE)
     installed.uninstall("dedup-service")
     installed.expect(0, "python", "-c", CLIENT_IMPORTS)
@@ -131,7 +131,7 @@ def uninstall_each(installed: Installation) -> None:
 
 
 def main() -> None:
-    """Run every step; the first failure ends the run with a message."""
+    """Run all steps; the first failure ends the run with a message."""
     # SIGTERM must not leave the server running.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("smoke: stopped"))
     with tempfile.TemporaryDirectory(prefix="dedup-smoke-") as folder:

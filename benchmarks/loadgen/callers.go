@@ -12,7 +12,7 @@ import (
 // caller makes one call. bad describes a wrong answer and is empty for a correct one.
 type caller func(context.Context) (bad string, err error)
 
-// newCaller returns a caller whose ids begin with prefix, which must be unique to it.
+// newCaller returns a caller whose ids begin with its unique prefix.
 func newCaller(s settings, connection *grpc.ClientConn, prefix string) (caller, error) {
 	stub := dedupv1.NewDedupServiceClient(connection)
 	count := 0

@@ -1,7 +1,6 @@
 // Loadgen calls a server with a fixed number of callers, checks every answer and prints one JSON object.
 //
-// Unlike h2load, which repeats one body, it claims fresh ids and batches. Each caller sends its next call after the answer
-// to the previous one.
+// Unlike h2load, it claims fresh ids and batches. Callers wait for each answer before the next call.
 package main
 
 import (
@@ -31,8 +30,8 @@ type settings struct {
 	batch       int
 }
 
-// report is the result of a run. Wrong counts answers a correct server cannot give. Failed counts failed calls by error
-// text. Latencies has the microseconds of every answered call.
+// report is the result of a run. Wrong counts answers a correct server cannot give, Failed failed calls by error text.
+// Latencies has the microseconds of every answered call.
 type report struct {
 	Calls     int            `json:"calls"`
 	Seconds   float64        `json:"seconds"`
@@ -87,7 +86,7 @@ func run(s settings) error {
 	return json.NewEncoder(os.Stdout).Encode(total)
 }
 
-// dial connects in advance, so a run does not measure connecting.
+// dial connects in advance, outside the measurement.
 func dial(target string, count int) ([]*grpc.ClientConn, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), callTimeout)
 	defer cancel()

@@ -11,15 +11,15 @@ import (
 
 // Claim is the right to do the work of a transaction until it expires, is completed or is released.
 type Claim struct {
-	// Transaction is the stored transaction. With ShadowDuplicate it is the holder's. With FailOpen it has only an ID
-	// and a Namespace.
+	// Transaction is the stored transaction; the holder's with ShadowDuplicate. With FailOpen it has only an ID and a
+	// Namespace.
 	Transaction Transaction
 	// Token authorises Complete, Release and Extend. Keep it secret.
 	Token string
-	// Replayed reports that an earlier attempt with the same token made the claim and its reply was lost.
+	// Replayed reports that an earlier attempt with this token made the claim and its reply was lost.
 	Replayed bool
-	// ShadowDuplicate reports that the namespace is in shadow mode and enforce mode would have rejected the claim.
-	// Complete, Release and Extend change nothing and return no error.
+	// ShadowDuplicate reports that only the namespace's shadow mode let the claim pass. Complete, Release and Extend
+	// change nothing and return no error.
 	ShadowDuplicate bool
 	// FailOpen reports that the service was unavailable and [Allow] granted the claim, which may be a duplicate.
 	// Complete, Release and Extend write a log line, change nothing and return no error.
@@ -61,10 +61,10 @@ func (c *Claim) Complete(ctx context.Context, result []byte, opts ...CompleteOpt
 	}
 }
 
-// Release gives up the claim, so the next caller may claim at once. Release only work that certainly had no effect.
+// Release gives up the claim: the next caller may claim at once. Release only work that certainly had no effect.
 //
-// The error matches ErrNotHeld if the claim is no longer held. If the reply of an earlier attempt was lost, the error
-// is nil, because that attempt may have released the claim.
+// The error matches ErrNotHeld if the claim is no longer held, but is nil if the reply of an earlier attempt was lost,
+// because that attempt may have released the claim.
 func (c *Claim) Release(ctx context.Context) error {
 	if c.FailOpen {
 		c.skipped(ctx, "release")
@@ -130,7 +130,7 @@ func (c *Claim) notHeld(call string) error {
 	return fmt.Errorf("%s: %w", call, ErrNotHeld)
 }
 
-// skipped logs a call on a fail-open claim, which the service does not know.
+// skipped logs a call on a fail-open claim.
 func (c *Claim) skipped(ctx context.Context, call string) {
 	c.client.settings.logger.LogAttrs(ctx, slog.LevelInfo, "dedup: nothing to "+call+", claim granted without the service",
 		slog.String("transaction", hashed(c.id)))

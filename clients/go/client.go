@@ -12,17 +12,17 @@ import (
 	"github.com/dedup-service/dedup-service/clients/go/dedupv1"
 )
 
-// Guard is the part of [Client] that guarded code needs. Package deduptest has an in-memory one for tests.
+// Guard is the part of [Client] for guarded code. Package deduptest has an in-memory one.
 type Guard interface {
-	// Claim claims a transaction; see [Client.Claim].
+	// See [Client.Claim].
 	Claim(ctx context.Context, id string, opts ...CallOption) (*Claim, error)
-	// Get returns a transaction; see [Client.Get].
+	// See [Client.Get].
 	Get(ctx context.Context, id string, opts ...CallOption) (*Transaction, error)
 }
 
 var _ Guard = (*Client)(nil)
 
-// Client calls the dedup service. It is safe for concurrent use. Create one per target and reuse it.
+// Client calls the dedup service. It is safe for concurrent use. Create one per target.
 type Client struct {
 	settings  settings
 	stub      dedupv1.DedupServiceClient
@@ -32,7 +32,7 @@ type Client struct {
 
 // New returns a client for the service at target: "host:port", "unix:///path" or any other gRPC target.
 //
-// The client connects on the first call. New fails only for an invalid target or option. Close the client after use.
+// The client connects on the first call, so New fails only for an invalid target or option. Close the client after use.
 func New(target string, opts ...Option) (*Client, error) {
 	s, err := newSettings(opts)
 	if err != nil {
@@ -47,8 +47,8 @@ func New(target string, opts ...Option) (*Client, error) {
 	return c, nil
 }
 
-// NewFromStub returns a client that uses the caller's stub. Disable gRPC's own retries and hedging on its connection,
-// because the client retries itself. Connection options have no effect.
+// NewFromStub returns a client on the caller's stub. Disable gRPC's own retries and hedging on its connection, because
+// the client retries itself. Connection options have no effect.
 func NewFromStub(stub dedupv1.DedupServiceClient, opts ...Option) (*Client, error) {
 	s, err := newSettings(opts)
 	if err != nil {
@@ -76,7 +76,7 @@ func (c *Client) Close() error {
 // Claim claims a transaction. Start the work only if the error is nil.
 //
 // The error is a [*DuplicateError] if another caller holds or completed the transaction and a [*PayloadMismatchError]
-// if the fingerprint differs. After any other error the transaction may or may not be a duplicate.
+// if the fingerprint differs. After any other error the transaction may be a duplicate.
 func (c *Client) Claim(ctx context.Context, id string, opts ...CallOption) (*Claim, error) {
 	var call callSettings
 	c.apply(&call, opts)
@@ -158,7 +158,6 @@ func (c *Client) claimAlone(ctx context.Context, r *dedupv1.ClaimTransactionRequ
 	return c.stub.ClaimTransaction(ctx, r)
 }
 
-// failOpen grants a claim without the service.
 func (c *Client) failOpen(ctx context.Context, r *dedupv1.ClaimTransactionRequest, cause *Error) *Claim {
 	claim := &Claim{
 		Transaction: Transaction{ID: r.GetTransactionId(), Namespace: r.GetNamespace()},
@@ -174,13 +173,13 @@ func (c *Client) failOpen(ctx context.Context, r *dedupv1.ClaimTransactionReques
 	return claim
 }
 
-// hashed returns the hash that stands for a transaction id in logs, as in the service's: an id may identify a user.
+// hashed returns the hash of a transaction id in logs, as in the service's: an id may identify a user.
 func hashed(id string) string {
 	sum := sha256.Sum256([]byte(id))
 	return hex.EncodeToString(sum[:8])
 }
 
-// checkText rejects text that protobuf cannot encode, which would fail every claim of a batch.
+// checkText rejects text that protobuf cannot encode: it would fail a whole batch.
 func checkText(r *dedupv1.ClaimTransactionRequest) error {
 	for _, text := range []struct{ field, value string }{
 		{"transaction_id", r.GetTransactionId()},

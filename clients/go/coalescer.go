@@ -11,7 +11,7 @@ import (
 	"github.com/dedup-service/dedup-service/clients/go/dedupv1"
 )
 
-// coalescer sends concurrent claims in batches. It has no goroutine between batches.
+// coalescer sends concurrent claims in batches, without a goroutine between batches.
 type coalescer struct {
 	stub     dedupv1.DedupServiceClient
 	maxBatch int
@@ -26,7 +26,7 @@ type coalescer struct {
 	expected int // claims pending or in flight when the last batch was answered; maxBatch at first
 }
 
-// entry is one claim of a batch. Its caller may leave before the answer.
+// entry is a claim of a batch. Its caller may leave early.
 type entry struct {
 	ctx     context.Context
 	request *dedupv1.ClaimTransactionRequest
@@ -38,7 +38,7 @@ type answer struct {
 	err   error
 }
 
-// claim sends the request in a batch. It returns the request's own answer, or an error if its context ends first.
+// claim sends the request in a batch. It returns the request's answer, or an error if its context ends first.
 func (c *coalescer) claim(ctx context.Context, request *dedupv1.ClaimTransactionRequest) (*dedupv1.ClaimTransactionResponse, error) {
 	e := &entry{ctx: ctx, request: request, answer: make(chan answer, 1)}
 	c.add(e)
@@ -54,7 +54,7 @@ func (c *coalescer) add(e *entry) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.pending = append(c.pending, e)
-	// Callers answered together usually claim again together. Once all are back, waiting for more gains nothing.
+	// Callers answered together usually claim again together: once all are back, do not wait for more.
 	allBack := c.batches == 0 && len(c.pending) >= c.expected
 	if len(c.pending) >= c.maxBatch || allBack {
 		go c.send(c.take())
@@ -70,7 +70,7 @@ func (c *coalescer) flush() {
 	c.send(batch)
 }
 
-// take removes and returns the pending claims; the lock is held. A timer that already fired sends the next batch early.
+// take removes and returns the pending claims; the lock is held. A fired timer sends the next batch early.
 func (c *coalescer) take() []*entry {
 	batch := c.pending
 	c.pending = nil
@@ -90,7 +90,7 @@ func (c *coalescer) send(batch []*entry) {
 	if len(batch) == 0 {
 		return
 	}
-	// Do not claim for callers that have left: nobody would hold those claims.
+	// Skip callers that have left: nobody would hold their claims.
 	present := make([]*entry, 0, len(batch))
 	for _, e := range batch {
 		if e.ctx.Err() == nil {
@@ -137,8 +137,7 @@ func (c *coalescer) answered(claims int) {
 	c.claims -= claims
 }
 
-// untilAllLeft returns a context that ends once no caller waits for the batch. One caller that leaves does not cancel
-// it.
+// untilAllLeft returns a context that ends once no caller waits for the batch.
 func untilAllLeft(entries []*entry) (context.Context, context.CancelFunc) {
 	var latest time.Time
 	for _, e := range entries {

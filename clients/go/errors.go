@@ -12,31 +12,33 @@ import (
 )
 
 var (
-	// ErrDuplicate matches a [*DuplicateError]: another caller holds or completed the transaction.
+	// ErrDuplicate matches a [*DuplicateError].
 	ErrDuplicate = errors.New("dedup: duplicate transaction")
-	// ErrPayloadMismatch matches a [*PayloadMismatchError]: the transaction was claimed with a different fingerprint.
+	// ErrPayloadMismatch matches a [*PayloadMismatchError].
 	ErrPayloadMismatch = errors.New("dedup: the transaction was claimed with a different payload fingerprint")
-	// ErrUnavailable matches an [*Error] without an answer from the service. Do not start the work. It is not a duplicate.
+	// ErrUnavailable matches an [*Error] without an answer from the service. Do not start the work, and do not report a
+	// duplicate.
 	ErrUnavailable = errors.New("dedup: service unavailable")
-	// ErrNotHeld means that the claim expired or was released, completed or taken by another caller. Nothing changed.
+	// ErrNotHeld means that the claim expired, or was released, completed or taken by another caller. Nothing changed.
 	ErrNotHeld = errors.New("dedup: the claim is not held")
-	// ErrNotFound matches the [*Error] of a Get if the transaction is not claimed.
+	// ErrNotFound matches the [*Error] of a Get of an unclaimed transaction.
 	ErrNotFound = errors.New("dedup: transaction not found")
 )
 
-// ReasonOutcomeUnspecified is set by the client for a reply with an unknown outcome. No [Policy] grants such a claim.
+// ReasonOutcomeUnspecified is this client's reason for a reply with an unknown outcome. No [Policy] grants such a
+// claim.
 const ReasonOutcomeUnspecified = "OUTCOME_UNSPECIFIED"
 
-// errorDomain is the domain of the service in google.rpc.ErrorInfo.
+// errorDomain is the service's domain in google.rpc.ErrorInfo.
 const errorDomain = "dedup.v1"
 
 // DuplicateError reports a transaction that another caller holds or completed. It matches [ErrDuplicate].
 type DuplicateError struct {
-	// Transaction is the holder's, with the result if it is completed.
+	// Transaction is the holder's, with the result once completed.
 	Transaction Transaction
 }
 
-// Error returns the state of the transaction and omits the id, which may identify a user.
+// Error returns the transaction's state without its id, which may identify a user.
 func (e *DuplicateError) Error() string {
 	return fmt.Sprintf("%v, %v", ErrDuplicate, e.Transaction.State)
 }
@@ -66,7 +68,6 @@ const (
 	AppliedUnknown Applied = "unknown"
 )
 
-// Violation is an invalid request field.
 type Violation struct {
 	// Field is its name in the contract.
 	Field string
@@ -78,7 +79,7 @@ type Violation struct {
 //
 // It matches ErrUnavailable, ErrNotFound, context.Canceled and context.DeadlineExceeded by its code. A call cancelled
 // by the service matches ErrUnavailable, not context.Canceled. status.FromError returns the gRPC status of the last
-// attempt. The call's correlation id is only in the trailing metadata; see [WithDialOptions].
+// attempt. For the correlation id see [WithDialOptions].
 type Error struct {
 	// Code is the gRPC code of the last attempt.
 	Code codes.Code
@@ -94,14 +95,14 @@ type Error struct {
 	Violations []Violation
 
 	status *status.Status
-	// retryDelay is the pause the service asks for; retryInfo reports whether it asks for a retry.
+	// retryDelay is the pause of the service's RetryInfo; retryInfo reports whether it has one.
 	retryDelay time.Duration
 	retryInfo  bool
-	// cutOff reports that the server, not the caller, cancelled the call, as it does during its shutdown.
+	// cutOff reports that the server cancelled the call, as during its shutdown.
 	cutOff bool
 }
 
-// Error returns a text about the last attempt, without the transaction id and the token.
+// Error returns a text about the last attempt, without transaction id and token.
 func (e *Error) Error() string {
 	reason := e.Reason
 	if reason == "" {
@@ -128,13 +129,12 @@ func (e *Error) Is(target error) bool {
 // GRPCStatus returns the status of the last attempt, with its details.
 func (e *Error) GRPCStatus() *status.Status { return e.status }
 
-// unavailable reports whether the service did not answer in time.
 func (e *Error) unavailable() bool {
 	return e.Code == codes.Unavailable || e.Code == codes.DeadlineExceeded || e.Code == codes.ResourceExhausted || e.cutOff
 }
 
 // retryable reports whether another attempt may succeed: after a timeout, an error of gRPC itself (without ErrorInfo)
-// or an error of the service with RetryInfo.
+// or one of the service with RetryInfo.
 func (e *Error) retryable() bool {
 	return e.unavailable() && (e.Code == codes.DeadlineExceeded || e.Reason == "" || e.retryInfo)
 }
@@ -167,7 +167,6 @@ func newError(err error) *Error {
 	return e
 }
 
-// invalid returns the error for a field that cannot be sent.
 func invalid(field, description string) *Error {
 	message := field + ": " + description
 	return &Error{
@@ -177,7 +176,7 @@ func invalid(field, description string) *Error {
 	}
 }
 
-// unspecified returns the error for a reply whose outcome this client does not know.
+// unspecified returns the error for an unknown outcome.
 func unspecified(call string, outcome fmt.Stringer) *Error {
 	message := fmt.Sprintf("the service answered %s with the unknown outcome %v", call, outcome)
 	return &Error{

@@ -12,8 +12,8 @@ const maxIDBytes = 512
 
 // TransactionID joins parts with ':' into a transaction id. Different parts never produce the same id.
 //
-// In each part, the bytes of '%', ':' and control characters become %XX. Everything else is kept byte for byte.
-// TransactionID fails if the id is empty or longer than 512 bytes, or if a part is not valid UTF-8.
+// In each part, the bytes of '%', ':' and control characters become %XX. Other bytes are kept. TransactionID fails if
+// the id is empty or longer than 512 bytes, or if a part is not valid UTF-8.
 func TransactionID(parts ...string) (string, error) {
 	var id strings.Builder
 	for i, part := range parts {
@@ -42,7 +42,7 @@ func TransactionID(parts ...string) (string, error) {
 	return id.String(), nil
 }
 
-// isControl reports whether r is a control character by the contract.
+// isControl reports whether the contract calls r a control character.
 func isControl(r rune) bool {
 	return r < 0x20 || r >= 0x7F && r <= 0x9F
 }

@@ -69,15 +69,15 @@ func newSettings(opts []Option) (settings, error) {
 func (s *settings) dial() []grpc.DialOption {
 	return append([]grpc.DialOption{
 		grpc.WithTransportCredentials(s.credentials),
-		// The client retries itself. A service config from DNS must not add retries.
+		// A service config from DNS must not add retries.
 		grpc.WithDisableRetry(),
 		grpc.WithDisableServiceConfig(),
-		// gRPC reconnects after one second by default. A restarted sidecar is back sooner.
+		// gRPC's default is one second; a restarted sidecar is back sooner.
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second},
 			MinConnectTimeout: 5 * time.Second,
 		}),
-		// The results of 1,000 duplicates exceed gRPC's default of 4 MiB.
+		// 1,000 results exceed gRPC's default of 4 MiB.
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(math.MaxInt32)),
 	}, s.dialOptions...)
 }
@@ -87,8 +87,8 @@ func WithTransportCredentials(c credentials.TransportCredentials) Option {
 	return func(s *settings) { s.credentials = c }
 }
 
-// WithDialOptions adds options of the gRPC connection, such as interceptors. An interceptor that reads x-correlation-id
-// from the trailing metadata finds it only for calls that get a log line; a quick success usually has none.
+// WithDialOptions adds options of the gRPC connection, such as interceptors. An interceptor finds x-correlation-id in
+// the trailing metadata only of logged calls; a quick success usually has none.
 func WithDialOptions(opts ...grpc.DialOption) Option {
 	return func(s *settings) { s.dialOptions = append(s.dialOptions, opts...) }
 }
@@ -104,8 +104,8 @@ func WithAttemptTimeout(d time.Duration) Option {
 	return func(s *settings) { s.attemptTimeout = d }
 }
 
-// WithBackoff limits the random backoff: base, doubled after each attempt, up to maximum. The delay the service asks
-// for is added. The defaults are 50 ms and 1 s.
+// WithBackoff limits the random backoff: base, doubled after each attempt, up to maximum. The service's delay is added.
+// The defaults are 50 ms and 1 s.
 func WithBackoff(base, maximum time.Duration) Option {
 	return func(s *settings) { s.backoffBase, s.backoffMax = base, maximum }
 }
@@ -115,14 +115,14 @@ func WithLogger(l *slog.Logger) Option {
 	return func(s *settings) { s.logger = l }
 }
 
-// WithDefaults sets options for every call. Options of the call override them.
+// WithDefaults sets options for every call; its own options override them.
 func WithDefaults(opts ...CallOption) Option {
 	return func(s *settings) { s.defaults = append(s.defaults, opts...) }
 }
 
 // WithCoalescing sends up to maxBatch concurrent claims in one batch. A claim waits at most maxDelay for others. It
-// keeps its own token, context, retries and error, but gRPC metadata of its context is not sent. Claims with [Wait] are
-// sent alone.
+// keeps its own token, context, retries and error, but not its context's gRPC metadata. Claims with [Wait] are sent
+// alone.
 func WithCoalescing(maxBatch int, maxDelay time.Duration) Option {
 	return func(s *settings) { s.maxBatch, s.maxDelay = maxBatch, maxDelay }
 }
@@ -133,7 +133,7 @@ type Policy int
 const (
 	// Deny returns the error. It is the default.
 	Deny Policy = iota
-	// Allow grants the claim with FailOpen set. It may be a duplicate.
+	// Allow grants the claim, perhaps a duplicate, with FailOpen set.
 	Allow
 )
 
@@ -145,15 +145,14 @@ type callSettings struct {
 	policy  Policy
 }
 
-// TTL sets the lifetime of the claim, truncated to milliseconds, and replaces [ExpireTime]. The default is the
-// namespace's.
+// TTL sets the claim's lifetime, truncated to milliseconds, and replaces [ExpireTime]. The default is the namespace's.
 func TTL(d time.Duration) CallOption {
 	return func(s *callSettings) {
 		s.request.Expiry = &dedupv1.ClaimTransactionRequest_Ttl{Ttl: durationOf(d)}
 	}
 }
 
-// ExpireTime sets the end of the claim, truncated to milliseconds, and replaces [TTL].
+// ExpireTime sets the claim's end, truncated to milliseconds, and replaces [TTL].
 func ExpireTime(t time.Time) CallOption {
 	return func(s *callSettings) {
 		s.request.Expiry = &dedupv1.ClaimTransactionRequest_ExpireTime{
@@ -167,30 +166,30 @@ func Namespace(name string) CallOption {
 	return func(s *callSettings) { s.request.Namespace = name }
 }
 
-// Claimant identifies the caller. Duplicates receive it.
+// Claimant identifies the caller to duplicates.
 func Claimant(name string) CallOption {
 	return func(s *callSettings) { s.request.Claimant = name }
 }
 
-// Fingerprint sets a digest of the transaction's payload, at most 64 bytes. The same id with a different fingerprint is
-// an [ErrPayloadMismatch].
+// Fingerprint sets a digest of the payload, at most 64 bytes. The same id with a different fingerprint is an
+// [ErrPayloadMismatch].
 func Fingerprint(digest []byte) CallOption {
 	return func(s *callSettings) { s.request.PayloadFingerprint = digest }
 }
 
-// Wait makes a duplicate wait, at most 5 minutes, until the work in progress ends. It extends the budget and the
+// Wait makes a duplicate wait, at most 5 minutes, for the end of work in progress. It extends the budget and the
 // attempt timeout, not the deadline of the context.
 func Wait(d time.Duration) CallOption {
 	return func(s *callSettings) { s.request.Wait = durationOf(d) }
 }
 
-// Token sets the claim token, to repeat a claim whose reply was lost. Two workers must never share a token: both would
+// Token sets the claim token, to repeat a claim whose reply was lost. Two workers must never share one: both would
 // receive the claim.
 func Token(token string) CallOption {
 	return func(s *callSettings) { s.request.ClaimToken = token }
 }
 
-// OnUnavailable sets the policy while the service is unavailable. The default is [Deny].
+// OnUnavailable sets the policy during an outage. The default is [Deny].
 func OnUnavailable(p Policy) CallOption {
 	return func(s *callSettings) { s.policy = p }
 }

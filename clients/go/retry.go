@@ -11,7 +11,7 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// call repeats an attempt until it succeeds, its error is not retryable, or the budget is spent.
+// call repeats an attempt until it succeeds, fails for good, or the budget is spent.
 //
 // It returns the number of failed attempts that may have been applied.
 func (c *Client) call(ctx context.Context, wait time.Duration, attempt func(context.Context) error) (unheard int, failure *Error) {
@@ -24,7 +24,7 @@ func (c *Client) call(ctx context.Context, wait time.Duration, attempt func(cont
 		}
 		e := newError(err)
 		e.Attempts = n
-		// If the caller cancelled, the check below corrects this.
+		// The check below corrects this if the caller cancelled.
 		e.cutOff = e.Code == codes.Canceled && !c.closed()
 		if e.Applied == AppliedUnknown {
 			unheard++
@@ -39,7 +39,7 @@ func (c *Client) call(ctx context.Context, wait time.Duration, attempt func(cont
 			continue
 		}
 		if errors.Is(ctx.Err(), context.Canceled) {
-			// A call cancelled by its caller is not an unavailable service.
+			// A call cancelled by its caller is not an outage.
 			e.status = status.FromContextError(ctx.Err())
 			e.Code, e.Message, e.cutOff = e.status.Code(), e.status.Message(), false
 		}
@@ -47,18 +47,18 @@ func (c *Client) call(ctx context.Context, wait time.Duration, attempt func(cont
 	}
 }
 
-// closed reports whether the client was closed, which cancels in-flight calls. It is always false for NewFromStub.
+// closed reports whether the client was closed, which cancels in-flight calls. Always false for NewFromStub.
 func (c *Client) closed() bool {
 	return c.conn != nil && c.conn.GetState() == connectivity.Shutdown
 }
 
-// fits reports whether the context outlasts the pause. If not, waiting would only delay the error.
+// fits reports whether the context outlasts the pause.
 func fits(ctx context.Context, pause time.Duration) bool {
 	deadline, ok := ctx.Deadline()
 	return !ok || time.Until(deadline) > pause
 }
 
-// withBudget limits a call by the budget, else by the deadline of its context, else by the default budget.
+// withBudget limits a call by the budget, else its context's deadline, else the default budget.
 func (c *Client) withBudget(ctx context.Context, wait time.Duration) (context.Context, context.CancelFunc) {
 	budget := c.settings.budget
 	if budget == 0 {
@@ -76,12 +76,12 @@ func (c *Client) attempt(ctx context.Context, wait time.Duration, attempt func(c
 	return attempt(ctx)
 }
 
-// jitter returns a random pause up to the backoff ("full jitter"), so that callers that failed together retry apart.
+// jitter returns a random pause up to the backoff ("full jitter"), so that failed callers retry apart.
 func (c *Client) jitter(attempts int) time.Duration {
 	return rand.N(c.backoff(attempts))
 }
 
-// backoff returns the longest pause after so many attempts, without the delay that the service asks for.
+// backoff returns the longest pause after so many attempts, without the service's delay.
 func (c *Client) backoff(attempts int) time.Duration {
 	limit := c.settings.backoffBase
 	for range attempts - 1 {
@@ -93,7 +93,6 @@ func (c *Client) backoff(attempts int) time.Duration {
 	return limit
 }
 
-// sleep waits, unless the context ends first.
 func sleep(ctx context.Context, d time.Duration) error {
 	timer := time.NewTimer(d)
 	defer timer.Stop()
@@ -101,6 +100,6 @@ func sleep(ctx context.Context, d time.Duration) error {
 	case <-timer.C:
 	case <-ctx.Done():
 	}
-	// If both happened, the end of the context counts.
+	// The end of the context takes precedence.
 	return ctx.Err()
 }

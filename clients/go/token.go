@@ -5,10 +5,10 @@ import (
 	"encoding/base64"
 )
 
-// newToken returns a unique claim token: 16 random bytes in base64url without padding.
+// newToken returns a unique claim token: base64url of 16 random bytes, without padding.
 func newToken() string {
 	var random [16]byte
-	// Read never returns an error; it crashes the program instead.
+	// Read crashes the program instead of returning an error.
 	_, _ = rand.Read(random[:])
 	return base64.RawURLEncoding.EncodeToString(random[:])
 }

@@ -34,9 +34,9 @@ func (s State) String() string {
 
 // Transaction is a claimed transaction. It never contains the claim token.
 //
-// Times the service does not know are zero, as for a claim another program wrote.
+// Unknown times are zero, as for a claim another program wrote.
 type Transaction struct {
-	// ID is the id, byte for byte as claimed.
+	// ID is byte for byte as claimed.
 	ID string
 	// Namespace is the namespace of the id.
 	Namespace string
@@ -44,13 +44,13 @@ type Transaction struct {
 	State State
 	// Claimant is the holder's [Claimant].
 	Claimant string
-	// ClaimTime is the time of the claim, by the clock of the service.
+	// ClaimTime is by the clock of the service.
 	ClaimTime time.Time
 	// ExpireTime is when the transaction expires.
 	ExpireTime time.Time
-	// CompletionTime is zero while the work is in progress.
+	// CompletionTime is zero while in progress.
 	CompletionTime time.Time
-	// Result is the holder's result, byte for byte.
+	// Result is byte for byte the holder's.
 	Result []byte
 }
 

@@ -1,4 +1,4 @@
-"""The command `dedup-service`: the server, and what people ask of one. Must not import the internals of the server."""
+"""The command `dedup-service`. Must not import the internals of the server."""
 
 import sys
 
@@ -6,9 +6,9 @@ from dedup_service.config.errors import FatalError
 
 
 def main() -> None:
-    """Run the command line; the exit code is 2 for a bad command or setting, 1 for a server that cannot start."""
-    # Imported by need: a server starts without the libraries of the other commands, a third of its start-up time and
-    # memory, and the supervisor without those of the server.
+    """Run the command line; the exit code is 2 for a bad command or setting, 1 for a failed start."""
+    # Imported lazily: a server without the libraries of other commands saves a third of its start-up time and memory,
+    # and the supervisor needs none of the server's.
     try:
         match sys.argv[1:2]:
             case ["serve"]:

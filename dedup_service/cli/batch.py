@@ -108,7 +108,7 @@ def batch(
                 try:
                     _claim(stub, lines, timeout_s)
                 finally:
-                    # Also after Ctrl-C: the tokens of these claims are recorded nowhere else.
+                    # Also after Ctrl-C: only this file has the tokens of these claims.
                     record.add(lines)
                 advance(lines[-1])
         except KeyboardInterrupt:
@@ -126,7 +126,7 @@ def batch(
 def _claim(stub: dedup_pb2_grpc.DedupServiceStub, lines: list[Line], timeout_s: float) -> None:
     """Claim the lines of one chunk and give each a response or an error.
 
-    After KeyboardInterrupt, lines without an answer have an error that says the claim may have been made.
+    After KeyboardInterrupt, the error of an unanswered line says that the claim may have been made.
     """
     valid = [line for line in lines if line.request is not None]
     # The number of attempts is the limit, not a budget.
@@ -165,9 +165,9 @@ def _opened(file: str) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _progress(file: str, stream: BinaryIO) -> Iterator[Callable[[Line], None]]:
-    """Show the progress on standard error. Yields a function that takes the last answered line."""
+    """Yield a function that shows the last answered line on standard error."""
     status = os.fstat(stream.fileno()) if file != _STANDARD_INPUT else None
-    # Progress in bytes: counting the lines would read the file twice. A pipe has no size.
+    # In bytes: counting the lines would read the file twice. A pipe has no size.
     total = status.st_size if status is not None and stat.S_ISREG(status.st_mode) else None
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     quiet = not sys.stderr.isatty()

@@ -1,4 +1,4 @@
-"""The files of `dedup-service batch`: the input, one claim a line, and the results and failures."""
+"""Input, results and failures of `dedup-service batch`, one claim a line."""
 
 import base64
 import json
@@ -25,14 +25,14 @@ OUTCOMES = {
     dedup_pb2.CLAIM_OUTCOME_PAYLOAD_MISMATCH: "mismatch",
 }
 
-# Enough for the longest valid claim, and a thousand of them fit into one gRPC message.
+# Enough for the longest valid claim; a thousand of them fit into one gRPC message.
 MAX_LINE_BYTES = 4_000
 _BOM = b"\xef\xbb\xbf"
 
 
 @dataclass
 class Line:
-    """One input line and its answer: a `response` or an `error`. An unreadable line has no `request`."""
+    """One input line and its `response` or `error`. An unreadable line has no `request`."""
 
     number: int
     text: str
@@ -52,7 +52,7 @@ class Defaults:
 
 
 def read_chunks(stream: BinaryIO, defaults: Defaults, size: int) -> Iterator[list[Line]]:
-    """Yield the lines that are not blank, `size` at a time, and read no further ahead. Each claim has its token."""
+    """Yield the non-blank lines, each claim with its token, `size` at a time without reading ahead."""
     lines = _read_lines(stream, defaults)
     while chunk := list(islice(lines, size)):
         yield chunk
@@ -69,7 +69,7 @@ def _read_lines(stream: BinaryIO, defaults: Defaults) -> Iterator[Line]:
             rest = stream.readline(MAX_LINE_BYTES)
             position += len(rest)
         if number == 1:
-            # The byte order mark of some editors is not part of the first id.
+            # Some editors write a byte order mark.
             raw = raw.removeprefix(_BOM)
         raw = raw.removesuffix(b"\n").removesuffix(b"\r")
         if not raw.strip():
@@ -97,7 +97,7 @@ def _request(raw: bytes, defaults: Defaults) -> dedup_pb2.ClaimTransactionReques
     request.claimant = request.claimant or defaults.claimant
     if request.WhichOneof("expiry") is None and defaults.ttl is not None:
         request.ttl.CopyFrom(defaults.ttl)
-    # All attempts share this token, so that a repeated claim is not its own duplicate.
+    # One token for all attempts: a repeated claim must not be its own duplicate.
     request.claim_token = request.claim_token or secrets.token_urlsafe(16)
     return request
 
@@ -110,7 +110,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_base64(fields: dict[str, Any], request: dedup_pb2.ClaimTransactionRequest) -> None:
-    # protobuf ignores characters outside base64, and the service never compares an empty fingerprint.
+    # protobuf ignores characters outside base64, and an empty fingerprint is never compared.
     written = fields.get("payload_fingerprint", fields.get("payloadFingerprint")) or ""
     read = base64.b64encode(request.payload_fingerprint).decode()
     if written.replace("-", "+").replace("_", "/").rstrip("=") != read.rstrip("="):
@@ -128,8 +128,8 @@ def _sentence(error: Exception) -> str:
 class Record:
     """Counts the answers and writes the files of results and failures.
 
-    Creates `results` at once and `failures` with the first failure. Both contain tokens, so only their owner can read
-    them. Raises a usage error that names the flag if a file exists already or cannot be created.
+    Creates `results` at once and `failures` with the first failure, readable by the owner only: both contain tokens.
+    Raises a usage error that names the flag if a file exists or cannot be created.
     """
 
     def __init__(self, results: Path | None, failures: Path) -> None:
@@ -151,11 +151,11 @@ class Record:
 
     @property
     def failures_written(self) -> bool:
-        """Whether the file of failures was created."""
+        """Whether `failures` was created."""
         return self._failures_file is not None
 
     def add(self, lines: Iterable[Line]) -> None:
-        """Count the lines of one chunk, write them and flush the files. Raises OSError."""
+        """Count, write and flush the lines of one chunk. Raises OSError."""
         for line in lines:
             self.counts["failed" if line.response is None else OUTCOMES[line.response.outcome]] += 1
             if line.response is None:
@@ -175,7 +175,7 @@ class Record:
         self._exits.close()
 
     def _open(self, path: Path) -> TextIO:
-        # O_EXCL although the file was checked: an existing one may hold the only copy of the tokens of other claims.
+        # O_EXCL although checked before: an existing file may hold the only copy of other claims' tokens.
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         return self._exits.enter_context(os.fdopen(descriptor, "w", encoding="utf-8"))
 
@@ -204,14 +204,14 @@ def _result(line: Line) -> dict[str, object]:
         "claim_token": line.response.claim_token or None,
         "transaction": as_dict(line.response.transaction),
     }
-    # Marked, because the token of a shadow duplicate does not hold the transaction.
+    # The token of a shadow duplicate does not hold the transaction.
     return fields | ({"shadow_duplicate": True} if line.response.shadow_duplicate else {})
 
 
 def _failure(line: Line) -> dict[str, object]:
     fields: dict[str, object] = {"line": line.number, "input": line.text, "error": line.error}
     if line.request is not None:
-        # It includes the token, so that the same claim can be repeated.
+        # Includes the token, so that the same claim can be repeated.
         fields["request"] = as_dict(line.request)
     return fields
 

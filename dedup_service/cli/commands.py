@@ -1,4 +1,4 @@
-"""The typer application with all commands. A server starts without it and its libraries."""
+"""The typer application. A server starts without it and its libraries."""
 
 from typing import Annotated
 
@@ -40,7 +40,7 @@ def _options_before_the_command(
 @app.command("serve", add_help_option=False, context_settings={"ignore_unknown_options": True})
 def serve(arguments: Annotated[list[str] | None, typer.Argument()] = None) -> None:
     """Serve claims over gRPC until SIGTERM or SIGINT."""
-    # Listed for the help. `dedup-service serve` itself starts without this module.
+    # Listed for the help; `dedup-service serve` starts without this module.
     run_serve(arguments or [])
 
 

@@ -1,4 +1,4 @@
-"""Connections of the client commands: the address of the server, TLS, the client certificate and the bearer token."""
+"""Connections of the client commands: address, TLS and credentials."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -25,9 +25,9 @@ _TOKEN = re.compile(r"[\x21-\x7e]+")
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104 - Replaced, never bound.
 _CHANNEL_OPTIONS = channel_options(
     (
-        # With the client's maximum of 1 s, `watch` and `batch` reconnect once a second during an outage.
+        # With the client's maximum of 1 s: `watch` and `batch` reconnect once a second in an outage.
         ("grpc.min_reconnect_backoff_ms", 1_000),
-        # Each of a thousand duplicates may carry a result as large as the server allows.
+        # Each of a thousand duplicates may carry the largest result.
         ("grpc.max_receive_message_length", -1),
     )
 )
@@ -35,7 +35,7 @@ _CHANNEL_OPTIONS = channel_options(
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """The flags that choose a server and the credentials for it. The environment decides where a flag is None."""
+    """Flags for the server and its credentials. The environment decides where a flag is None."""
 
     target: str | None
     tls_ca: Path | None
@@ -47,7 +47,7 @@ class Server:
     def connect(self, default_address: Callable[[], str] = listening_address) -> Iterator[grpc.Channel]:
         """Yield a channel. Raises a usage error that names the flag of an unusable file.
 
-        Without a target in the flags or the environment, the address is `default_address()`.
+        `default_address` is used without a target in the flags or the environment.
         """
         address = self.target or target_from_environment() or default_address()
         host, colon, port = address.rpartition(":")
@@ -81,7 +81,7 @@ class Server:
 
 
 class _BearerToken(grpc.UnaryUnaryClientInterceptor):
-    """Adds the token to every call. gRPC's call credentials would refuse a connection without TLS."""
+    """Adds the token to every call. gRPC's call credentials refuse connections without TLS."""
 
     def __init__(self, token: str) -> None:
         self._header = ("authorization", f"Bearer {token}")

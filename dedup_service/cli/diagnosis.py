@@ -1,4 +1,4 @@
-"""`dedup-service doctor`, `healthcheck` and `hash-id`: what operators ask in an incident."""
+"""`dedup-service doctor`, `healthcheck` and `hash-id`."""
 
 import asyncio
 import sys
@@ -93,7 +93,7 @@ def _fail(description: str, reason: str, message: str, *, as_json: bool) -> NoRe
 def _print_findings(description: str, findings: list[Finding]) -> None:
     typer.echo(description)
     width = max(len(finding.check) for finding in findings)
-    # The worst comes last: it stays visible when the terminal scrolls.
+    # The worst comes last, visible when the terminal scrolls.
     for finding in sorted(findings, key=lambda finding: finding.severity):
         typer.echo(f"  {finding.severity.name:<8}  {finding.check:<{width}}  {finding.message}")
         if finding.remedy:
@@ -203,7 +203,7 @@ def _read_ids(arguments: Sequence[str]) -> Iterator[str]:
             continue
         for number, raw in enumerate(sys.stdin.buffer, 1):
             try:
-                # Only the line ending is removed: an id may end in spaces.
+                # Remove only the line ending: an id may end in spaces.
                 line = raw.removesuffix(b"\n").removesuffix(b"\r").decode()
             except UnicodeDecodeError:
                 raise typer.BadParameter(f"line {number} is not valid UTF-8", param_hint="ID") from None

@@ -1,4 +1,4 @@
-"""Arguments and options that several client commands share, and the checks of their values."""
+"""Arguments and options shared by client commands, and checks of their values."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,7 +58,7 @@ def milliseconds_option(name: str, text: str) -> int:
 
 
 def positive_milliseconds_option(name: str, text: str) -> int:
-    """Return the milliseconds of a duration flag that must not be 0. Raises a usage error that names the flag."""
+    """Return the milliseconds of a flag above 0. Raises a usage error that names the flag."""
     milliseconds = milliseconds_option(name, text)
     if not milliseconds:
         raise typer.BadParameter(f"{text!r} is too short: write at least 1ms", param_hint=f"--{name}")
@@ -66,7 +66,7 @@ def positive_milliseconds_option(name: str, text: str) -> int:
 
 
 def duration_option(name: str, text: str | None) -> Duration | None:
-    """Return a duration flag as a message field, None if it was not given. Raises a usage error that names the flag."""
+    """Return a duration flag as a message field, None if absent. Raises a usage error that names the flag."""
     if text is None:
         return None
     duration = Duration()
@@ -76,7 +76,7 @@ def duration_option(name: str, text: str | None) -> Duration | None:
 
 def text_option(where: str, text: str) -> str:
     """Return `text`. Raises a usage error that names `where` if no message can carry it."""
-    # Python decodes arguments that are not valid UTF-8 to surrogates.
+    # Python decodes invalid UTF-8 in arguments to surrogates.
     try:
         text.encode()
     except UnicodeEncodeError:

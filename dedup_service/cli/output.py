@@ -16,14 +16,14 @@ from dedup.v1 import dedup_pb2
 
 
 class ExitCode(IntEnum):
-    """Exit codes of the client commands. ERROR is every error without a code of its own; invalid usage is 2."""
+    """Exit codes of the client commands. ERROR is any error without its own code; invalid usage is 2."""
 
     ERROR = 1
     DUPLICATE = 3
     PAYLOAD_MISMATCH = 4
     NOT_FOUND = 5
     NOT_HELD = 6
-    # The worst finding of the doctor.
+    # The doctor's worst finding.
     FOUND_WARNING = 7
     FOUND_CRITICAL = 8
     # The code of a shell for SIGINT.
@@ -37,7 +37,7 @@ _STATES = {
 
 
 def as_dict(message: Message) -> dict[str, object]:
-    """Return the JSON form of a message, with the field names of the contract."""
+    """Return the JSON form of a message, with the contract's field names."""
     return MessageToDict(message, preserving_proto_field_name=True)
 
 
@@ -47,7 +47,7 @@ def print_json(fields: Mapping[str, object]) -> None:
 
 
 def print_table(headline: str, rows: Mapping[str, str]) -> None:
-    """Print a headline and the rows that have a value. Long values are neither cut nor wrapped."""
+    """Print a headline and the rows with a value, neither cut nor wrapped."""
     typer.echo(headline)
     width = max(len(name) for name in rows)
     for name, value in rows.items():
@@ -81,7 +81,7 @@ def claimant_word(transaction: dedup_pb2.Transaction) -> str:
 
 
 def local_time(transaction: dedup_pb2.Transaction, field: str) -> str:
-    """Return a time of a transaction in the local time zone, or an empty string if it is not set."""
+    """Return a time of a transaction in the local time zone, or "" if unset."""
     if not transaction.HasField(field):
         return ""
     time: Timestamp = getattr(transaction, field)
@@ -95,7 +95,7 @@ def error_fields(failure: CallFailed) -> dict[str, str]:
 
 
 def make_error(code: str, reason: str, applied: str, message: str) -> dict[str, str]:
-    """Return the fields of an error, in the order in which they are printed."""
+    """Return the fields of an error in printing order."""
     return {"code": code, "reason": reason, "applied": applied, "message": message}
 
 

@@ -1,4 +1,4 @@
-"""`dedup-service serve`, with one flag for each setting, made from the settings themselves."""
+"""`dedup-service serve`, with one flag for each setting."""
 
 import argparse
 from collections.abc import Sequence
@@ -25,10 +25,7 @@ _METAVARS = {str(int): "INTEGER", str(int | None): "INTEGER", str(float): "NUMBE
 
 
 def run_serve(arguments: Sequence[str]) -> None:
-    """Serve with the settings of this process and these flags until a signal.
-
-    Raises FatalError; exits with 2 for an unknown flag.
-    """
+    """Serve with these flags until a signal. Raises FatalError; exits with 2 for an unknown flag."""
     flags = vars(_parser().parse_args(arguments))
     config, show_banner = flags.pop("config"), flags.pop("banner")
     settings = load_settings(flags, config)
@@ -36,14 +33,14 @@ def run_serve(arguments: Sequence[str]) -> None:
     _warn_of_password(flags)
     if settings.workers > 1:
         become_supervisor(SupervisorStart(settings.to_json(), show_banner))
-    # Only here: the supervisor, and `serve --help`, need none of it.
+    # Imported late: the supervisor and `serve --help` do not need it.
     from dedup_service.server.process import run_server  # noqa: PLC0415 - as above
 
     run_server(settings, show_banner=show_banner)
 
 
 def _warn_of_password(flags: dict[str, Any]) -> None:
-    # Other users of the host can read a command line, unlike a variable or a file.
+    # Other users of the host can read a command line.
     url = flags.get("store_url", "")
     if not url.startswith("sqlite:") and ("@" in url or "password=" in url):
         logger().warning(
@@ -64,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        # Flags that were not given are left to the environment and the file.
+        # The environment and the file decide about absent flags.
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument(
@@ -100,7 +97,7 @@ def _is_duration(field: FieldInfo) -> bool:
 
 
 def shown_default(field: FieldInfo) -> str:
-    """Return the default of a setting as an operator would write it; empty without one."""
+    """Return the default of a setting as an operator writes it, or ""."""
     default: Any = field.default
     if default is None:
         return ""
@@ -112,7 +109,7 @@ def shown_default(field: FieldInfo) -> str:
 
 
 def metavar(field: FieldInfo) -> str:
-    """Return the placeholder of a setting's value in the help: its choices, or the kind of value."""
+    """Return the placeholder for a setting's value in the help."""
     if choices := getattr(field.annotation, "__args__", None):
         words = [choice for choice in choices if isinstance(choice, str)]
         if words:

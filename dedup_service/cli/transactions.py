@@ -32,7 +32,7 @@ _HolderReply = (
     dedup_pb2.CompleteTransactionResponse | dedup_pb2.ReleaseTransactionResponse | dedup_pb2.ExtendTransactionResponse
 )
 
-# The largest gRPC message. The server has its own, lower limit for results.
+# The largest gRPC message. The server's limit for results is lower.
 _MAX_RESULT_FILE_BYTES = 4 * 1024 * 1024
 
 _CLAIM_EXITS = {
@@ -282,7 +282,7 @@ def _call(
     as_json: bool,
     advice: str = "",
 ) -> _Reply:
-    """Return the reply, or exit with the error. `advice` is printed when the call may have been applied."""
+    """Return the reply, or exit with the error. Prints `advice` if the call may have been applied."""
     with server.connect() as channel:
         try:
             return call(dedup_pb2_grpc.DedupServiceStub(channel), timeout_ms / 1000)

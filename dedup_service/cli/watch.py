@@ -43,12 +43,12 @@ from dedup_service.cli.output import (
     state_word,
 )
 
-# A server that shuts down cancels its remaining calls. Neither code says what happened.
+# The codes of a server's shutdown do not say what happened.
 _VAGUE_CODES = (grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
 _OUTAGE_CODES = (grpc.StatusCode.UNAVAILABLE, *_VAGUE_CODES)
 _REFRESH_PER_SECOND = 4
 
-# Closer to its expiry than this, a claim that is gone may have expired by the server's clock.
+# A claim gone this close to its expiry may have expired by the server's clock.
 _CLOCK_MARGIN_MS = 2_000
 
 
@@ -95,7 +95,7 @@ def watch(
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The result of one look-up: a transaction, an outage, or neither if the transaction is not claimed.
+    """One look-up: a transaction, an outage, or neither if the transaction is not claimed.
 
     `likely` is the probable end of a claim that is gone: "released", "expired", or "" if unknown.
     """
@@ -112,7 +112,7 @@ class Snapshot:
         return "UNKNOWN" if self.outage else "NOT_FOUND"
 
     def same_as(self, other: "Snapshot | None") -> bool:
-        """Return whether both would be printed alike. Within an outage only the code and the reason count."""
+        """Return whether both print alike; of an outage only code and reason count."""
         if other is None or (self.outage is None) != (other.outage is None):
             return False
         if self.outage and other.outage:
@@ -121,7 +121,7 @@ class Snapshot:
 
 
 def _follow(snapshots: Iterator[Snapshot], view: "_View") -> Snapshot:
-    """Show the snapshots until the transaction ends, and return the last one."""
+    """Show snapshots until the transaction ends; return the last one."""
     held: dedup_pb2.Transaction | None = None
     for snapshot in snapshots:
         if snapshot.state == "NOT_FOUND":
@@ -168,7 +168,7 @@ def _look_up(
     outage: dict[str, str] | None,
 ) -> Snapshot:
     try:
-        # During an outage, wait for the connection: calls that fail at once leave the channel no time to reconnect.
+        # In an outage, wait for the connection: failing at once leaves no time to reconnect.
         reply = stub.GetTransaction(request, timeout=timeout_s, wait_for_ready=outage is not None)
     except grpc.RpcError as error:
         if error.code() is grpc.StatusCode.NOT_FOUND:
@@ -186,7 +186,7 @@ class _View(Protocol):
     """Shows snapshots. `close` is always called at the end."""
 
     def show(self, snapshot: Snapshot) -> None:
-        """Show a snapshot, which may be the same as the previous one."""
+        """Show a snapshot, possibly the previous one again."""
 
     def end(self, snapshot: Snapshot) -> None:
         """Show the last snapshot."""
@@ -231,7 +231,7 @@ class _JsonLines:
 
 
 class _Lines:
-    """Prints one line of text for each change."""
+    """Prints a line of text for each change."""
 
     def __init__(self, transaction_id: str) -> None:
         self._transaction_id = transaction_id
@@ -256,7 +256,7 @@ class _Lines:
 
 
 class _InPlace:
-    """Redraws a table on a terminal. The time left counts down between two look-ups."""
+    """Redraws a table; the time left counts down between look-ups."""
 
     def __init__(self, transaction_id: str, console: Console) -> None:
         self._transaction_id = transaction_id
@@ -269,7 +269,7 @@ class _InPlace:
 
     def show(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
-        # During an outage the last known state stays visible.
+        # In an outage the last known state stays visible.
         self._transaction = snapshot.transaction or self._transaction
 
     def end(self, snapshot: Snapshot) -> None:

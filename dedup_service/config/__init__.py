@@ -1,4 +1,4 @@
-"""Settings, addresses, durations and the operator's files. The only reader of environment variables and files.
+"""Settings, addresses, durations and the operator's files; imports nothing else of this project.
 
-It imports nothing else of this project.
+The only reader of environment variables and files.
 """

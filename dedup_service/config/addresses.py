@@ -1,4 +1,4 @@
-"""Addresses to listen on: parsing, reachability from other hosts, and the probe that says why one cannot be bound."""
+"""Addresses to listen on: parsing, reachability, and a probe that explains a failed bind."""
 
 import errno
 import ipaddress
@@ -12,7 +12,7 @@ from dedup_service.config.errors import AddressUnavailable
 
 _TCP = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]+):(\d{1,5})")
 _MAX_PORT = 65_535
-# sun_path of a Unix socket address holds 108 bytes with its closing zero on Linux, 104 elsewhere.
+# sun_path holds 108 bytes with its closing zero on Linux, 104 elsewhere.
 _MAX_SOCKET_PATH = 103
 
 SocketAddress = tuple[socket.AddressFamily, socket.SocketKind, int, Any]
@@ -28,7 +28,7 @@ class Address:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Parse `host:port`, `[IPv6]:port` or `unix:///path`. Raises ValueError with a sentence for people."""
+        """Parse `host:port`, `[IPv6]:port` or `unix:///path`. Raises ValueError with a readable sentence."""
         if text.startswith("unix:"):
             path = text.removeprefix("unix://")
             if not path.startswith("/") or len(path.encode()) > _MAX_SOCKET_PATH:
@@ -40,7 +40,7 @@ class Address:
 
     @classmethod
     def parse_tcp(cls, text: str, remedy: str = "write host:port, such as 127.0.0.1:9090") -> Self:
-        """Parse `host:port` or `[IPv6]:port` alone. Raises ValueError as `parse` does."""
+        """Parse `host:port` or `[IPv6]:port`. Raises ValueError as `parse` does."""
         match = _TCP.fullmatch(text)
         if match is None or int(match[2]) > _MAX_PORT:
             raise ValueError(f"{text!r} is not an address: {remedy}")
@@ -51,22 +51,22 @@ class Address:
 
     @property
     def bare_host(self) -> str:
-        """The host without the brackets of an IPv6 address."""
+        """The host without IPv6 brackets."""
         return self.host.strip("[]")
 
     @property
     def is_local(self) -> bool:
-        """Whether only this host can reach the address: a Unix socket, or a loopback address."""
+        """Whether only this host can reach the address: a Unix socket or loopback."""
         if self.socket_path:
             return True
         try:
             return ipaddress.ip_address(self.bare_host).is_loopback
         except ValueError:
-            # Any other name may resolve to another address tomorrow.
+            # Other names may resolve differently tomorrow.
             return self.host == "localhost"
 
     def with_port(self, port: int) -> "Address":
-        """Return the same host with another port."""
+        """Return the same host with this port."""
         return Address(self.host, port)
 
     def resolve(self) -> SocketAddress:
@@ -76,9 +76,9 @@ class Address:
         return family, kind, protocol, where
 
     def probe(self, *, reuse_port: bool = False) -> None:
-        """Bind the TCP address once and let it go; with `reuse_port`, other sockets may share it.
+        """Bind the TCP address and release it; with `reuse_port`, other sockets may share it.
 
-        Raises AddressUnavailable. gRPC itself would name the cause only in its own log.
+        Raises AddressUnavailable; gRPC only logs the cause.
         """
         try:
             family, kind, protocol, where = self.resolve()
@@ -87,19 +87,19 @@ class Address:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, int(reuse_port))
                 probe.bind(where)
                 if not reuse_port:
-                    # Beside sockets that share the port, a listening probe would take connections from them.
+                    # With a shared port, a listening probe would take connections from the others.
                     probe.listen()
         except OSError as error:
             raise self.unavailable(error) from None
 
     def unavailable(self, error: OSError) -> AddressUnavailable:
-        """Return the exception for an error of the socket calls."""
+        """Return the exception for a socket error."""
         hint = ": does another server listen there?" if error.errno == errno.EADDRINUSE else ""
         return AddressUnavailable(f"cannot listen on {self}: {error.strerror}{hint}")
 
 
 def parse_addresses(text: str) -> tuple[str, ...]:
-    """Return the addresses of a comma-separated list, each checked. Raises ValueError."""
+    """Return the checked addresses of a comma-separated list. Raises ValueError."""
     addresses = tuple(part.strip() for part in text.split(",") if part.strip())
     if not addresses:
         raise ValueError("the list of addresses is empty: write host:port or unix:///path, separated by commas")

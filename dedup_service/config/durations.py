@@ -1,19 +1,19 @@
-"""Durations as people write them (`250ms`, `60s`, `2h`, `7d`) and as the code counts them: integer milliseconds."""
+"""Durations as text (`250ms`, `60s`, `2h`, `7d`) and as integer milliseconds."""
 
 import re
 
 UNITS_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 
-# A protobuf timestamp ends with the year 9999. A claim beyond it could be stored but not reported.
+# Protobuf timestamps end with the year 9999; a later claim could be stored but not reported.
 MAX_DURATION_MS = 36_500 * UNITS_MS["d"]
 
 _DURATION = re.compile(r"([0-9]{1,15})(ms|s|m|h|d)")
 
 
 def parse_duration(text: str) -> int:
-    """Return a duration in milliseconds: a whole number and a unit (ms, s, m, h or d), at most 100 years.
+    """Return the milliseconds of a whole number and a unit (ms, s, m, h, d), at most 100 years.
 
-    Raises ValueError with a sentence for people.
+    Raises ValueError with a readable sentence.
     """
     match = _DURATION.fullmatch(text.strip())
     if match is None:
@@ -25,7 +25,7 @@ def parse_duration(text: str) -> int:
 
 
 def format_duration(milliseconds: int) -> str:
-    """Return the text `parse_duration` reads back as `milliseconds`, in the largest unit that is exact."""
+    """Return the text that `parse_duration` accepts, in the largest exact unit."""
     for unit in ("d", "h", "s"):
         if milliseconds and milliseconds % UNITS_MS[unit] == 0:
             return f"{milliseconds // UNITS_MS[unit]}{unit}"

@@ -2,19 +2,19 @@
 
 
 class FatalError(Exception):
-    """The service cannot start or go on; the message is one sentence that says what to change, without a secret."""
+    """The service cannot start or continue; the message is one sentence that says what to change, without secrets."""
 
     exit_code = 1
 
 
 class BadSettings(FatalError):
-    """A setting or a file named by one is wrong."""
+    """A setting or its file is wrong."""
 
     exit_code = 2
 
 
 class BackgroundTaskFailed(FatalError):
-    """A background task of this process died; another process of the service may go on."""
+    """A background task died; other processes of the service may continue."""
 
 
 class AddressUnavailable(FatalError):

@@ -1,4 +1,4 @@
-"""The files an operator writes: TOML, secrets and bearer tokens, and a sentence for each way one cannot be read."""
+"""The operator's files: TOML, secrets and bearer tokens, and a sentence for each fault."""
 
 import re
 import tomllib
@@ -13,9 +13,9 @@ Refuse = Callable[[str], BadSettings]
 
 
 def read_toml(path: Path, refuse: Refuse, *, quote: bool = True) -> dict[str, Any]:
-    """Return the content of a TOML file; raise what `refuse` makes of a sentence about the file.
+    """Return the content of a TOML file; raise `refuse(sentence)` for a fault.
 
-    With `quote` off the sentence quotes nothing from the file, which may hold secrets.
+    `quote=False` keeps the file's text, which may hold secrets, out of the sentence.
     """
     try:
         return tomllib.loads(path.read_bytes().decode())
@@ -33,7 +33,7 @@ def read_toml(path: Path, refuse: Refuse, *, quote: bool = True) -> dict[str, An
 
 
 def read_text(path: Path, refuse: Refuse) -> str:
-    """Return the text of a small file without surrounding white space; raise as `read_toml` does."""
+    """Return the stripped text of a small file; raise as `read_toml` does."""
     try:
         return path.read_text().strip()
     except OSError as error:
@@ -43,9 +43,9 @@ def read_text(path: Path, refuse: Refuse) -> str:
 
 
 def read_log_id_key(path: Path | None) -> bytes | None:
-    """Return the key that transaction ids are hashed with in the log, without surrounding white space.
+    """Return the stripped key for the hashes of transaction ids in the log.
 
-    Raises BadSettings for a file that cannot be read or holds fewer than 16 bytes.
+    Raises BadSettings for a file that is unreadable or holds fewer than 16 bytes.
     """
     if path is None:
         return None
@@ -54,7 +54,7 @@ def read_log_id_key(path: Path | None) -> bytes | None:
         key = path.read_bytes().strip()
     except OSError as error:
         raise BadSettings(f"{setting}: cannot read {str(path)!r}: {error.strerror}") from None
-    # A shorter key could be found by trying every one.
+    # Shorter keys can be found by trying them all.
     if len(key) < _MIN_KEY_BYTES:
         raise BadSettings(
             f"{setting}: {str(path)!r} holds {len(key)} bytes, which can be guessed: write at least {_MIN_KEY_BYTES}, "
@@ -75,9 +75,8 @@ _DIGEST = re.compile(rf"{_DIGEST_PREFIX}[0-9a-f]{{64}}")
 def read_tokens(path: Path) -> dict[bytes, str]:
     """Return the caller of each token, by the SHA-256 of the token.
 
-    The file is TOML: the name of a caller, then its token or a list of them. A token is written as it is, or as
-    `sha256:` and the hexadecimal digits of its SHA-256. Raises BadSettings with one sentence that names the caller at
-    fault and contains no token.
+    The TOML file maps a caller to a token or a list of them, in plain text or as `sha256:` and the hexadecimal SHA-256.
+    Raises BadSettings with one sentence that names the caller at fault and contains no token.
     """
     digests: dict[bytes, str] = {}
     for caller, written in read_toml(path, lambda sentence: _bad(path, sentence), quote=False).items():

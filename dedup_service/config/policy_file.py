@@ -1,4 +1,4 @@
-"""The policy file: what the operator wrote about namespaces and callers, checked as a whole."""
+"""The policy file: rules for namespaces and callers, checked as a whole."""
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -17,8 +17,8 @@ def read_policy_file(
 ) -> "PolicyFile":
     """Return the content of a policy file.
 
-    `namespace_fault` says what is wrong with a namespace's name, and `rpcs` are the names a caller may list. Raises
-    BadSettings with one sentence that names the file and every fault in it.
+    `namespace_fault` returns the fault of a namespace's name; `rpcs` are the names a caller may list. Raises
+    BadSettings with one sentence that names the file and all its faults.
     """
     text = read_toml(path, lambda sentence: unusable(path, sentence))
     try:
@@ -33,7 +33,7 @@ def unusable(path: Path, sentence: str) -> BadSettings:
 
 
 def _written_duration(value: object) -> int:
-    # A bare number would be milliseconds here and seconds in the mind of its author.
+    # The author of a bare number probably means seconds.
     if not isinstance(value, str):
         raise ValueError(  # noqa: TRY004 - pydantic turns a ValueError into a sentence
             f'{shortened(value)} is not a duration: write it in quotes with a unit, such as "250ms", "60s" or "7d"'
@@ -69,7 +69,7 @@ _Rpc = Annotated[str, AfterValidator(_rpc)]
 
 
 class NamespaceRules(BaseModel):
-    """One table [namespaces.NAME]; durations are milliseconds, None where the file says nothing."""
+    """One table [namespaces.NAME]; durations are milliseconds, None if absent."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -80,7 +80,7 @@ class NamespaceRules(BaseModel):
 
 
 class CallerRules(BaseModel):
-    """One table [callers.NAME]; None, where the file says nothing, allows all."""
+    """One table [callers.NAME]; None allows all."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -99,7 +99,7 @@ class PolicyFile(BaseModel):
 
 
 def _sentence(detail: dict[str, Any]) -> str:
-    """Return one of pydantic's errors as a sentence that says what to write."""
+    """Return an error of pydantic as a sentence that says what to write."""
     kind, value = detail["type"], detail["input"]
     table, *path = detail["loc"]
     message = str(detail["msg"]).removeprefix("Value error, ")
@@ -113,7 +113,7 @@ def _sentence(detail: dict[str, Any]) -> str:
     )
     where = f"{subject} {name!r}: "
     if kind == "extra_forbidden":
-        # TOML reads the dots in a table's name as levels.
+        # TOML reads dots in a table's name as levels.
         hint = f' (quote a name with a dot, as in [{table}."{example}"])' if isinstance(value, dict) else ""
         return f"{where}there is no key {str(keys[-1])!r}: write {words}{hint}"
     if not keys:

@@ -1,4 +1,4 @@
-"""The settings: from flags, environment variables and a TOML file, in that order of precedence, checked once."""
+"""Settings from flags, environment variables and a TOML file, in that order of precedence."""
 
 import os
 import re
@@ -30,7 +30,7 @@ _OTHER_VARIABLES = {
     *(TARGET_TLS_CA_VARIABLE, TARGET_TLS_CERT_VARIABLE, TARGET_TLS_KEY_VARIABLE),
 }
 
-# Kubernetes and Docker describe a service named "dedup" to other pods in variables like these.
+# Kubernetes and Docker set such variables in other pods for a service named "dedup".
 _LINK_VARIABLE = re.compile(r"DEDUP_(\w+_)?(SERVICE_HOST|SERVICE_PORT|PORT)(_\w+)?")
 
 _DEFAULT_RETENTION_MS = 24 * 3_600_000
@@ -60,12 +60,12 @@ def _worker_count(value: object) -> object:
 
 
 def _usable_cpus() -> int:
-    # The CPUs this process may run on, where the system tells: the host may have more.
+    # This process may be limited to some of the host's CPUs.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 DurationMs = Annotated[int, BeforeValidator(_duration), Field(gt=0)]
-# The command line recognises a duration by the outer validator.
+# The command line recognises durations by the outer validator.
 OptionalDurationMs = Annotated[DurationMs | None, BeforeValidator(_duration)]
 Addresses = Annotated[tuple[str, ...], BeforeValidator(_address_list)]
 MetricsAddress = Annotated[str | None, BeforeValidator(_tcp_address)]
@@ -74,7 +74,7 @@ WorkerCount = Annotated[int, BeforeValidator(_worker_count)]
 
 
 class Listening(BaseModel):
-    """The addresses of the server. A probe needs only these, whatever the other settings are."""
+    """The addresses of the server; a probe needs no other settings."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -254,7 +254,7 @@ class Settings(Listening):
             )
 
     def to_json(self) -> str:
-        """Return all settings for another process of this service, including the password of the store URL."""
+        """Return all settings for another process, including the password of the store URL."""
         values = {name: getattr(self, name) for name in type(self).model_fields}
         plain = {
             name: value.get_secret_value() if isinstance(value, SecretStr) else value for name, value in values.items()
@@ -263,7 +263,7 @@ class Settings(Listening):
 
     @property
     def authenticates(self) -> bool:
-        """Whether callers have to identify themselves."""
+        """Whether callers must identify themselves."""
         return self.tls_client_ca is not None or self.auth_tokens is not None
 
     @property
@@ -275,18 +275,18 @@ class Settings(Listening):
 
     @property
     def effective_store_url(self) -> str:
-        """The store URL to use; it may contain a password."""
+        """The store URL; it may contain a password."""
         return self.store_url.get_secret_value() if self.store_url else _default_store_url()
 
     def retention_under(self, max_ttl: int) -> int:
-        """Return the retention where the longest ttl is `max_ttl`: the setting, or the default cut to that maximum."""
+        """Return the retention: the setting, or the default cut to `max_ttl`."""
         return min(_DEFAULT_RETENTION_MS, max_ttl) if self.retention is None else self.retention
 
 
 def load_settings(flags: dict[str, Any] | None = None, config_file: Path | None = None) -> Settings:
-    """Return the settings of this process; `flags` are those of the command line, by field name.
+    """Return the settings of this process; `flags` come from the command line, by field name.
 
-    Raises BadSettings with one sentence that names each setting at fault.
+    Raises BadSettings with one sentence that names each faulty setting.
     """
     _reject_unknown_variables()
     _reject_empty_store_url()
@@ -297,28 +297,28 @@ def load_settings(flags: dict[str, Any] | None = None, config_file: Path | None 
 
 
 def settings_from_json(text: str) -> Settings:
-    """Return the settings `Settings.to_json` wrote; the environment of this process does not count."""
+    """Return the settings `Settings.to_json` wrote, without the environment of this process."""
     return Settings.model_validate_json(text)
 
 
 def listening_address() -> str:
-    """Return the first address a server with the settings of this process listens on. Raises BadSettings."""
+    """Return the first address of a server with these settings. Raises BadSettings."""
     return _load(Listening, {}, None).listen[0]
 
 
 def health_address() -> str:
-    """Return the address where such a server answers health checks. Raises BadSettings."""
+    """Return the health check address of such a server. Raises BadSettings."""
     listening = _load(Listening, {}, None)
     return (listening.health_listen or listening.listen)[0]
 
 
 def target_from_environment() -> str | None:
-    """Return the server that DEDUP_TARGET names for the client commands."""
+    """Return the DEDUP_TARGET of the client commands."""
     return os.environ.get(TARGET_VARIABLE) or None
 
 
 def file_from_environment(variable: str) -> Path | None:
-    """Return the path in one of the variables of the client commands."""
+    """Return the path in a variable of the client commands."""
     return Path(path) if (path := os.environ.get(variable)) else None
 
 
@@ -360,26 +360,26 @@ def _store_url_of_file(values: dict[str, Any]) -> str:
 
 
 def _default_store_url() -> str:
-    # One file for each user of this host.
+    # One file per user.
     state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
     return f"sqlite://{Path(state).expanduser() / 'dedup-service' / 'claims.db'}"
 
 
 def _environment() -> dict[str, str]:
-    # Case does not matter, and an empty variable counts as unset: manifests often contain both.
+    # Case is ignored, and empty variables count as unset: manifests often contain both.
     found = {name.upper(): value for name, value in os.environ.items() if value}
     variables = {name: f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields}
     return {name: found[variable] for name, variable in variables.items() if variable in found}
 
 
 def _reject_empty_store_url() -> None:
-    # An unfilled secret in a manifest must not select the embedded store, which serves this host alone.
+    # An unfilled secret in a manifest must not select the embedded store.
     if os.environ.get(STORE_URL_VARIABLE) == "":
         raise BadSettings(f"{STORE_URL_VARIABLE} is set but empty: give it a value, or unset it for the embedded store")
 
 
 def _reject_other_protocols() -> None:
-    # Spans sent in another protocol than the collector's are lost, and only the log says so.
+    # Otherwise the collector drops the spans, and only the log says so.
     for name in ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
         if protocol := os.environ.get(name):
             if protocol != "grpc":
@@ -391,7 +391,7 @@ def _reject_other_protocols() -> None:
 
 
 def _reject_unknown_variables() -> None:
-    # A misspelt DEDUP_STORE_URL would start on the embedded store and deduplicate on this host alone.
+    # A misspelt DEDUP_STORE_URL would select the embedded store, which serves this host alone.
     known = {f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields} | _OTHER_VARIABLES
     for name in sorted(os.environ):
         if name.upper().startswith(ENV_PREFIX) and name.upper() not in known and not _LINK_VARIABLE.fullmatch(name):

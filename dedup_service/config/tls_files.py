@@ -1,21 +1,21 @@
-"""The PEM files of the listeners: read and checked together, and read again when one changes."""
+"""The listeners' PEM files, read and checked together."""
 
 import os
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
-# Tells one version of a file from another, also through the symbolic links of a Kubernetes secret.
+# Tells versions of a file apart, also through the symbolic links of a Kubernetes secret.
 Stamp = tuple[int, int, int] | None
 
 
 class UnusableCertificate(Exception):
-    """The files do not form a certificate; the message is a sentence that names the file at fault."""
+    """The files do not form a certificate; the message names the file at fault."""
 
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """The content of the files, PEM."""
+    """The files' content, PEM."""
 
     chain: bytes
     key: bytes
@@ -24,18 +24,18 @@ class Certificate:
 
 @dataclass(frozen=True, slots=True)
 class TlsFiles:
-    """The paths of a certificate chain, its key, and the authority of client certificates where they are required."""
+    """Paths of a certificate chain, its key, and the authority for client certificates if required."""
 
     cert: Path
     key: Path
     client_ca: Path | None = None
 
     def stamps(self) -> tuple[Stamp, ...]:
-        """Return what changes when a file is replaced."""
+        """Return a value that changes when a file is replaced."""
         return tuple(_stamp(path) for path in (self.cert, self.key, self.client_ca) if path is not None)
 
     def read(self) -> Certificate:
-        """Return the content once OpenSSL accepts it. Raises UnusableCertificate; gRPC would not name the fault."""
+        """Return the content if OpenSSL accepts it. Raises UnusableCertificate; gRPC would not name the fault."""
         self._check()
         try:
             return Certificate(
@@ -52,7 +52,7 @@ class TlsFiles:
             if path is not None and not os.access(path, os.R_OK):
                 raise UnusableCertificate(f"{path} does not exist or cannot be read")
         try:
-            # Without a password OpenSSL would ask for that of an encrypted key on the terminal.
+            # Otherwise OpenSSL asks for the password of an encrypted key on the terminal.
             context.load_cert_chain(self.cert, self.key, password=lambda: "")
         except (ssl.SSLError, ValueError, OSError) as error:
             raise UnusableCertificate(

@@ -1,4 +1,4 @@
-"""Logs, metrics and traces. `observers` puts them around calls and stores; nothing else knows of them.
+"""Logs, metrics and traces, put around calls and stores by `observers`.
 
 Imports neither stores nor api.
 """

@@ -1,4 +1,4 @@
-"""The greeting of a server that a person starts by hand."""
+"""The greeting of a server started by hand."""
 
 from collections.abc import Sequence
 

@@ -13,7 +13,7 @@ from dedup_service.observability.logs import LoggedIds, Logger
 
 CORRELATION_HEADER = "x-correlation-id"
 
-# Longer or stranger ids are not worth echoing into every log line.
+# Other ids are not worth echoing into every log line.
 _USABLE = re.compile(r"[\x21-\x7e]{1,128}")
 # https://www.w3.org/TR/trace-context/#traceparent-header-field-values: version, trace id, parent id, flags.
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
@@ -22,7 +22,7 @@ Metadata = Iterable[tuple[str, str | bytes]]
 
 
 class Failure(NamedTuple):
-    """Why a call, or one entry of a batch, failed; `incident` and `exception` are set for a bug."""
+    """The failure of a call or batch entry; a bug has an `incident` and an `exception`."""
 
     reason: Reason
     applied: Applied
@@ -31,9 +31,9 @@ class Failure(NamedTuple):
 
 
 class Call:
-    """One call, from its arrival to its end. The endpoint and the handler fill it in.
+    """One call, filled in by the endpoint and the handler.
 
-    A plain class with defaults on the class: every call makes one, and most attributes are never set.
+    Defaults on the class are cheap: most attributes are never set.
     """
 
     code: str = ""
@@ -42,14 +42,14 @@ class Call:
     caller: Caller | None = None
     transaction_id: str = ""
     namespace: str | None = None
-    """None for a batch, whose claims each have their own, and for a request that cannot be decoded."""
+    """None for a batch, whose claims have their own, and for an undecodable request."""
     outcome: str = ""
     claims: Sequence[tuple[str, ClaimAnswer | None]] = ()
-    """Namespace and answer of each claim; the answer is None for a claim that failed."""
+    """Namespace and answer of each claim, None for a failed one."""
     failure: Failure | None = None
     failed_entries: Sequence[Failure] = ()
     trace: tuple[str, str] | None = None
-    """Trace id and span id, where traces are on."""
+    """Trace id and span id, if traced."""
     logged: bool = False
 
     def __init__(self, method: str, metadata: Callable[[], Metadata | None]) -> None:
@@ -64,7 +64,7 @@ class Call:
         self.duration_s = time.perf_counter() - self._begun
 
     def metadata(self) -> Metadata:
-        """Return the metadata the caller sent; reading it costs as much as deciding a claim."""
+        """Return the caller's metadata; reading it costs as much as deciding a claim."""
         return self._metadata() or ()
 
     @property
@@ -76,7 +76,7 @@ class Call:
 
 
 class CallObserver(Protocol):
-    """Observes the calls of one rpc. Its methods return at once and raise nothing."""
+    """Observes the calls of one rpc. Its methods must return at once and not raise."""
 
     def started(self, call: Call) -> None:
         """Called when a call arrives."""
@@ -86,9 +86,9 @@ class CallObserver(Protocol):
 
 
 def correlation_id(metadata: Metadata) -> str:
-    """Return the first usable one of `x-correlation-id`, `x-request-id` and the trace id of `traceparent`.
+    """Return the first valid id of `x-correlation-id`, `x-request-id` and `traceparent` (trace id).
 
-    Usable are 1 to 128 visible ASCII characters. Without one, return 32 random hexadecimal digits.
+    Valid are 1 to 128 visible ASCII characters; otherwise 32 random hexadecimal digits.
     """
     found: dict[str, str] = {}
     for key, value in metadata:
@@ -103,7 +103,7 @@ def correlation_id(metadata: Metadata) -> str:
     return secrets.token_hex(16)
 
 
-# ERROR: a fault of ours. WARNING: an outage, overload or refusal. Everything else is the caller's doing.
+# ERROR: a fault of ours. WARNING: an outage, overload or refusal. INFO: the caller's doing.
 _ERRORS = frozenset({"INTERNAL", "UNKNOWN", "DATA_LOSS"})
 _WARNINGS = frozenset({"UNAVAILABLE", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "DEADLINE_EXCEEDED"}) | {
     *("UNAUTHENTICATED", "PERMISSION_DENIED"),
@@ -111,7 +111,7 @@ _WARNINGS = frozenset({"UNAVAILABLE", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION
 
 
 class CallLog:
-    """Logs every failed call, successful calls of `slow_s` or longer, and a share `sample` of the others."""
+    """Logs failed calls, successful calls of `slow_s` or longer, and a share `sample` of the rest."""
 
     def __init__(self, log: Logger, ids: LoggedIds, *, sample: float = 1.0, slow_s: float = 0.0) -> None:
         self._log = log
@@ -123,7 +123,7 @@ class CallLog:
         """Log nothing yet."""
 
     def finished(self, call: Call) -> None:
-        """Write the line of the call, if it gets one, and one for each bug in an entry of a batch."""
+        """Write the call's line, if due, and one for each bug in a batch entry."""
         for failure in call.failed_entries:
             if failure.exception is not None:
                 self._log.error("batch_entry_failed", incident=failure.incident, exc_info=failure.exception)

@@ -1,4 +1,4 @@
-"""Structured logs: one JSON object per line on standard error, from this service and from the libraries it uses."""
+"""Structured logs of this service and its libraries: one JSON object per line on standard error."""
 
 import hashlib
 import hmac
@@ -7,7 +7,7 @@ import sys
 from collections.abc import MutableMapping
 from typing import Any, cast
 
-# structlog imports rich where it is installed, for consoles this service never writes to: 60 ms of every start.
+# structlog imports an installed rich for consoles that are unused here: 60 ms of every start.
 _rich = sys.modules.get("rich")
 sys.modules["rich"] = None  # type: ignore[assignment]
 try:
@@ -18,7 +18,7 @@ finally:
         sys.modules["rich"] = _rich
 
 Logger = structlog.typing.FilteringBoundLogger
-"""The type of the service's logger: `log.info("noun_verb_past", field=value)`."""
+"""The service's logger: `log.info("noun_verb_past", field=value)`."""
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
@@ -30,9 +30,9 @@ _SHARED: tuple[structlog.typing.Processor, ...] = (
 
 
 def configure_logs(level: str, *, worker: int | None = None) -> None:
-    """Send every log record of this process, those of libraries included, to standard error as JSON lines.
+    """Send all log records of this process and its libraries to standard error as JSON lines.
 
-    `worker` is added to each line of one of several workers.
+    `worker` is added to each line.
     """
     shared = _SHARED if worker is None else (*_SHARED, _with_worker(worker))
     renderer = structlog.processors.JSONRenderer()
@@ -66,10 +66,10 @@ def _with_worker(number: int) -> structlog.typing.Processor:
 
 
 class LoggedIds:
-    """Transaction ids as the log shows them, so that a known id can be found and a line does not reveal one.
+    """Transaction ids as the log shows them: searchable by the known id, not readable.
 
-    Plain, or the first 16 hexadecimal digits of their HMAC-SHA-256 with `key`, or of their SHA-256 without a key.
-    Without a key, somebody who can list the possible ids can find which one a line belongs to.
+    Plain, or the first 16 hexadecimal digits of their HMAC-SHA-256 with `key`, or of their SHA-256 without a key, which
+    reveals ids to anyone who can list the possible ones.
     """
 
     def __init__(self, *, plain: bool, key: bytes | None = None) -> None:

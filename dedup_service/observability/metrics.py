@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from dedup_service.claims import DEFAULT_NAMESPACE, Applied, CheckFailed, ClaimAnswer, Reason, StoreNotice
 from dedup_service.observability.calls import Call, Failure
 
-# Spelled as the Prometheus interceptors of other languages spell the codes, so that common dashboards fit.
+# Spelled as in the Prometheus interceptors of other languages, for common dashboards.
 _CODES = {
     "OK": "OK",
     "CANCELLED": "Canceled",
@@ -36,13 +36,12 @@ _CODES = {
 }
 
 OTHER = "other"
-"""The namespace label of every namespace the policy file does not name."""
+"""The label of namespaces that the policy file does not name."""
 
-# The outcomes of the contract, and a claim that failed.
+# The contract's outcomes, and a failed claim.
 _OUTCOMES = ("CLAIMED", "DUPLICATE", "PAYLOAD_MISMATCH", "ERROR")
 
-# The reasons that usually leave open whether the store was changed, so that their series exist before the first error.
-# Any other reason is counted as OTHER.
+# Reasons that usually leave the outcome unknown: their series exist before the first error. Others count as OTHER.
 _DOUBTS = (
     *(Reason.DEADLINE_PASSED, Reason.INTERNAL, Reason.STORE_BUSY, Reason.STORE_CLOSED, Reason.STORE_CONNECTION_LOST),
     *(Reason.STORE_ERROR, Reason.STORE_FULL, Reason.STORE_IO_ERROR, Reason.STORE_NOT_REPLICATED),
@@ -51,7 +50,7 @@ _DOUBTS = (
 
 _OPERATIONS = ("claim", "claim_all", "complete", "release", "extend", "get")
 
-# A claim takes less than a millisecond where nothing waits, and a waiting call may take minutes.
+# An unhindered claim takes less than a millisecond; a waiting call may take minutes.
 _CALL_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0)
 _STORE_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
@@ -59,10 +58,10 @@ Add = Callable[[], None]
 
 
 class Metrics:
-    """All metrics of this process, in a registry of its own."""
+    """All metrics of this process, in their own registry."""
 
     def __init__(self, service: str, methods: Iterable[str], build: Mapping[str, str]) -> None:
-        # The workers' metric files do not have the creation time of a series.
+        # The workers' metric files lack the creation time of a series.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self.store = StoreMetrics(self.registry)
@@ -101,7 +100,7 @@ class Metrics:
         self._namespaces: dict[str, _ClaimCounters] = {name: self._bind(name) for name in (DEFAULT_NAMESPACE, OTHER)}
 
     def calls(self, method: str, known: Callable[[], Container[str]]) -> "CallMetrics":
-        """Return the observer of the calls of one rpc; `known` returns the namespaces the policy file names now."""
+        """Return the observer of one rpc; `known` returns the policy file's current namespaces."""
         return CallMetrics(self, method, known)
 
     def bind(self, namespaces: Iterable[str]) -> None:
@@ -117,10 +116,10 @@ class Metrics:
         )
 
     def count_claim(self, namespace: str, answer: ClaimAnswer | None, known: Container[str]) -> None:
-        """Count a claim by its outcome; without an answer as ERROR."""
+        """Count a claim by its outcome, ERROR without an answer."""
         counters = self._namespaces.get(namespace)
         if counters is None:
-            # A reloaded policy file may name namespaces the first one did not.
+            # A reloaded policy file may name new namespaces.
             if namespace in known:
                 self.bind((namespace,))
             counters = self._namespaces[namespace if namespace in known else OTHER]
@@ -143,7 +142,7 @@ class Metrics:
 
 
 class _ClaimCounters:
-    """The counters of one namespace; replayed and shadow claims are counted as CLAIMED, too."""
+    """The counters of one namespace; CLAIMED includes replayed and shadow claims."""
 
     __slots__ = ("outcomes", "replayed", "shadow_duplicate")
 
@@ -154,7 +153,7 @@ class _ClaimCounters:
 
 
 class CallMetrics:
-    """Counts the calls of one rpc, their claims, and errors with an unknown outcome."""
+    """Counts calls of one rpc, their claims, and errors with an unknown outcome."""
 
     def __init__(self, metrics: Metrics, method: str, known: Callable[[], Container[str]]) -> None:
         self._metrics = metrics
@@ -162,11 +161,11 @@ class CallMetrics:
         self._known = known
 
     def started(self, _: Call) -> None:
-        """Count a call that arrived."""
+        """Count an arrived call."""
         self._started()
 
     def finished(self, call: Call) -> None:
-        """Count a call that ended."""
+        """Count an ended call."""
         self._handled[call.code]()
         self._seconds(call.duration_s)
         if call.claims:
@@ -180,7 +179,7 @@ class CallMetrics:
 
 
 class StoreMetrics:
-    """Times the operations of the store, and counts its checks and connections."""
+    """Times the store's operations, and counts its checks and connections."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         seconds = Histogram(
@@ -217,7 +216,7 @@ class StoreMetrics:
         self._connections.dec()
 
     def operation_started(self, operation: str, _: Sequence[Any]) -> Callable[[Any, BaseException | None], None]:
-        """Return what records the end of an operation."""
+        """Return a function that records the end of an operation."""
         if operation == "check":
             return self._checked
         return partial(_observe_duration, self._seconds[operation], time.perf_counter())
@@ -234,10 +233,10 @@ def _observe_duration(observe: Callable[[float], None], begun: float, _: object,
 
 
 def share_metrics(folder: str, worker: int) -> None:
-    """Keep the metrics of this process in files of `folder`, to be added up with those of other workers.
+    """Keep this process's metrics in files of `folder`, to be added up with other workers'.
 
-    Must be called before the first metric is created. No two live processes may have the same number; the counts of a
-    dead one continue.
+    Must be called before the first metric is created. No two live processes may share a number; the counts of a dead
+    one continue.
     """
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
     values.ValueClass = values.MultiProcessValue(partial(int, worker))  # type: ignore[no-untyped-call]

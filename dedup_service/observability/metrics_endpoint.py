@@ -1,4 +1,4 @@
-"""The HTTP endpoint Prometheus scrapes: of one process, or of several workers added up.
+"""The HTTP endpoint Prometheus scrapes, for one process or the sum of several workers.
 
 Imported lazily: metrics are optional.
 """
@@ -14,9 +14,9 @@ from dedup_service.config.errors import AddressUnavailable
 
 
 class MetricsEndpoint:
-    """Serves a registry over HTTP, under any path, in a thread of its own. Raises AddressUnavailable.
+    """Serves a registry over HTTP, under any path, in its own thread. Raises AddressUnavailable.
 
-    `address` is the bound address; port 0 has become a free port.
+    `address` is bound: port 0 has become a free port.
     """
 
     def __init__(self, address: str, registry: CollectorRegistry) -> None:
@@ -38,10 +38,10 @@ class MetricsEndpoint:
 
 
 class WorkerMetrics:
-    """The supervisor's endpoint, which adds up the metric files of all workers at each scrape.
+    """The supervisor's endpoint: adds up the workers' metric files at each scrape.
 
-    A worker with the number of a dead one continues its files, so that counts never fall and the number of files stays
-    the same. Raises AddressUnavailable.
+    A worker with the number of a dead one continues its files: counts never fall, and the number of files is bounded.
+    Raises AddressUnavailable.
     """
 
     def __init__(self, address: str) -> None:
@@ -67,7 +67,7 @@ class WorkerMetrics:
         self._restarts.inc()
 
     def drop_worker(self, number: int) -> None:
-        """Remove the values that held only while the worker lived."""
+        """Remove values that ended with the worker."""
         mark_process_dead(number, self.folder)  # type: ignore[no-untyped-call]
 
     def close(self) -> None:

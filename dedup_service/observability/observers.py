@@ -1,7 +1,4 @@
-"""The one place where logs, metrics and traces are put around calls and stores. Free where they are off.
-
-Nothing else of the service knows which of them are on.
-"""
+"""The one place where logs, metrics and traces wrap calls and stores. Free where they are off."""
 
 import asyncio
 import platform
@@ -26,7 +23,7 @@ _SAMPLE_INTERVAL_S = 0.25
 
 
 class WorkerMetricFiles(NamedTuple):
-    """The metric files of one of several workers: they have its number, in a folder of the supervisor."""
+    """The metric files of a worker, by its number, in the supervisor's folder."""
 
     number: int
     folder: str | None
@@ -38,7 +35,7 @@ class StoreObserver(Protocol):
     def operation_started(
         self, operation: str, arguments: Sequence[Any], /
     ) -> Callable[[Any, BaseException | None], None] | None:
-        """Called before an operation. Returns what to call with its result or exception, or None."""
+        """Called before an operation. Returns None, or what to call with its result or exception."""
 
 
 class Observers:
@@ -51,11 +48,11 @@ class Observers:
 
     @property
     def connections(self) -> ConnectionObserver | None:
-        """The observer of the connections a store makes."""
+        """The observer of the store's connections."""
         return self._metrics.store if self._metrics else None
 
     def calls(self, method: str, known: Callable[[], Container[str]]) -> CallObserver:
-        """Return the observer of one rpc; `known` returns the namespaces the policy file names now."""
+        """Return the observer of one rpc; `known` returns the policy file's current namespaces."""
         observers: list[CallObserver] = []
         if self._traces is not None:
             observers.append(self._traces.calls(method, known))
@@ -67,7 +64,7 @@ class Observers:
     def store(
         self, store: ClaimStore, attributes: Mapping[str, str | int], commands: Mapping[str, Mapping[str, str | int]]
     ) -> ClaimStore:
-        """Return the store with observers around its operations; the store itself where none is on.
+        """Return the store with observers around its operations, itself if none is on.
 
         `attributes` and `commands` describe the store in traces.
         """
@@ -84,7 +81,7 @@ class Observers:
             self._metrics.bind(namespaces)
 
     async def sample(self, in_flight: Callable[[], int]) -> None:
-        """Report the number of calls in flight for ever; cheaper than at each call, and no scrape sees more."""
+        """Report the calls in flight forever; cheaper than at each call, and scrapes see no more."""
         if self._metrics is None:
             return
         while True:
@@ -100,10 +97,10 @@ def observing(
     methods: Sequence[str],
     worker: WorkerMetricFiles | None = None,
 ) -> Iterator[Observers]:
-    """Yield the observers of this process; at the end export the last spans and close the metrics endpoint.
+    """Yield the observers of this process; finally export the last spans and close the metrics endpoint.
 
-    One of several workers keeps its metrics in files, and the supervisor serves them. Raises FatalError for an address
-    that cannot be bound, for OpenTelemetry that is missing or misconfigured, and for the key file of the log.
+    A worker keeps its metrics in files that the supervisor serves. Raises FatalError for an unbindable address, missing
+    or misconfigured OpenTelemetry, and the log's key file.
     """
     ids = LoggedIds(plain=settings.log_transaction_ids == "plain", key=read_log_id_key(settings.log_id_key_file))
     call_log = CallLog(log, ids, sample=settings.log_sample, slow_s=settings.log_slow / 1000)
@@ -151,7 +148,7 @@ def _traces(service: str) -> "Traces":
 
 
 class _Several:
-    """Several observers of one rpc, notified in order."""
+    """Observers of one rpc, notified in order."""
 
     def __init__(self, observers: Sequence[CallObserver]) -> None:
         self._started = [observer.started for observer in observers]
@@ -167,7 +164,7 @@ class _Several:
 
 
 class _ObservedStore:
-    """A store whose operations are observed; everything else is the store's own."""
+    """A store whose operations are observed; the rest is passed through."""
 
     def __init__(self, store: ClaimStore, observers: Sequence[StoreObserver]) -> None:
         self._store = store

@@ -1,7 +1,7 @@
-"""The OpenTelemetry spans of one process, sent over OTLP.
+"""The OpenTelemetry spans of one process, sent over OTLP. Imported lazily: traces are optional.
 
-Imported lazily: traces are optional. Attributes follow the semantic conventions, version 1.44:
-https://opentelemetry.io/docs/specs/semconv/. None holds a transaction id, token, claimant or result.
+Attributes follow the semantic conventions 1.44: https://opentelemetry.io/docs/specs/semconv/. None holds a transaction
+id, token, claimant or result.
 """
 
 import threading
@@ -19,22 +19,22 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from dedup_service.claims import DEFAULT_NAMESPACE
 from dedup_service.observability.calls import Call
 
-# Codes that are errors of the server. The others are answers, or the caller's doing.
+# The server's errors. Other codes are answers, or the caller's doing.
 _ERRORS = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
 
 _W3C = TraceContextTextMapPropagator()
 _W3C_HEADERS = frozenset(_W3C.fields)
 
-# The shutdown waits for a collector at most twice this long.
+# Shutdown waits for a collector at most twice this long.
 _FLUSH_S = 0.5
 
 Attributes = Mapping[str, str | int]
 
 
 class Traces:
-    """Exports the spans of this process to a collector, configured by the OTEL_* variables.
+    """Exports this process's spans to a collector, configured by the OTEL_* variables.
 
-    Raises ValueError and OSError for variables that cannot be followed, such as a certificate that does not exist.
+    Raises ValueError and OSError for unusable variables, such as a missing certificate.
     """
 
     def __init__(self, service: str, version: str) -> None:
@@ -47,15 +47,15 @@ class Traces:
         self._tracer = self._provider.get_tracer("dedup_service", version)
 
     def calls(self, method: str, known: Callable[[], Container[str]]) -> "CallTraces":
-        """Return the observer of the calls of one rpc; `known` returns the namespaces the policy file names now."""
+        """Return the observer of one rpc; `known` returns the policy file's current namespaces."""
         return CallTraces(self._tracer, f"{self._service}/{method}", known)
 
     def store(self, attributes: Attributes, commands: Mapping[str, Attributes]) -> "StoreTraces":
-        """Return the observer of the store; `commands` names the command of each operation."""
+        """Return the store's observer; `commands` names the command of each operation."""
         return StoreTraces(self._tracer, attributes, commands)
 
     def close(self) -> None:
-        """Export what is left within a second; spans the collector does not accept by then are lost."""
+        """Export the rest within a second; later spans are lost."""
         flush = threading.Thread(target=self._provider.shutdown, daemon=True)
         flush.start()
         flush.join(_FLUSH_S)
@@ -66,25 +66,25 @@ class Traces:
 
 
 class CallTraces:
-    """One span for each call of an rpc, a child of the span in the caller's W3C trace context."""
+    """One span per call of an rpc, a child of the span in the caller's W3C trace context."""
 
     def __init__(self, tracer: trace.Tracer, name: str, known: Callable[[], Container[str]]) -> None:
         self._tracer = tracer
         self._name = name
         self._attributes: Attributes = {"rpc.system.name": "grpc", "rpc.method": name}
         self._known = known
-        # The spans of sampled calls in flight, with the token that detaches them.
+        # Spans of sampled calls in flight, with the token that detaches them.
         self._spans: dict[Call, tuple[trace.Span, Any]] = {}
 
     def started(self, call: Call) -> None:
-        """Start the span and make it the current one where it is sampled."""
+        """Start the span; make it current if sampled."""
         carrier: dict[str, list[str]] = {}
         for key, value in call.metadata():
             if key in _W3C_HEADERS and isinstance(value, str):
                 carrier.setdefault(key, []).append(value)
         span = self._tracer.start_span(
             self._name,
-            # Never the current context, which may belong to another call of the same connection.
+            # Never the current context: it may belong to another call of the connection.
             _W3C.extract(carrier, context.Context()),
             trace.SpanKind.SERVER,
             self._attributes,
@@ -120,7 +120,7 @@ class CallTraces:
 
 
 class StoreTraces:
-    """One span for each operation of the store, below that of its call where the call is sampled."""
+    """One span per store operation, below that of its sampled call."""
 
     def __init__(self, tracer: trace.Tracer, attributes: Attributes, commands: Mapping[str, Attributes]) -> None:
         self._tracer = tracer
@@ -130,7 +130,7 @@ class StoreTraces:
     def operation_started(
         self, operation: str, arguments: Sequence[Any]
     ) -> Callable[[Any, BaseException | None], None] | None:
-        """Start a span and return what ends it; None without a sampled call."""
+        """Start a span and return what ends it, None without a sampled call."""
         if operation == "check" or not trace.get_current_span().is_recording():
             return None
         command = self._commands.get(operation, {"db.operation.name": operation})
@@ -144,10 +144,10 @@ class StoreTraces:
 
 def _end(span: trace.Span, result: Any, failure: BaseException | None) -> None:  # noqa: ANN401 - what the store returns
     if failure is None and isinstance(result, list):
-        # One failed claim of a batch makes the span an error.
+        # A failed claim makes the batch's span an error.
         failure = next((one for one in result if isinstance(one, Exception)), None)
     if failure is not None:
-        # The reason alone: the text may hold an id.
+        # Only the reason: the text may hold an id.
         reason = str(getattr(failure, "reason", type(failure).__name__))
         _fail(span, reason, reason)
     span.end()

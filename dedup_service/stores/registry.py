@@ -1,6 +1,6 @@
-"""Chooses the store by the scheme of its URL. `_STORES` has one row for each scheme.
+"""Chooses the store by its URL's scheme: one row of `_STORES` each.
 
-A row imports its driver only when it makes or examines a store: redis-py costs more than the rest of the start-up.
+A row imports its driver only to make or examine a store: redis-py costs more than the rest of the start-up.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
@@ -29,7 +29,7 @@ TraceAttributes = Mapping[str, str | int]
 
 @dataclass(frozen=True, slots=True)
 class StoreConfig:
-    """Where and how claims are stored. `min_replicas` replicas have to acknowledge a claim before it is CLAIMED."""
+    """Where and how claims are stored. CLAIMED needs the acknowledgement of `min_replicas` replicas."""
 
     url: str = field(repr=False)
     key_layout: str = "prefixed"
@@ -39,17 +39,17 @@ class StoreConfig:
 
     @property
     def layout(self) -> KeyLayout:
-        """The function that makes the key of a transaction."""
+        """The function that makes a transaction's key."""
         return raw_layout if self.key_layout == "raw" else prefixed_layout(self.key_prefix)
 
     @property
     def scheme(self) -> str:
-        """The part of the URL before its first colon."""
+        """The URL before its first colon."""
         return self.url.partition(":")[0]
 
 
 def store_config(settings: Settings) -> StoreConfig:
-    """Return the part of the settings that concerns the store."""
+    """Return the settings of the store."""
     return StoreConfig(
         settings.effective_store_url,
         settings.key_layout,
@@ -60,9 +60,9 @@ def store_config(settings: Settings) -> StoreConfig:
 
 
 def make_store(config: StoreConfig, connections: ConnectionObserver | None = None) -> ClaimStore:
-    """Return the store, not yet opened; `connections` is notified of its network connections.
+    """Return the unopened store; `connections` is notified of its network connections.
 
-    Raises ValueError for an invalid URL, with a sentence that never repeats the URL.
+    Raises ValueError for an invalid URL, with a sentence that never repeats it.
     """
     store = _store_of(config)
     return store.make(config, store.parse(config.url), connections)
@@ -71,15 +71,15 @@ def make_store(config: StoreConfig, connections: ConnectionObserver | None = Non
 async def examine_store(config: StoreConfig) -> list[Finding]:
     """Return the findings on the store, over separate connections that are closed again.
 
-    Raises ValueError as `make_store` does, StoreUnavailable when the store cannot be reached, and StoreRefused when no
-    Sentinel or cluster knows it.
+    Raises ValueError as `make_store` does, StoreUnavailable for an unreachable store, and StoreRefused when no Sentinel
+    or cluster knows it.
     """
     store = _store_of(config)
     return await store.examine(config, store.parse(config.url))
 
 
 def trace_attributes(config: StoreConfig) -> tuple[TraceAttributes, Mapping[str, TraceAttributes]]:
-    """Return the attributes of every span of the store, and those of each operation, by OpenTelemetry's conventions.
+    """Return the trace attributes of every store span and of each operation, by OpenTelemetry's conventions.
 
     Raises ValueError as `make_store` does.
     """
@@ -92,7 +92,7 @@ TargetT = TypeVar("TargetT")
 
 @dataclass(frozen=True, slots=True)
 class _Store(Generic[TargetT]):
-    """A kind of store: how its URL is read, how it is made and examined, and its attributes in traces."""
+    """A kind of store: how to parse its URL, make and examine it, and describe it in traces."""
 
     parse: Callable[[str], TargetT]
     make: Callable[[StoreConfig, TargetT, ConnectionObserver | None], ClaimStore]
@@ -183,7 +183,7 @@ def _trace_redis(target: RedisTarget) -> TraceAttributes:
 
 
 def _trace_one_of_several(_: SentinelTarget | ClusterTarget) -> TraceAttributes:
-    # The server that will answer is not known beforehand.
+    # The server that will answer is unknown.
     return {"db.system.name": "redis"}
 
 
@@ -191,7 +191,7 @@ def _trace_sqlite(_: Path) -> TraceAttributes:
     return {"db.system.name": "sqlite"}
 
 
-# The name of a script stands for its text, which is the same at every call.
+# A script's name stands for its constant text.
 _REDIS_COMMANDS: Mapping[str, TraceAttributes] = {
     "claim": {"db.operation.name": "SET"},
     "claim_all": {"db.operation.name": "SET"},

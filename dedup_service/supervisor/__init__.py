@@ -1,4 +1,4 @@
-"""Several worker processes on one port: start, restart, replace, signal and stop them.
+"""Worker processes on one port: start, restart, replace, signal and stop.
 
-Must not import grpc, a driver or pydantic: the supervisor has to stay small and must not fail.
+Must not import grpc, a driver or pydantic: the supervisor must stay small and reliable.
 """

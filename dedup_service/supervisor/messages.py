@@ -9,7 +9,7 @@ from typing import Any, NoReturn, Self
 
 @dataclass(frozen=True, slots=True)
 class SupervisorStart:
-    """The first message to the supervisor; `settings` is the output of `Settings.to_json`."""
+    """The first message to the supervisor; `settings` comes from `Settings.to_json`."""
 
     settings: str
     banner: bool
@@ -20,13 +20,13 @@ class SupervisorStart:
 
     @classmethod
     def from_line(cls, line: bytes) -> Self:
-        """Read the line of `to_line`."""
+        """Parse the output of `to_line`."""
         return cls(**json.loads(line))
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerStart:
-    """The first message to a worker. No two live workers have the same `number`."""
+    """The first message to a worker. Live workers have different `number`s."""
 
     number: int
     settings: str
@@ -38,7 +38,7 @@ class WorkerStart:
 
     @classmethod
     def from_line(cls, line: bytes) -> Self:
-        """Read the line of `to_line`."""
+        """Parse the output of `to_line`."""
         return cls(**json.loads(line))
 
 
@@ -51,17 +51,17 @@ class Refusal:
 
 
 def ready_line(addresses: list[str]) -> bytes:
-    """Return a worker's report that it accepts calls."""
+    """Return the report of a worker that accepts calls."""
     return _line({"ready": addresses})
 
 
 def refusal_line(refusal: Refusal) -> bytes:
-    """Return a worker's report that it cannot serve."""
+    """Return the report of a worker that cannot serve."""
     return _line({"refusal": asdict(refusal)})
 
 
 def read_report(line: bytes) -> Refusal | list[str]:
-    """Return a worker's report: its refusal, or the addresses it serves."""
+    """Return a report's refusal, or the addresses the worker serves."""
     message: dict[str, Any] = json.loads(line)
     if "refusal" in message:
         return Refusal(**message["refusal"])
@@ -71,13 +71,13 @@ def read_report(line: bytes) -> Refusal | list[str]:
 
 def own_command(process: str) -> list[str]:
     """Return the command line of another process of this service: `supervisor` or `worker`."""
-    # `-m` would look for modules in the current folder first, which the installed command does not.
+    # `-m`, unlike the installed command, looks for modules in the current folder first.
     safe = [] if "" in sys.path or os.getcwd() in sys.path else ["-P"]  # noqa: PTH109 - sys.path holds text
     return [sys.executable, *safe, "-m", "dedup_service", process]
 
 
 def become_supervisor(start: SupervisorStart) -> NoReturn:
-    """Replace this process by the supervisor, which drops everything this one has imported.
+    """Replace this process by the supervisor, without its imports.
 
     The message goes through a pipe: other users of the host can read a command line.
     """

@@ -1,4 +1,4 @@
-"""The supervisor process, and the TCP ports it holds."""
+"""The supervisor process and its TCP ports."""
 
 import asyncio
 import contextlib
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 def run_supervisor() -> None:
-    """Supervise until the last worker has ended, and exit as a server alone would.
+    """Supervise until the last worker ends, and exit as a single server would.
 
-    The first line of standard input says how to start.
+    The first line of standard input is a SupervisorStart.
     """
     start = SupervisorStart.from_line(sys.stdin.buffer.readline())
     settings = json.loads(start.settings)
@@ -72,9 +72,9 @@ def _metrics(address: str | None) -> Iterator["WorkerMetrics | None"]:
 
 
 class HeldPorts:
-    """Holds the addresses of the workers, so that no other process gets them while a worker is away.
+    """Holds the workers' addresses, so that no other process gets them while a worker is away.
 
-    `addresses` are the bound ones; port 0 has become a free port. Raises AddressUnavailable.
+    `addresses` are bound: port 0 has become a free port. Raises AddressUnavailable.
     """
 
     def __init__(self, addresses: Sequence[str]) -> None:
@@ -91,15 +91,15 @@ class HeldPorts:
             held.close()
 
     def _hold(self, address: Address) -> Address:
-        # Without SO_REUSEPORT, which would silently share the port of another service.
+        # Without SO_REUSEPORT, which would share another service's port.
         address.probe()
         try:
             family, kind, protocol, where = address.resolve()
             held = socket.socket(family, kind, protocol)
             self._sockets.append(held)
             held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            # SO_REUSEADDR passes the connections an earlier service left in TIME_WAIT. It is then unset, since it would
-            # also let the probe of another service pass this socket.
+            # SO_REUSEADDR passes connections an earlier service left in TIME_WAIT. It is then unset: it would also let
+            # another service's probe pass.
             held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             held.bind(where)
             held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)

@@ -1,4 +1,4 @@
-"""Keeps the configured number of workers alive, replaces them on request, and ends after the last of them."""
+"""Keeps the configured number of workers alive, replaces them on request, and ends after the last one."""
 
 import asyncio
 import json
@@ -11,18 +11,18 @@ from dedup_service.observability.logs import Logger
 from dedup_service.supervisor.messages import Refusal, WorkerStart
 from dedup_service.supervisor.worker_process import WorkerProcess, start_worker, status_text
 
-# Backoff of a worker that keeps dying, from its second restart on; each pause is twice the previous one.
+# Backoff of a worker that keeps dying, from its second restart on; doubles each time.
 _FIRST_PAUSE_S = 0.25
 _LONGEST_PAUSE_S = 30.0
-# A worker that lived this long starts with a fresh backoff.
+# A worker that lived this long restarts with a fresh backoff.
 _SETTLED_S = 60.0
 
-# Time beyond the grace period and the store's timeout after which a worker is killed.
+# Added to the grace period and the store's timeout before a worker is killed.
 _END_SLACK_S = 3.0
 
 
 class Metrics(Protocol):
-    """The metrics of the workers, as `observability.metrics_endpoint` has them."""
+    """The workers' metrics, as in `observability.metrics_endpoint`."""
 
     folder: str
 
@@ -33,11 +33,11 @@ class Metrics(Protocol):
         """Count a worker that replaces a dead one."""
 
     def drop_worker(self, number: int) -> None:
-        """Remove the values that held only while the worker lived."""
+        """Remove values that ended with the worker."""
 
 
 class RestartBackoff:
-    """Pauses before a worker is restarted: none at first, then growing up to a limit."""
+    """Pauses before a restart: none at first, then growing up to a limit."""
 
     def __init__(self) -> None:
         self._next_s = 0.0
@@ -50,7 +50,7 @@ class RestartBackoff:
 
 
 class _Slot:
-    """One of the configured workers, and its successors; changing the worker takes the lock."""
+    """One configured worker and its successors; changing it takes the lock."""
 
     def __init__(self, worker: WorkerProcess) -> None:
         self.worker = worker
@@ -58,7 +58,7 @@ class _Slot:
 
 
 class Supervisor:
-    """Runs workers with these settings: a dict as `Settings.to_json` wrote it, with the addresses that are held."""
+    """Runs workers with the dict of `Settings.to_json` and the held addresses."""
 
     def __init__(self, settings: dict[str, Any], metrics: Metrics | None, log: Logger) -> None:
         self._count: int = settings["workers"]
@@ -72,15 +72,15 @@ class Supervisor:
         self._tasks: set[asyncio.Task[None]] = set()
         self._cleanups: set[asyncio.Task[None]] = set()
         self._replacement_requested = asyncio.Event()
-        # The end: a refusal, or None after a signal.
+        # A refusal, or None after a signal.
         self._over: asyncio.Future[Refusal | None] = asyncio.get_running_loop().create_future()
 
     async def run(self, announce: Callable[[Sequence[str]], None]) -> Refusal | None:
-        """Supervise until SIGTERM or SIGINT, or until the workers cannot serve; return why they cannot.
+        """Supervise until SIGTERM or SIGINT, or until the workers cannot serve; return the refusal.
 
         `announce` is called once with the addresses, when every worker is ready. Workers receive each SIGTERM, SIGINT
-        and SIGHUP. SIGUSR2 replaces them one by one, each new one ready before the old one drains. A dead worker is
-        restarted. Returns after the last worker has ended or was killed.
+        and SIGHUP. SIGUSR2 replaces them one by one, each ready before the old one drains. Dead workers are restarted.
+        Returns after the last worker has ended or was killed.
         """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -155,14 +155,14 @@ class Supervisor:
             self._metrics.set_workers(len(self._live))
 
     async def _keep(self, slot: _Slot) -> None:
-        """Restart the worker of the slot whenever it dies, for ever."""
+        """Restart the slot's worker whenever it dies."""
         backoff = RestartBackoff()
         while True:
             worker = slot.worker
             status = await worker.ended()
             async with slot.lock:
                 if slot.worker is not worker:
-                    # It was replaced.
+                    # Replaced.
                     continue
                 if worker.refusal and worker.addresses:
                     # A fault found while serving applies to every worker.
@@ -196,7 +196,7 @@ class Supervisor:
                 self._log.info("workers_replaced", workers=self._count)
 
     async def _replace(self, slot: _Slot) -> bool:
-        """Start a successor, then end the old worker; return whether that worked."""
+        """Start a successor, then end the old worker; return success."""
         async with slot.lock:
             old, new = slot.worker, await self._start_worker()
             if not await new.ready():

@@ -1,4 +1,4 @@
-"""A worker as its supervisor sees it: a process that reports when it is ready, takes signals, and ends."""
+"""A worker process: reports readiness, takes signals, and ends."""
 
 import asyncio
 import contextlib
@@ -19,7 +19,7 @@ class WorkerProcess:
         self.addresses: Sequence[str] = ()
         """Empty until the worker is ready."""
         self.refusal: Refusal | None = None
-        """Why it cannot serve, if it reported so."""
+        """The reported refusal."""
         self._process = process
         self._started = time.monotonic()
         self._reload_due = False
@@ -28,26 +28,26 @@ class WorkerProcess:
 
     @property
     def age_s(self) -> float:
-        """The seconds since its start."""
+        """Seconds since the start."""
         return time.monotonic() - self._started
 
     async def ended(self) -> int:
-        """Wait for its end, and return the exit status; negative if a signal ended it."""
+        """Wait for the end; return the exit status, negative after a signal."""
         # Shield: cancelling one waiter must not cancel the others.
         return await asyncio.shield(self._following)
 
     async def ready(self) -> bool:
-        """Wait until it is ready or has ended, and return which."""
+        """Wait until it is ready or has ended; return which."""
         await self._reported.wait()
         return bool(self.addresses)
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal, unless the process has ended."""
+        """Send a signal unless the process has ended."""
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(number)
 
     def reload(self) -> None:
-        """Forward a SIGHUP, at once or when the worker is ready: before that the signal would end it."""
+        """Forward a SIGHUP once ready: earlier the signal would end the worker."""
         if self.addresses:
             self.signal(signal.SIGHUP)
         else:
@@ -72,8 +72,8 @@ class WorkerProcess:
 async def start_worker(start: WorkerStart) -> WorkerProcess:
     """Start a worker without waiting for it. Raises OSError if the system cannot start a process.
 
-    It gets a process group of its own, so that Ctrl-C in a terminal reaches it once, through the supervisor. The end of
-    its standard input tells it that the supervisor is gone.
+    Its own process group makes Ctrl-C in a terminal reach it once, through the supervisor. The end of its standard
+    input tells it that the supervisor is gone.
     """
     process = await asyncio.create_subprocess_exec(*own_command("worker"), stdin=PIPE, stdout=PIPE, process_group=0)
     assert process.stdin is not None  # noqa: S101 - it is a pipe

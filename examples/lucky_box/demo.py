@@ -1,7 +1,7 @@
 """Compares the original guard with the dedup service: three clicks of one user within a millisecond.
 
-Starts a Redis, the dedup service, and the lucky box API in Python and (if Go is installed) in Go, each with both
-guards. Sends the clicks, prints the results, and stops everything.
+Starts a Redis, the dedup service, and the lucky box API in Python and (if installed) Go, each with both guards. Sends
+the clicks, prints the results, and stops everything.
 """
 
 import argparse
@@ -39,7 +39,7 @@ class Logged:
     lines: list[dict[str, Any]] = field(default_factory=list)
 
     def event(self, name: str) -> dict[str, Any]:
-        """Wait for the first line of this event and return it."""
+        """Return the first line of this event."""
         until = time.monotonic() + START_TIMEOUT_S
         while not (found := [line for line in list(self.lines) if line.get("event") == name]):
             if self.process.poll() is not None or time.monotonic() > until:
@@ -50,7 +50,7 @@ class Logged:
 
 @dataclass
 class Round:
-    """The results of one user's clicks on one box."""
+    """The results of a user's clicks."""
 
     statuses: list[int]
     passed: int
@@ -60,7 +60,7 @@ class Round:
 
 @contextlib.contextmanager
 def logged(*command: str, cwd: Path | None = None) -> Iterator[Logged]:
-    """Run a process inside the context and collect its log."""
+    """Run a process and collect its log."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("DEDUP_")}
     with subprocess.Popen(command, cwd=cwd, env=clean, stderr=subprocess.PIPE, text=True) as process:
         running = Logged(process)
@@ -81,7 +81,7 @@ def logged(*command: str, cwd: Path | None = None) -> Iterator[Logged]:
 
 @contextlib.contextmanager
 def redis_server(folder: Path) -> Iterator[int]:
-    """Run a Redis inside the context and yield its port."""
+    """Run a Redis and yield its port."""
     binary = shutil.which("redis-server")
     if binary is None:
         raise SystemExit("redis-server is not on PATH: sudo apt-get install redis-server, or brew install redis")
@@ -102,7 +102,7 @@ def redis_server(folder: Path) -> Iterator[int]:
 
 
 async def click_together(port: int, device: int) -> Round:
-    """Send the clicks in quick succession, over connections that are already open."""
+    """Send the clicks in quick succession over open connections."""
     streams = [await asyncio.open_connection("127.0.0.1", port) for _ in range(CLICKS)]
     body = json.dumps({"device": device, "event": "daily", "day": "2025-11-28"})
     ids = [secrets.token_hex(16) for _ in range(CLICKS)]
@@ -124,7 +124,7 @@ async def click_together(port: int, device: int) -> Round:
 
 
 async def play(api: Logged, rounds: int, first_device: int) -> list[Round]:
-    """Click for `rounds` users. Count in the log of the API how many clicks its guard let pass."""
+    """Click for `rounds` users. Count the clicks that passed the guard, by the API's log."""
     port = api.event("serving")["port"]
     played = [await click_together(port, first_device + number) for number in range(rounds)]
     clicks: dict[str, dict[str, Any]] = {}
@@ -138,7 +138,7 @@ async def play(api: Logged, rounds: int, first_device: int) -> list[Round]:
 
 
 def figures(api: str, guard: str, played: list[Round]) -> dict[str, Any]:
-    """Return the table row of one API with one guard."""
+    """Return the table row of an API with a guard."""
     first = played[0]
     return {
         "api": api,
@@ -153,7 +153,7 @@ def figures(api: str, guard: str, played: list[Round]) -> dict[str, Any]:
 
 
 def followed(api: Logged, sidecar: Logged, correlation_id: str) -> dict[str, Any]:
-    """Return the log lines of the API and of the dedup service for one correlation id."""
+    """Return the log lines of API and dedup service for a correlation id."""
     until = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < until:
         found = {

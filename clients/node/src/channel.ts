@@ -4,11 +4,11 @@ import { errorFrom } from "./failure.js";
 import { withRetries, type Attempt } from "./retry.js";
 
 const CHANNEL_OPTIONS: ChannelOptions = {
-  // This client retries with one token and one budget, which gRPC's own retries would ignore.
+  // gRPC's own retries would ignore this client's token and budget.
   "grpc.enable_retries": 0,
   // A service config from DNS could enable retries or hedging again.
   "grpc.service_config_disable_resolution": 1,
-  // The service is a sidecar, so no HTTP proxy is between it and the caller.
+  // No HTTP proxy is between a sidecar and its caller.
   "grpc.enable_http_proxy": 0,
   // gRPC's default reconnect backoff grows to two minutes.
   "grpc.initial_reconnect_backoff_ms": 50,
@@ -17,16 +17,16 @@ const CHANNEL_OPTIONS: ChannelOptions = {
 
 /** The time limits of one logical call. */
 export interface Budget {
-  /** Limits the whole call with its retries. */
+  /** Limits the call with its retries. */
   timeoutMs: number;
   /** Limits one attempt. */
   attemptTimeoutMs: number;
-  /** How long the service is asked to wait; added to both limits. */
+  /** Asked of the service; added to both limits. */
   waitMs?: number;
   signal?: AbortSignal | undefined;
 }
 
-/** What a request depends on in each attempt. */
+/** The input of a request in each attempt. */
 export interface RequestAttempt {
   /** The rest of the wait. */
   waitMs: number;
@@ -56,12 +56,12 @@ export class Channel {
     budget: Budget,
   ): Promise<Answer<Reply>> {
     const { timeoutMs, attemptTimeoutMs, waitMs = 0, signal } = budget;
-    // An infinite budget would mean no deadline, and a lost call would never end.
+    // Without a deadline, a lost call would never end.
     if (!(timeoutMs >= 0 && attemptTimeoutMs >= 0 && timeoutMs + attemptTimeoutMs + waitMs < Infinity)) {
       throw new RangeError("timeouts must be finite and not negative");
     }
     return withRetries(timeoutMs + waitMs, signal, async ({ leftMs, doubt }: Attempt) => {
-      // Time that passes shortens the wait, and the timeout stays available for attempts.
+      // The wait shrinks with time, so the timeout stays available for attempts.
       const waitLeft = Math.floor(Math.max(0, Math.min(waitMs, leftMs - timeoutMs)));
       const limitMs = Math.floor(Math.min(leftMs, waitLeft + attemptTimeoutMs));
       return { reply: await this.attempt(method, request({ waitMs: waitLeft }), limitMs, signal), doubt };

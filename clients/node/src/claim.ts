@@ -14,7 +14,6 @@ import type { CallOptions, CompleteOptions } from "./options.js";
 import { unspecified } from "./outcome.js";
 import { transactionFrom, type Transaction } from "./transaction.js";
 
-/** The data of a granted claim. */
 export interface Grant {
   transactionId: string;
   /** Empty for the service's default namespace. */
@@ -22,7 +21,7 @@ export interface Grant {
   token: string;
   /** True if an earlier call with the same token made the claim. */
   replayed: boolean;
-  /** True if `onUnavailable` is "allow" and the service was unavailable: nothing is held, others may proceed too. */
+  /** True if the service was unavailable and `onUnavailable` is "allow": nothing is held, others may proceed too. */
   failOpen: boolean;
   /** True if another caller holds the transaction in a shadow-mode namespace: proceed, but nothing is held. */
   shadowDuplicate: boolean;
@@ -33,10 +32,10 @@ export interface Grant {
 /**
  * The right to do the work of one transaction.
  *
- * Complete the claim after the work. Release it only if the work certainly did not happen; otherwise let it expire.
- * If nothing is held (`failOpen`, `shadowDuplicate`), `complete`, `release` and `extend` do nothing.
+ * Complete the claim after the work. Release it only if the work certainly did not happen; otherwise let it expire. If
+ * nothing is held (`failOpen`, `shadowDuplicate`), `complete`, `release` and `extend` do nothing.
  *
- * A quick success leaves no correlation id: the service returns `x-correlation-id` only for calls it logs.
+ * The service returns `x-correlation-id` only for calls it logs, so a quick success has none.
  */
 export class Claim implements Grant {
   readonly transactionId: string;
@@ -63,7 +62,7 @@ export class Claim implements Grant {
     this.transaction = grant.transaction;
   }
 
-  /** True once `complete` or `release` was called, even if it failed. */
+  /** True after `complete` or `release` was called, even if it failed. */
   get ended(): boolean {
     return this.#ended;
   }
@@ -71,8 +70,8 @@ export class Claim implements Grant {
   /**
    * Record the work as done and keep its result for later duplicates.
    *
-   * The result has at most 4,096 bytes, unless the service is configured otherwise. Repeating it with the same result
-   * is safe. Throws NotHeldError, UnavailableError or InvalidRequestError.
+   * By default the service limits the result to 4,096 bytes. Repeating it with the same result is safe. Throws
+   * NotHeldError, UnavailableError or InvalidRequestError.
    */
   async complete(result: string | Uint8Array = "", options: CompleteOptions = {}): Promise<void> {
     this.#ended = true;
@@ -88,7 +87,7 @@ export class Claim implements Grant {
     this.update(reply.transaction);
   }
 
-  /** Release the claim, so the next caller may claim at once. Throws NotHeldError or UnavailableError. */
+  /** Release the claim: the next caller may claim at once. Throws NotHeldError or UnavailableError. */
   async release(options: CallOptions = {}): Promise<void> {
     this.#ended = true;
     if (this.holdsNothing()) return;
@@ -98,7 +97,7 @@ export class Claim implements Grant {
       () => request,
       this.within(options),
     );
-    // After a lost reply, "not held" may be the effect of this release. Either way nothing is held.
+    // After a lost reply, "not held" may be the effect of this release.
     const gone = reply.outcome === ReleaseOutcome.RELEASE_OUTCOME_NOT_HELD;
     if (gone && !doubt) throw new NotHeldError(this.transactionId);
     if (!gone && reply.outcome !== ReleaseOutcome.RELEASE_OUTCOME_RELEASED) throw unspecified("release");

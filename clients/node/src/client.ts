@@ -33,7 +33,7 @@ export class Client {
    * PayloadMismatchError, InvalidRequestError, or UnavailableError if the outcome is unknown.
    */
   async claim(transactionId: string, options: ClaimOptions = {}): Promise<Claim> {
-    // Every attempt of this logical call sends this token, and no other call does.
+    // No other logical call sends this token.
     const token = options.token ?? newToken();
     const namespace = options.namespace ?? this.options.namespace ?? "";
     const request = this.claimRequest(transactionId, namespace, token, options);
@@ -61,8 +61,8 @@ export class Client {
    * Claim a transaction, do the work and complete it; if the work throws, release it and rethrow the error.
    *
    * The work may complete the claim itself, to keep a result. Use `claim` if work that throws may have taken effect.
-   * The signal applies to the claim only. Throws the errors of `claim`, `work` and `complete`: after an error of
-   * `complete`, the work is done but not recorded.
+   * The signal applies to the claim only. Throws the errors of `claim`, `work` and `complete`; after the last, the work
+   * is done but not recorded.
    */
   async once<T>(
     transactionId: string,
@@ -74,7 +74,7 @@ export class Client {
     try {
       value = await work(claim);
     } catch (error) {
-      // After a failed completion the work is done, so the claim must not be released.
+      // After a failed completion the work is done: do not release it.
       if (!claim.ended) await this.giveBack(claim);
       throw error;
     }
@@ -104,7 +104,7 @@ export class Client {
   }
 
   private claimRequest(transactionId: string, namespace: string, token: string, options: ClaimOptions) {
-    // For an empty token the service would create one per attempt, and a retry would be a duplicate.
+    // The service would create a token per attempt, and a retry would be a duplicate.
     if (token === "") throw InvalidRequestError.of("claim_token", "must not be empty");
     if (options.waitMs !== undefined && options.waitMs < 0) throw InvalidRequestError.of("wait", "must not be negative");
     encodeDuration("wait", options.waitMs ?? 0);
@@ -127,7 +127,7 @@ export class Client {
     try {
       await claim.release();
     } catch (error) {
-      // The caller receives the error of the work, and the claim expires.
+      // The caller receives the work's error, and the claim expires.
       this.logger.warn("dedup claim not released", { transaction: loggedId(claim.transactionId), ...summary(error) });
     }
   }
@@ -141,7 +141,7 @@ export class Client {
   }
 }
 
-/** Return the loggable fields of an error; its message may contain the transaction id. */
+/** The error's message may contain the transaction id. */
 function summary(error: unknown): object {
   if (!(error instanceof Error)) return { error: typeof error };
   if (!(error instanceof UnavailableError)) return { error: error.name };

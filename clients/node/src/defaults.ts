@@ -1,4 +1,4 @@
-// The defaults that every client shares; a test holds them to clients/defaults.json.
+// Defaults shared by every client; a test compares them with clients/defaults.json.
 
 export const BUDGET_MS = 2000;
 export const ATTEMPT_TIMEOUT_MS = 1000;

@@ -3,7 +3,7 @@ import type { Duration } from "./gen/google/protobuf/duration.js";
 import type { Expiry } from "./options.js";
 import { requireWellFormed } from "./transaction-id.js";
 
-/** Return the text; throws InvalidRequestError if its UTF-8 would equal that of another text. */
+/** Return the text; throws InvalidRequestError if its UTF-8 would equal another text's. */
 export function encodeText(field: string, text: string): string {
   requireWellFormed(field, text);
   return text;
@@ -20,7 +20,7 @@ export function encodeDuration(field: string, ms: number): Duration {
   return { seconds: Math.trunc(ms / 1000), nanos: (ms % 1000) * 1e6 };
 }
 
-/** Encode an expiry; throws InvalidRequestError if it is invalid or has both fields. */
+/** Encode an expiry; throws InvalidRequestError if invalid or with both fields. */
 export function encodeExpiry({ ttlMs, expireTime }: Expiry): { ttl?: Duration; expireTime?: Date } {
   if (ttlMs !== undefined && expireTime !== undefined) {
     throw InvalidRequestError.of("expire_time", "must not be set together with ttl");

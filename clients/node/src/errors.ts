@@ -1,14 +1,13 @@
 import { status } from "@grpc/grpc-js";
 import type { Transaction } from "./transaction.js";
 
-/** Whether a failed call changed something: certainly not ("no"), or perhaps ("unknown"). */
+/** Whether a failed call certainly changed nothing ("no"), or perhaps something ("unknown"). */
 export type Applied = "no" | "unknown";
 
-/** A violation in one field of a request. */
 export interface FieldViolation {
-  /** The name of the field in the contract. */
+  /** The field's name in the contract. */
   field: string;
-  /** The rule that the field violates. */
+  /** The violated rule. */
   description: string;
 }
 
@@ -30,10 +29,9 @@ export class DuplicateTransactionError extends DedupError {
   }
 }
 
-/** The id exists with another fingerprint, so it was reused for different work. HTTP 422. */
+/** The id exists with another fingerprint: it was reused for different work. HTTP 422. */
 export class PayloadMismatchError extends DedupError {
   constructor(
-    /** The holder's transaction. */
     readonly holder: Transaction,
   ) {
     super(`transaction ${holder.transactionId} exists with another payload fingerprint`);
@@ -63,19 +61,19 @@ export class InvalidRequestError extends DedupError {
   }
 }
 
-/** The details of a call without an answer. */
+/** A call without an answer. */
 export interface Failure {
   /** The gRPC code. */
   code: status;
-  /** The stable reason of the service; empty if gRPC itself made the error. */
+  /** The service's stable reason; empty if gRPC itself made the error. */
   reason: string;
   applied: Applied;
-  /** The delay the service asks for before a retry; undefined if it asks for none. */
+  /** The delay the service asks for; undefined if it asks for none. */
   retryAfterMs?: number | undefined;
 }
 
 /**
- * The call got no answer, so it is unknown whether this is a duplicate. HTTP 503, never 409.
+ * The call got no answer, so this may be a duplicate. HTTP 503, never 409.
  *
  * `cause` is the gRPC error, if there is one. If the service answered, its `metadata` has `x-correlation-id`, which
  * finds the call in the service's log.
@@ -83,7 +81,7 @@ export interface Failure {
 export class UnavailableError extends DedupError implements Failure {
   readonly code: status;
   readonly reason: string;
-  /** Whether any attempt of the call may have changed something. */
+  /** Whether any attempt may have changed something. */
   readonly applied: Applied;
   readonly retryAfterMs: number | undefined;
 

@@ -11,7 +11,7 @@ interface Details {
   retryInfo?: RetryInfo;
 }
 
-/** Convert a gRPC error to an error of this client. */
+/** Convert a gRPC error. */
 export function errorFrom(error: ServiceError): InvalidRequestError | UnavailableError {
   const { info, badRequest, retryInfo } = detailsOf(error);
   if (error.code === status.INVALID_ARGUMENT) {
@@ -21,7 +21,7 @@ export function errorFrom(error: ServiceError): InvalidRequestError | Unavailabl
   const failure = {
     code: error.code,
     reason: info?.reason ?? "",
-    // An error without details was made by gRPC itself, so the call may have been applied.
+    // gRPC itself made an error without details, so the call may have been applied.
     applied: info?.metadata["applied"] === "no" ? ("no" as const) : ("unknown" as const),
     retryAfterMs: delay && delay.seconds * 1000 + delay.nanos / 1e6,
   };
@@ -29,7 +29,7 @@ export function errorFrom(error: ServiceError): InvalidRequestError | Unavailabl
   return new UnavailableError(`the dedup service did not answer: ${cause}: ${error.details}`, failure, { cause: error });
 }
 
-/** Report whether the service was unavailable rather than refusing; only then does "allow" apply. */
+/** Report whether the service was unavailable, not refusing; only then does "allow" apply. */
 export function isOutage(error: UnavailableError): boolean {
   switch (error.code) {
     case status.UNAVAILABLE:
@@ -37,18 +37,17 @@ export function isOutage(error: UnavailableError): boolean {
     case status.DEADLINE_EXCEEDED:
       return true;
     case status.CANCELLED:
-    // A server in shutdown cancels calls it has not started. The caller's own abort does not reach this point.
+    // A server in shutdown cancels calls. The caller's own abort does not reach this point.
     case status.INTERNAL:
-      // grpc-js reports some broken connections as INTERNAL; the service never does so without a reason.
+      // grpc-js reports some broken connections as INTERNAL; the service always adds a reason.
       return error.reason === "";
     default:
       return false;
   }
 }
 
-/** Report whether a retry may succeed. */
 export function isRetryable(error: UnavailableError): boolean {
-  // The service sends a delay with every retryable error except DEADLINE_EXCEEDED.
+  // The service adds a delay to every retryable error except DEADLINE_EXCEEDED.
   const final = error.reason !== "" && error.retryAfterMs === undefined && error.code !== status.DEADLINE_EXCEEDED;
   return isOutage(error) && !final;
 }
@@ -69,7 +68,7 @@ function detailsOf(error: ServiceError): Details {
       }
     }
   } catch {
-    // Undecodable details are ignored; the error still has its code.
+    // Without details the error still has its code.
   }
   return details;
 }

@@ -5,7 +5,7 @@ export interface Logger {
   warn(message: string, details: object): void;
 }
 
-/** Whether a claim throws ("deny") or returns an unprotected grant ("allow") while the service is unavailable. */
+/** Whether a claim throws ("deny") or returns an unprotected grant ("allow") in an outage of the service. */
 export type OnUnavailable = "deny" | "allow";
 
 /** Options for all calls of a client. */
@@ -18,7 +18,7 @@ export interface ClientOptions {
   namespace?: string | undefined;
   /** Who claims, shown to duplicates; empty by default. */
   claimant?: string | undefined;
-  /** The budget of a logical call with its retries, without its wait; default 2000. */
+  /** The budget of a call with its retries, without its wait; default 2000. */
   timeoutMs?: number | undefined;
   /** The limit of one attempt, without its wait; default 1000. */
   attemptTimeoutMs?: number | undefined;
@@ -28,7 +28,6 @@ export interface ClientOptions {
   logger?: Logger | undefined;
 }
 
-/** Options of every logical call. */
 export interface CallOptions {
   /** Default: the client's. */
   timeoutMs?: number | undefined;
@@ -36,7 +35,7 @@ export interface CallOptions {
   signal?: AbortSignal | undefined;
 }
 
-/** When something expires: set one field at most; the service has a default. */
+/** Set one field at most; the service has a default. */
 export interface Expiry {
   /** From now, in whole milliseconds. */
   ttlMs?: number | undefined;
@@ -44,7 +43,6 @@ export interface Expiry {
   expireTime?: Date | undefined;
 }
 
-/** Options of a claim. */
 export interface ClaimOptions extends CallOptions, Expiry {
   /** Default: the client's. */
   namespace?: string | undefined;
@@ -60,10 +58,9 @@ export interface ClaimOptions extends CallOptions, Expiry {
   onUnavailable?: OnUnavailable | undefined;
 }
 
-/** Options of a completion; the expiry is that of the completed transaction. */
+/** The expiry is that of the completed transaction. */
 export interface CompleteOptions extends CallOptions, Expiry {}
 
-/** Options of `get`. */
 export interface GetOptions extends CallOptions {
   /** Default: the client's. */
   namespace?: string | undefined;

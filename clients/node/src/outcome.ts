@@ -3,7 +3,7 @@ import { DuplicateTransactionError, PayloadMismatchError, UnavailableError } fro
 import { ClaimOutcome, Transaction as TransactionMessage, type ClaimTransactionResponse } from "./gen/dedup/v1/dedup.js";
 import { transactionFrom } from "./transaction.js";
 
-/** Return only if the outcome is CLAIMED; throw the matching error otherwise. */
+/** Return if the outcome is CLAIMED; throw the matching error otherwise. */
 export function requireClaimed(reply: ClaimTransactionResponse): void {
   const holder = () => transactionFrom(reply.transaction ?? TransactionMessage.fromPartial({}));
   switch (reply.outcome) {
@@ -18,7 +18,7 @@ export function requireClaimed(reply: ClaimTransactionResponse): void {
   }
 }
 
-/** Create the error for a reply whose outcome is missing or unknown to this version. */
+/** Create the error for a missing or unknown outcome. */
 export function unspecified(what: string): UnavailableError {
   return new UnavailableError(`the dedup service returned no known outcome of the ${what}`, {
     code: status.UNKNOWN,

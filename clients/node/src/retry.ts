@@ -3,7 +3,7 @@ import { BACKOFF_MULTIPLIER, FIRST_BACKOFF_MS, LONGEST_BACKOFF_MS } from "./defa
 import { UnavailableError, type Applied } from "./errors.js";
 import { isRetryable } from "./failure.js";
 
-/** Time and randomness, replaced in tests. */
+/** Replaced in tests. */
 export interface Clock {
   /** Monotonic milliseconds. */
   now(): number;
@@ -18,7 +18,6 @@ export const systemClock: Clock = {
   random: Math.random,
 };
 
-/** The input of one attempt. */
 export interface Attempt {
   /** The rest of the budget; the attempt must end within it. */
   leftMs: number;
@@ -27,7 +26,7 @@ export interface Attempt {
 }
 
 /**
- * Make attempts until one succeeds, an error is final, or the budget ends before the next attempt.
+ * Make attempts until one succeeds, an error is final, or the budget ends before the next.
  *
  * The error thrown has `applied` "no" only if every attempt had. Throws the reason of the signal if it aborts.
  */
@@ -47,7 +46,7 @@ export async function withRetries<T>(
     } catch (error) {
       if (!(error instanceof UnavailableError)) throw error;
       if (error.applied === "unknown") applied = "unknown";
-      // Full jitter after the service's delay spreads the retries of callers that failed together.
+      // Full jitter spreads the retries of callers that failed together.
       const pauseMs = (error.retryAfterMs ?? 0) + clock.random() * backoffMs;
       leftMs = end - clock.now() - pauseMs;
       if (isRetryable(error) && leftMs > 0) {
@@ -64,7 +63,7 @@ async function pause(ms: number, signal: AbortSignal | undefined, clock: Clock):
   try {
     await clock.sleep(ms, signal);
   } catch (error) {
-    // Timers throw their own AbortError; the caller expects the signal's reason.
+    // Timers throw their own AbortError, not the signal's reason.
     signal?.throwIfAborted();
     throw error;
   }

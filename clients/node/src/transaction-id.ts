@@ -20,7 +20,7 @@ export function transactionId(...parts: string[]): string {
 }
 
 function escapePart(part: string): string {
-  // For untyped callers: `undefined` would join as nothing, and languages format numbers differently.
+  // Untyped callers: `undefined` would join as nothing, and languages format numbers differently.
   if (typeof part !== "string") {
     throw InvalidRequestError.of("transaction_id", `every part must be a string, not ${typeof part}`);
   }
@@ -30,16 +30,12 @@ function escapePart(part: string): string {
   );
 }
 
-/** Return the name of a transaction in logs: 16 hexadecimal digits of its SHA-256. An id may be personal data. */
+/** Return a transaction's name in logs: 16 hexadecimal digits of the id's SHA-256. An id may be personal data. */
 export function loggedId(transactionId: string): string {
   return createHash("sha256").update(transactionId).digest("hex").slice(0, 16);
 }
 
-/**
- * Throw InvalidRequestError if the text has a lone surrogate.
- *
- * Encoding would silently replace it with U+FFFD and make one id of two.
- */
+/** Throw InvalidRequestError for a lone surrogate: encoding as U+FFFD would make one id of two. */
 export function requireWellFormed(field: string, text: string): void {
   if (!text.isWellFormed()) {
     throw InvalidRequestError.of(field, "must not contain a lone surrogate, because UTF-8 cannot encode it");

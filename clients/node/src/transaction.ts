@@ -4,7 +4,7 @@ import { TransactionState, type Transaction as TransactionMessage } from "./gen/
 export interface Transaction {
   transactionId: string;
   namespace: string;
-  /** "unknown": a state this version of the client does not know. */
+  /** "unknown": not known to this version. */
   state: "in progress" | "completed" | "unknown";
   /** The name its claimer gave; may be empty. */
   claimant: string;

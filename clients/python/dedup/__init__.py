@@ -1,4 +1,4 @@
-"""The client of the dedup service: of all callers that claim a transaction, exactly one receives the claim.
+"""The client of the dedup service: exactly one caller that claims a transaction receives the claim.
 
 Use `Client` in blocking code and `dedup.aio.Client` with asyncio. `dedup.v1` holds the generated messages and stubs.
 """
@@ -66,7 +66,7 @@ _MODULE_OF = {name: f"dedup.{module}" for module, names in _NAMES.items() for na
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use: the server imports `dedup.v1` and does not pay for the client.
+    # Imported on first use: the server imports `dedup.v1` without the client.
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_MODULE_OF[name]), name)

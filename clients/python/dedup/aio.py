@@ -66,7 +66,7 @@ class GrpcTransport:
             raise failure_of_call(error) from error
 
     def _open(self) -> None:
-        # A channel belongs to the running event loop. A client made at import time has none yet.
+        # A channel belongs to the running event loop, which may not exist when the client is made.
         self._channel = (
             grpc.aio.insecure_channel(self._target, self._options)
             if self._credentials is None
@@ -81,7 +81,7 @@ class GrpcTransport:
         await asyncio.sleep(seconds)
 
     async def close(self) -> None:
-        """Close the channel. In-flight calls fail."""
+        """Implement Transport."""
         if self._channel is not None:
             await self._channel.close()
             self._channel = None
@@ -90,8 +90,8 @@ class GrpcTransport:
 class Claim(Handle):
     """A granted claim: an asynchronous context manager that completes or releases it.
 
-    Leaving the block normally completes the claim with `result`. Leaving it by an exception releases or keeps the
-    claim, depending on `on_error`. A claim that was completed or released inside the block stays as it is.
+    Leaving the block normally completes the claim with `result`. An exception releases or keeps it, depending on
+    `on_error`. A claim completed or released inside the block stays as it is.
     """
 
     def __init__(self, client: "Client", grant: Grant, on_error: OnError) -> None:
@@ -110,13 +110,13 @@ class Claim(Handle):
 
         Later duplicates receive `result` (default: the attribute `result`) for `ttl` or until `expire_time`.
 
-        Raises NotHeld, Unavailable or another CallFailed. Raises InvalidRequest if the result is too large; the
-        transaction is then completed without it.
+        Raises NotHeld, Unavailable, another CallFailed, or InvalidRequest if the result is too large; the transaction
+        is then completed without it.
         """
         return await self._client._run(self._complete(result, ttl, expire_time, timeout))
 
     async def release(self, *, timeout: float | None = None) -> None:
-        """Release the claim: the next caller receives it at once. Raises NotHeld or CallFailed."""
+        """Release the claim: the next caller may claim at once. Raises NotHeld or CallFailed."""
         await self._client._run(self._release(timeout))
 
     async def extend(
@@ -145,7 +145,7 @@ class Claim(Handle):
 class PendingClaim:
     """A claim that is made once this is awaited (`claim = await …`) or entered (`async with …`).
 
-    It works once. If it is never awaited or entered, nothing is claimed and Python emits a RuntimeWarning.
+    It works once. Never used, it claims nothing and Python emits a RuntimeWarning.
     """
 
     def __init__(self, claiming: Coroutine[object, object, Claim]) -> None:
@@ -163,12 +163,12 @@ class PendingClaim:
 
 
 class Client:
-    """A client of a dedup service. Make one for each process and use it in one event loop.
+    """A client of a dedup service. Make one per process and use it in one event loop.
 
-    `target` is `host:port` or `unix:///path`. `credentials` enable TLS. `namespace`, `claimant` and `on_error` are the
-    defaults of every claim. Times are in seconds: `timeout` is the budget of a call with all its attempts,
-    `attempt_timeout` limits one attempt. With `on_unavailable="allow"` work runs without a claim while the service is
-    unavailable. With `coalesce` concurrent claims travel in one call, which delays each by at most `coalesce_delay`.
+    `target` is `host:port` or `unix:///path`. `credentials` enable TLS. `namespace`, `claimant` and `on_error` are
+    defaults of every claim. In seconds, `timeout` is the budget of a call with all attempts, `attempt_timeout` limits
+    one attempt. `on_unavailable="allow"` lets work run without a claim while the service is unavailable. With
+    `coalesce` concurrent claims travel in one call, delayed by at most `coalesce_delay`.
     """
 
     def __init__(
@@ -213,9 +213,9 @@ class Client:
     ) -> PendingClaim:
         """Claim a transaction once the result is awaited or entered: the caller may then do the work.
 
-        The claim lives for `ttl` or until `expire_time` (default: the ttl of the namespace). A duplicate of work in
-        progress waits up to `wait` for its end, in addition to `timeout`, the budget in seconds. Pass `token` only to
-        repeat a claim of your own; two workers must never share one.
+        The claim lives for `ttl` or until `expire_time` (default: the namespace's ttl). A duplicate of work in progress
+        waits up to `wait` for its end, in addition to `timeout`, the budget in seconds. Pass `token` only to repeat
+        your own claim; two workers must never share one.
 
         Raises DuplicateTransaction, PayloadMismatch, InvalidRequest, Unavailable or another CallFailed.
         """

@@ -19,9 +19,9 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 class IdempotencyMiddleware:
     """Passes on the first request with an Idempotency-Key, and replays its response to the others.
 
-    `dedup.idempotency.Rules` describes the options. The claim is completed before the last byte of the response is
-    sent, so a caller that has the response cannot repeat the work. A server error or an exception releases the claim;
-    any other response completes it.
+    `dedup.idempotency.Rules` describes the options. The claim is completed before the response's last byte is sent, so
+    callers with the response cannot repeat the work. A server error or an exception releases the claim; any other
+    response completes it.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class IdempotencyMiddleware:
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one connection. Other protocols and requests without a key are passed on unchanged."""
+        """Handle one connection. Other protocols and requests without a key pass unchanged."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -79,7 +79,7 @@ class IdempotencyMiddleware:
             return
         claim.retention = self._rules.retention
         responder = _Responder(claim, send)
-        # Extensions could send a response that bypasses the responder.
+        # Extensions could send a response around the responder.
         guarded = {**scope, "extensions": {}}
         try:
             await self._app(guarded, _replay(body, receive), responder.send)
@@ -90,7 +90,7 @@ class IdempotencyMiddleware:
 
 
 class _Responder:
-    """Holds the response back until the claim has ended, or until the response is too large to store."""
+    """Holds back the response until the claim has ended or the response is too large to store."""
 
     def __init__(self, claim: aio.Claim, send: Send) -> None:
         self._claim = claim
@@ -102,7 +102,7 @@ class _Responder:
         self._ended = False
 
     async def send(self, message: Message) -> None:
-        """Take one message from the application."""
+        """Take a message from the application."""
         if message["type"] == "http.response.start":
             self._start = message
         if message["type"] == "http.response.body" and not self._ended:
@@ -120,7 +120,7 @@ class _Responder:
         await self._send(message)
 
     async def fail(self) -> None:
-        """Release the claim, unless the response was complete before the exception."""
+        """Release the claim, unless the response was complete."""
         if not self._ended:
             self._ended = True
             await self._quietly(self._claim.release())
@@ -139,13 +139,13 @@ class _Responder:
         return pack(Response(self._start["status"], headers, bytes(self._body)))
 
     async def flush(self) -> None:
-        """Send the messages that are held back."""
+        """Send the held messages."""
         held, self._held = self._held, []
         for message in held:
             await self._send(message)
 
     async def _quietly(self, ending: Awaitable[object]) -> None:
-        """Complete or release the claim. A failure is only logged: the work is done, so its response is sent."""
+        """Complete or release the claim. Failures are only logged: the response is sent anyway."""
         try:
             await ending
         except DedupError as error:
@@ -153,7 +153,7 @@ class _Responder:
 
 
 async def _whole_body(receive: Receive, limit: int) -> bytes | None:
-    """Return the request body, or None if the caller disconnected. Raises ValueError if the body is too large."""
+    """Return the body, None if the caller disconnected. Raises ValueError if it is too large."""
     body = bytearray()
     while True:
         message = await receive()

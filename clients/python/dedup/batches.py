@@ -1,4 +1,4 @@
-"""Batches of claims: the answers in a batch reply, and `claim_batch`, which repeats the entries that failed."""
+"""Batches of claims: the answers in a reply, and `claim_batch`, which repeats failed entries."""
 
 import itertools
 import time
@@ -13,7 +13,7 @@ from dedup.retries import Retrier, RetryPolicy, worth_repeating
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
 
 MAX_BATCH = 1_000
-"""The largest number of claims in one call."""
+"""The limit of one call."""
 
 ClaimAnswer = dedup_pb2.ClaimTransactionResponse | CallFailed
 
@@ -29,13 +29,12 @@ def claim_batch(
 ) -> Iterator[tuple[int, ClaimAnswer]]:
     """Claim up to 1,000 transactions in one call, and repeat the entries that failed by the rules of single claims.
 
-    Yields the index of each request with its final answer, as soon as that is known: a response whose outcome is
-    CLAIMED, DUPLICATE or PAYLOAD_MISMATCH, or a CallFailed. The `applied` of a CallFailed covers all attempts of its
-    entry. If the iteration is interrupted, for example by KeyboardInterrupt, a request without an answer may have been
-    applied.
+    Yields the index of each request with its final answer once known: a response whose outcome is CLAIMED, DUPLICATE or
+    PAYLOAD_MISMATCH, or a CallFailed, whose `applied` covers all attempts of the entry. If the iteration is
+    interrupted, for example by KeyboardInterrupt, an unanswered request may have been applied.
 
-    Every request needs a claim token, so that a repeated claim receives CLAIMED again. Raises ValueError otherwise.
-    The first attempt fails at once without a connection. Repeated attempts wait for one until their timeout.
+    Every request needs a claim token, so that a repeated claim receives CLAIMED again. Raises ValueError otherwise. The
+    first attempt fails at once without a connection. Repeated attempts wait for one until their timeout.
     """
     if not all(request.claim_token for request in requests):
         raise ValueError("every claim of a batch needs a claim_token: without one, a repeated claim is a duplicate")
@@ -72,7 +71,7 @@ def claim_batch(
 def answers_of(reply: dedup_pb2.BatchClaimTransactionsResponse, expected: int) -> list[ClaimAnswer]:
     """Return the answer to each claim of a batch, in order.
 
-    If the reply has another number of entries, none can be matched to its claim, and every claim fails.
+    If the number of entries differs, none can be matched, and every claim fails.
     """
     if len(reply.entries) != expected:
         return [_broken(f"{len(reply.entries)} answers to {expected} claims") for _ in range(expected)]
@@ -112,11 +111,11 @@ def _checked(answer: ClaimAnswer) -> ClaimAnswer:
 
 
 def _combined(earlier: CallFailed | None, failure: CallFailed) -> CallFailed:
-    """Return what an entry reports after another failed attempt; doubt stays."""
+    """Return an entry's report after another failed attempt; doubt stays."""
     if earlier is None:
         return failure
     applied: Applied = "unknown" if "unknown" in (earlier.applied, failure.applied) else "no"
-    # A repeated attempt that found no connection ends as DEADLINE_EXCEEDED; the earlier error says more.
+    # Without a connection a repeated attempt ends as DEADLINE_EXCEEDED; the earlier error says more.
     kept = earlier if failure.code is grpc.StatusCode.DEADLINE_EXCEEDED else failure
     kept.applied = applied
     return kept

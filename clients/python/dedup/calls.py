@@ -1,4 +1,4 @@
-"""The calls of the service: builds each request, and decides what its reply means. Knows no threads or event loops."""
+"""The calls of the service: builds requests and interprets replies. Knows no threads or event loops."""
 
 import logging
 from dataclasses import dataclass, field
@@ -16,10 +16,10 @@ from dedup.transactions import Transaction
 from dedup.v1 import dedup_pb2
 
 Span = timedelta | float
-"""A length of time: a timedelta, or seconds."""
+"""A timedelta, or seconds."""
 
 OnUnavailable = Literal["deny", "allow"]
-"""What happens to a claim while the service is unavailable: Unavailable is raised, or the work runs unguarded."""
+"""While the service is unavailable, a claim raises Unavailable, or the work runs unguarded."""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -28,9 +28,9 @@ _LOG = logging.getLogger("dedup")
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """The permission to do the work, and what is needed to complete or release its claim.
+    """The permission to do the work, and the data to complete or release its claim.
 
-    `transaction` is the caller's own. For a `shadow_duplicate` it is the holder's, and for `fail_open` it is None.
+    `transaction` is the caller's own; the holder's for a `shadow_duplicate`, None for `fail_open`.
     """
 
     transaction_id: str
@@ -62,7 +62,7 @@ class Calls:
         """Claim a transaction.
 
         Raises DuplicateTransaction, PayloadMismatch, InvalidRequest, Unavailable (unless the client allows work then)
-        or another CallFailed. An outcome that this version does not know raises CallFailed.
+        or another CallFailed, also for an unknown outcome.
         """
         wait_s = seconds(wait) if wait is not None else 0.0
         try:
@@ -100,8 +100,8 @@ class Calls:
     ) -> Steps[Transaction]:
         """Complete a claim. Raises NotHeld, InvalidRequest, Unavailable or another CallFailed.
 
-        If the service rejects the result, for example as too large, the transaction is completed without it and
-        InvalidRequest is still raised: finished work must not look unfinished.
+        If the service rejects the result, for example as too large, the transaction is completed without it before
+        InvalidRequest is raised: finished work must not look unfinished.
         """
         refuse_both(ttl, expire_time)
         request = dedup_pb2.CompleteTransactionRequest(
@@ -172,7 +172,7 @@ class Calls:
         raise unknown_outcome(reply.outcome)
 
     def get(self, transaction_id: str, *, namespace: str, budget_s: float | None) -> Steps[Transaction | None]:
-        """Look a transaction up. The outcome is None if nobody holds it."""
+        """Look up a transaction. The outcome is None if nobody holds it."""
         request = dedup_pb2.GetTransactionRequest(transaction_id=transaction_id, namespace=namespace)
         try:
             answer = yield from self._retrier.call("GetTransaction", request, budget_s=budget_s)
@@ -193,10 +193,10 @@ def claim_request(
     fingerprint: bytes,
     token: str | None,
 ) -> dedup_pb2.ClaimTransactionRequest:
-    """Return the request of one logical claim. Its attempts all send this request.
+    """Return the request of one logical claim, shared by its attempts.
 
-    The request always has a token. Otherwise the service would generate one for each attempt, and a retry would be a
-    duplicate of the attempt whose answer was lost.
+    It always has a token: the service would generate one per attempt, and a retry would be a duplicate of the attempt
+    whose answer was lost.
     """
     refuse_both(ttl, expire_time)
     return dedup_pb2.ClaimTransactionRequest(
@@ -211,7 +211,7 @@ def claim_request(
 
 
 def unknown_outcome(outcome: int) -> CallFailed:
-    """Return the exception for a reply whose outcome this client does not know."""
+    """Return the exception for a reply with an unknown outcome."""
     return CallFailed(
         f"the service answered with outcome {outcome}, which this client does not know: do not do the work",
         code=grpc.StatusCode.UNKNOWN,
@@ -225,7 +225,7 @@ def seconds(span: Span) -> float:
 
 
 def duration(span: Span | None) -> Duration | None:
-    """Return a span rounded to milliseconds, the resolution of the service."""
+    """Return a span rounded to milliseconds, the service's resolution."""
     if span is None:
         return None
     message = Duration()
@@ -234,7 +234,7 @@ def duration(span: Span | None) -> Duration | None:
 
 
 def timestamp(moment: datetime | None) -> Timestamp | None:
-    """Return a time truncated to milliseconds. Raises ValueError if it has no time zone."""
+    """Return a time truncated to milliseconds. Raises ValueError without a time zone."""
     if moment is None:
         return None
     if moment.tzinfo is None:

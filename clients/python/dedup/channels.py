@@ -1,4 +1,4 @@
-"""Channels to the service: their options, and the metadata of the calls on them."""
+"""Channels to the service: their options, and their calls' metadata."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,12 +7,12 @@ from contextvars import ContextVar
 ChannelOption = tuple[str, str | int]
 
 _OPTIONS: tuple[ChannelOption, ...] = (
-    # gRPC's own retries know neither the token nor the budget of the logical call.
+    # gRPC's own retries ignore the token and budget of the logical call.
     ("grpc.enable_retries", 0),
-    # A sidecar restarts within moments. gRPC's default backoff grows to two minutes.
+    # A sidecar restarts within moments; gRPC's default backoff grows to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
-    # A batch of 1,000 duplicates with results of 4,096 bytes exceeds gRPC's default of 4 MiB.
+    # 1,000 duplicates with results of 4,096 bytes exceed gRPC's default of 4 MiB.
     ("grpc.max_receive_message_length", 8 * 1024 * 1024),
 )
 
@@ -22,7 +22,7 @@ _entries: ContextVar[tuple[MetadataEntry, ...]] = ContextVar("dedup_metadata", d
 
 
 def channel_options(more: Sequence[ChannelOption]) -> list[ChannelOption]:
-    """Return the options of a channel. `more` overrides the defaults, but gRPC's own retries stay off."""
+    """Return the options of a channel. `more` overrides the defaults; gRPC's own retries stay off."""
     chosen = dict(_OPTIONS) | dict(more) | {"grpc.enable_retries": 0}
     return list(chosen.items())
 
@@ -31,10 +31,10 @@ def channel_options(more: Sequence[ChannelOption]) -> list[ChannelOption]:
 def call_metadata(*entries: MetadataEntry) -> Iterator[None]:
     """Send these metadata entries with every call made inside the block by this thread or task.
 
-    Nested blocks add up. Coalesced claims carry no metadata, because one batch serves several callers.
+    Nested blocks add up. Coalesced claims carry no metadata, because a batch serves several callers.
 
-    The service logs a call under its `x-correlation-id`. It logs failed calls, slow calls (over 250 ms by default) and
-    a sample of the others. A quick success is normally not logged, so no log line has its correlation id.
+    The service logs a call under its `x-correlation-id`: failed calls, slow calls (over 250 ms by default) and a sample
+    of the others. A quick success is normally not logged.
     """
     token = _entries.set((*_entries.get(), *entries))
     try:

@@ -77,7 +77,7 @@ class GrpcTransport:
         time.sleep(seconds)
 
     def close(self) -> None:
-        """Close the channel. In-flight calls fail."""
+        """Implement Transport."""
         self._closed = True
         self._channel.close()
 
@@ -85,8 +85,8 @@ class GrpcTransport:
 class Claim(Handle):
     """A granted claim: a context manager that completes or releases it.
 
-    Leaving the block normally completes the claim with `result`. Leaving it by an exception releases or keeps the
-    claim, depending on `on_error`. A claim that was completed or released inside the block stays as it is.
+    Leaving the block normally completes the claim with `result`. An exception releases or keeps it, depending on
+    `on_error`. A claim completed or released inside the block stays as it is.
     """
 
     def __init__(self, client: "Client", grant: Grant, on_error: OnError) -> None:
@@ -105,13 +105,13 @@ class Claim(Handle):
 
         Later duplicates receive `result` (default: the attribute `result`) for `ttl` or until `expire_time`.
 
-        Raises NotHeld, Unavailable or another CallFailed. Raises InvalidRequest if the result is too large; the
-        transaction is then completed without it.
+        Raises NotHeld, Unavailable, another CallFailed, or InvalidRequest if the result is too large; the transaction
+        is then completed without it.
         """
         return self._client._run(self._complete(result, ttl, expire_time, timeout))
 
     def release(self, *, timeout: float | None = None) -> None:
-        """Release the claim: the next caller receives it at once. Raises NotHeld or CallFailed."""
+        """Release the claim: the next caller may claim at once. Raises NotHeld or CallFailed."""
         self._client._run(self._release(timeout))
 
     def extend(
@@ -138,12 +138,12 @@ class Claim(Handle):
 
 
 class Client:
-    """A client of a dedup service. It is thread-safe; make one for each process.
+    """A client of a dedup service. It is thread-safe; make one per process.
 
-    `target` is `host:port` or `unix:///path`. `credentials` enable TLS. `namespace`, `claimant` and `on_error` are the
-    defaults of every claim. Times are in seconds: `timeout` is the budget of a call with all its attempts,
-    `attempt_timeout` limits one attempt. With `on_unavailable="allow"` work runs without a claim while the service is
-    unavailable. With `coalesce` concurrent claims travel in one call, which delays each by at most `coalesce_delay`.
+    `target` is `host:port` or `unix:///path`. `credentials` enable TLS. `namespace`, `claimant` and `on_error` are
+    defaults of every claim. In seconds, `timeout` is the budget of a call with all attempts, `attempt_timeout` limits
+    one attempt. `on_unavailable="allow"` lets work run without a claim while the service is unavailable. With
+    `coalesce` concurrent claims travel in one call, delayed by at most `coalesce_delay`.
     """
 
     def __init__(
@@ -188,9 +188,9 @@ class Client:
     ) -> Claim:
         """Claim a transaction and return the claim: the caller may do the work.
 
-        The claim lives for `ttl` or until `expire_time` (default: the ttl of the namespace). A duplicate of work in
-        progress waits up to `wait` for its end, in addition to `timeout`, the budget in seconds. Pass `token` only to
-        repeat a claim of your own; two workers must never share one.
+        The claim lives for `ttl` or until `expire_time` (default: the namespace's ttl). A duplicate of work in progress
+        waits up to `wait` for its end, in addition to `timeout`, the budget in seconds. Pass `token` only to repeat
+        your own claim; two workers must never share one.
 
         Raises DuplicateTransaction, PayloadMismatch, InvalidRequest, Unavailable or another CallFailed.
         """

@@ -1,6 +1,6 @@
 """Coalescing: concurrent claims of one client travel in one BatchClaimTransactions.
 
-Coalescing works below the retries: every attempt of every claim keeps its own token, timeout and error.
+It works below the retries: every attempt keeps its own token, timeout and error.
 """
 
 import asyncio
@@ -23,15 +23,15 @@ _AsyncWaiting = tuple[dedup_pb2.ClaimTransactionRequest, float, "asyncio.Future[
 
 
 def may_coalesce(request: Message) -> TypeGuard[dedup_pb2.ClaimTransactionRequest]:
-    """Return whether a request may travel in a batch. A claim with `wait` may not: it would delay the others."""
+    """Return whether a request may travel in a batch: `wait` would delay the other claims."""
     return isinstance(request, dedup_pb2.ClaimTransactionRequest) and not request.HasField("wait")
 
 
 class Crowd:
     """Decides when a batch may leave before its delay has passed.
 
-    Callers that were answered together mostly claim again together. So a batch leaves once no other is in flight and
-    as many claims wait as there were when the last answer came.
+    Callers answered together mostly claim again together. So a batch leaves once no other is in flight and as many
+    claims wait as at the last answer.
     """
 
     def __init__(self) -> None:
@@ -49,16 +49,16 @@ class Crowd:
         self._claims += claims
 
     def answered(self, claims: int, waiting: int) -> None:
-        """Record that a batch has been answered while `waiting` other claims wait."""
+        """Record the answer to a batch while `waiting` other claims wait."""
         self._expected = self._claims + waiting
         self._batches -= 1
         self._claims -= claims
 
 
 class Coalescer:
-    """Gathers the claims of several threads for at most `delay_s` seconds, up to 1,000 of them.
+    """Gathers up to 1,000 claims of several threads for at most `delay_s` seconds.
 
-    The first thread of a batch waits for the others and sends the batch, so the client needs no thread of its own.
+    The first thread of a batch sends it, so the client needs no thread of its own.
     """
 
     def __init__(self, stub: dedup_pb2_grpc.DedupServiceStub, delay_s: float) -> None:
@@ -73,7 +73,7 @@ class Coalescer:
         end = time.monotonic() + timeout_s
         future: Future[ClaimAnswer] = Future()
         with self._changed:
-            # The batch of this claim. The thread that fills or sends it replaces `_waiting` by a new list.
+            # The thread that fills or sends a batch replaces `_waiting`.
             batch = self._waiting
             batch.append((request, timeout_s, future))
             leads = len(batch) == 1
@@ -84,7 +84,7 @@ class Coalescer:
             try:
                 self._gather(batch, min(self._delay_s, timeout_s))
             finally:
-                # Also if this thread is interrupted: the other threads of the batch depend on it.
+                # Also if this thread is interrupted: others depend on the batch.
                 self._ask(batch)
         try:
             answer = future.result(max(0.0, end - time.monotonic()))
@@ -95,7 +95,7 @@ class Coalescer:
         return answer
 
     def _gather(self, batch: list[_Waiting], delay_s: float) -> None:
-        """Wait until the batch is full or its delay has passed, and close it to further claims."""
+        """Wait until the batch is full or its delay has passed, and close it."""
         with self._changed:
             try:
                 self._changed.wait_for(lambda: self._waiting is not batch, delay_s)
@@ -130,7 +130,7 @@ class Coalescer:
 
 
 class AsyncCoalescer:
-    """Gathers the claims of one event loop for at most `delay_s` seconds, up to 1,000 of them."""
+    """Gathers up to 1,000 claims of one event loop for at most `delay_s` seconds."""
 
     def __init__(self, stub: dedup_pb2_grpc.DedupServiceStub, delay_s: float) -> None:
         self._stub = stub
@@ -165,7 +165,7 @@ class AsyncCoalescer:
             self._timer.cancel()
             self._timer = None
         batch, self._waiting = self._waiting, []
-        # The event loop keeps only weak references to its tasks.
+        # The event loop's references to tasks are weak.
         task = asyncio.get_running_loop().create_task(self._ask(batch))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -177,7 +177,7 @@ class AsyncCoalescer:
         except grpc.RpcError as error:
             answers = [failure_of_call(error) for _ in batch]
         except asyncio.CancelledError:
-            # The channel was closed. Cancel the callers, as gRPC does without a batch.
+            # The channel was closed: cancel the callers, as gRPC does.
             for _, _, future in batch:
                 future.cancel()
             raise
@@ -187,7 +187,7 @@ class AsyncCoalescer:
                     future.set_exception(error)
             return
         for (_, _, future), answer in zip(batch, answers, strict=True):
-            # Already done if its caller was cancelled or timed out.
+            # The caller may be cancelled or timed out.
             if not future.done():
                 future.set_result(answer)
 
@@ -212,5 +212,5 @@ def _answers(call: object, claims: int) -> list[ClaimAnswer]:
 
 
 def _timed_out(timeout_s: float) -> Unavailable:
-    """Return the exception for a claim whose own timeout ends before its batch is answered."""
+    """Return the exception for a claim whose timeout ends before its batch is answered."""
     return Unavailable(f"no answer to the batch within {timeout_s:.3f} s", code=grpc.StatusCode.DEADLINE_EXCEEDED)

@@ -32,11 +32,11 @@ def once(
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Run a function once for each key. Further calls with the same key are duplicates.
 
-    `key` takes the arguments of the call and returns its transaction id. `fingerprint` takes them too, and returns a
-    digest of whatever else must be equal. Coroutine functions need an `aio.Client`, other functions a `Client`. `ttl`
-    limits how long the work may take. `retention` is how long the completed work is remembered.
+    `key` takes the call's arguments and returns its transaction id; `fingerprint` returns a digest of whatever else
+    must be equal. Coroutine functions need an `aio.Client`, others a `Client`. `ttl` limits the work's duration, and
+    `retention` how long it is remembered once completed.
 
-    With `encode` and `decode` the first result is stored, and every duplicate of completed work returns it. Other
+    With `encode` and `decode` the first result is stored and returned to every duplicate of completed work. Other
     duplicates return the result of `on_duplicate` (awaited if the function is a coroutine function), or raise
     DuplicateTransaction.
 
@@ -62,7 +62,7 @@ def once(
 
 @dataclass(frozen=True, slots=True)
 class _Guard:
-    """The options of `once`, for blocking and for coroutine functions."""
+    """The options of `once`."""
 
     key: Callable[..., str]
     fingerprint: Callable[..., bytes] | None
@@ -73,12 +73,12 @@ class _Guard:
     decode: Callable[[bytes], object] | None
 
     def claim_options(self, *args: object, **kwargs: object) -> dict[str, Any]:
-        """Return the arguments of `Client.claim` for one call of the function."""
+        """Return the arguments of `Client.claim` for one call."""
         digest = self.fingerprint(*args, **kwargs) if self.fingerprint is not None else b""
         return {"transaction_id": self.key(*args, **kwargs), "fingerprint": digest, **self.options}
 
     def finish(self, claim: Handle, value: object) -> None:
-        """Prepare the completion of finished work. If this raises, the caller completes the claim without a result."""
+        """Prepare the completion of finished work. If this raises, the claim is completed without a result."""
         claim.retention = self.retention
         if self.encode is not None:
             claim.result = self.encode(value)

@@ -1,4 +1,4 @@
-"""Converts gRPC errors to the exceptions of this client, for single calls and for the entries of a batch."""
+"""Converts gRPC errors of calls and batch entries to this client's exceptions."""
 
 from collections.abc import Iterable
 from typing import cast
@@ -12,7 +12,7 @@ _DOMAIN = "dedup.v1"
 _STATUS_KEY = "grpc-status-details-bin"
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _UNAVAILABLE = {
-    # A server that shuts down cancels its remaining calls. The caller's own cancellation never arrives here.
+    # A server's shutdown cancels calls. The caller's own cancellation never arrives here.
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -21,8 +21,8 @@ _UNAVAILABLE = {
 
 
 def failure_of_call(error: grpc.RpcError) -> CallFailed:
-    """Return the exception for a failed call, with the service's error details if it sent any."""
-    # A sequence of pairs; the type stubs declare a single pair.
+    """Return the exception for a failed call, with the service's error details, if any."""
+    # A sequence of pairs; the type stubs declare one pair.
     for key, value in cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ()):
         if key == _STATUS_KEY and isinstance(value, bytes):
             return failure_of_status(status_pb2.Status.FromString(value))
@@ -30,12 +30,12 @@ def failure_of_call(error: grpc.RpcError) -> CallFailed:
 
 
 def failure_of_closed_client() -> CallFailed:
-    """Return the exception for a call whose client was closed. It is not an outage, and no retry can help."""
+    """Return the exception for a call of a closed client: not an outage, and retries cannot help."""
     return CallFailed("the client was closed", code=grpc.StatusCode.CANCELLED)
 
 
 def failure_of_status(status: status_pb2.Status) -> CallFailed:
-    """Return the exception for a google.rpc.Status: the details of a call, or the error of a batch entry."""
+    """Return the exception for a google.rpc.Status of a call or batch entry."""
     reason: str = ""
     applied: Applied = "unknown"
     retry_after_s: float | None = None

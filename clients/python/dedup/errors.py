@@ -8,7 +8,7 @@ import grpc
 from dedup.transactions import Transaction
 
 Applied = Literal["no", "unknown"]
-"""Whether a failed call certainly changed nothing ("no") or may have changed something ("unknown")."""
+""""no": a failed call certainly changed nothing. "unknown": it may have changed something."""
 
 
 class DedupError(Exception):
@@ -18,7 +18,7 @@ class DedupError(Exception):
 class DuplicateTransaction(DedupError):
     """Another caller holds the transaction, or it is completed. Do not do the work. Answer 409.
 
-    `holder` tells who claimed it, when, and until when. Once the work is completed it has the first result.
+    `holder` tells who claimed it, when, until when, and once completed its first result.
     """
 
     def __init__(self, holder: Transaction) -> None:
@@ -29,7 +29,7 @@ class DuplicateTransaction(DedupError):
 
 
 class PayloadMismatch(DedupError):
-    """The transaction was claimed with another fingerprint: the id was reused for different work. Answer 422."""
+    """The transaction was claimed with another fingerprint: its id was reused. Answer 422."""
 
     def __init__(self, holder: Transaction) -> None:
         super().__init__(f"transaction {holder.transaction_id!r} was claimed with another payload")
@@ -37,9 +37,9 @@ class PayloadMismatch(DedupError):
 
 
 class NotHeld(DedupError):
-    """The claim is no longer held: it expired, was released, was claimed by another caller, or is completed.
+    """The claim expired, was released, was claimed by another caller, or is completed.
 
-    Nothing was changed. After a completion it means that the work was done and another caller may repeat it.
+    Nothing was changed. After a completion, the work was done and another caller may repeat it.
     """
 
     def __init__(self, transaction_id: str) -> None:
@@ -50,9 +50,9 @@ class NotHeld(DedupError):
 class CallFailed(DedupError):
     """The call was not answered. Do not do the work, and never answer 409.
 
-    `code` is the gRPC code. `reason` is the stable reason of the service, empty if gRPC itself made the error.
-    `message` is the text without code and reason. `applied` covers all attempts of the call. `retry_after_s` is the
-    delay in seconds that the service asks for, or None.
+    `code` is the gRPC code. `reason` is the service's stable reason, empty if gRPC itself made the error. `message` is
+    the text without both. `applied` covers all attempts. `retry_after_s` is the delay in seconds that the service asks
+    for, or None.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Unavailable(CallFailed):
 
 
 class InvalidRequest(CallFailed):
-    """The request is invalid. Nothing was changed. `violations` maps each invalid field to what is wrong with it."""
+    """The request is invalid. Nothing was changed. `violations` maps each invalid field to its fault."""
 
     def __init__(self, message: str, *, violations: Mapping[str, str], reason: str = "INVALID_REQUEST") -> None:
         super().__init__(message, code=grpc.StatusCode.INVALID_ARGUMENT, reason=reason, applied="no")

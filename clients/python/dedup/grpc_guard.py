@@ -11,7 +11,7 @@ the interceptors pass on all others unchanged. A call that fails releases its cl
 | while the dedup service is unavailable | UNAVAILABLE |
 """
 
-# gRPC's classes are generic only in their type stubs.
+# Generic only in gRPC's type stubs.
 from __future__ import annotations
 
 import hashlib
@@ -32,7 +32,7 @@ from dedup.ids import transaction_id
 
 KEY = "idempotency-key"
 
-# Precedes a stored reply, so that an empty reply differs from no reply.
+# Tells an empty reply from no reply.
 _STORED = b"\x01"
 
 
@@ -44,7 +44,7 @@ class _Rules:
 
 
 class DedupInterceptor(grpc.ServerInterceptor):
-    """Interceptor for `grpc.server`. `ttl` limits how long a call may take; `retention` is how long it is replayed."""
+    """Interceptor for `grpc.server`. `ttl` limits a call's duration; `retention` is how long it is replayed."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class DedupInterceptor(grpc.ServerInterceptor):
                 failed = _failed(context)
                 if not failed:
                     _keep(claim, reply)
-                # A failure is only logged: the work is done, so its reply is sent.
+                # Only logged: the work is done, so its reply is sent.
                 try:
                     claim.release() if failed else claim.complete()
                 except DedupError as error:
@@ -136,7 +136,7 @@ class AsyncDedupInterceptor(grpc.aio.ServerInterceptor):
                 failed = _failed(context)
                 if not failed:
                     _keep(claim, reply)
-                # A failure is only logged: the work is done, so its reply is sent.
+                # Only logged: the work is done, so its reply is sent.
                 try:
                     await (claim.release() if failed else claim.complete())
                 except DedupError as error:
@@ -147,7 +147,7 @@ class AsyncDedupInterceptor(grpc.aio.ServerInterceptor):
 
 
 def _key_of(details: grpc.HandlerCallDetails) -> str | None:
-    # A sequence of pairs; the type stubs declare a single pair.
+    # A sequence of pairs; the type stubs declare one pair.
     for name, value in cast("Any", details.invocation_metadata or ()):
         if name == KEY:
             return str(value)
@@ -185,14 +185,13 @@ def _failed(context: Any) -> bool:
 
 
 def _stored_reply(error: Exception) -> bytes | None:
-    """Return the stored reply of completed work, or None."""
     if isinstance(error, DuplicateTransaction) and error.holder.result.startswith(_STORED):
         return error.holder.result.removeprefix(_STORED)
     return None
 
 
 def _status_of(error: Exception) -> tuple[grpc.StatusCode, str]:
-    """Return the status for a call whose claim raised `error`. Re-raises InvalidRequest: the guard is misconfigured."""
+    """Return the status for a claim's `error`. Re-raises InvalidRequest: the guard is misconfigured."""
     match error:
         case DuplicateTransaction(holder=holder) if holder.completed:
             return grpc.StatusCode.ALREADY_EXISTS, "a call with this idempotency key is completed, its reply not stored"

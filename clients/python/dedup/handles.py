@@ -1,4 +1,4 @@
-"""The granted claim in the caller's hands: what the blocking and the asynchronous `Claim` have in common."""
+"""What the blocking and the asynchronous `Claim` have in common."""
 
 import logging
 from datetime import datetime
@@ -11,7 +11,7 @@ from dedup.retries import Steps
 from dedup.transactions import Transaction
 
 OnError = Literal["release", "keep"]
-"""What happens to a claim whose work raised: it is released, or kept until it expires."""
+"""Whether the claim of failed work is released, or kept until it expires."""
 
 _LOG = logging.getLogger("dedup")
 
@@ -20,11 +20,11 @@ class Handle:
     """A granted claim.
 
     Leaving the block completes the claim with `result`, and the service remembers it for `retention` (None: the
-    default of the namespace). Set `on_error` to "keep" once the work may have taken effect.
+    namespace's default). Set `on_error` to "keep" once the work may have taken effect.
 
-    If the service was unavailable and the client allows work then, `fail_open` is True. If the namespace is in shadow
-    mode and another caller holds the transaction, `shadow_duplicate` is True. In both cases there is no claim, and
-    completing, releasing and extending do nothing.
+    `fail_open`: the service was unavailable and the client allows work then. `shadow_duplicate`: another caller holds
+    the transaction in a namespace in shadow mode. In both cases there is no claim, and completing, releasing and
+    extending do nothing.
     """
 
     def __init__(self, calls: Calls, grant: Grant, on_error: OnError) -> None:
@@ -42,22 +42,22 @@ class Handle:
 
     @property
     def namespace(self) -> str:
-        """The namespace of the claim; empty for the default namespace."""
+        """The claim's namespace; empty for the default."""
         return self._grant.namespace
 
     @property
     def claim_token(self) -> str:
-        """The secret that authorises completing, releasing and extending."""
+        """The secret that authorises changes to the claim."""
         return self._grant.claim_token
 
     @property
     def replayed(self) -> bool:
-        """Whether an earlier attempt or call with the same token made the claim."""
+        """Whether an earlier attempt or call with this token made the claim."""
         return self._grant.replayed
 
     @property
     def shadow_duplicate(self) -> bool:
-        """Whether this is a duplicate that only shadow mode let through."""
+        """Whether only shadow mode let this duplicate through."""
         return self._grant.shadow_duplicate
 
     @property
@@ -75,7 +75,7 @@ class Handle:
     ) -> Steps[Transaction | None]:
         if not self._grant.holds:
             return None
-        # Set first: even if the call fails, leaving the block must not release finished work.
+        # Set first: even after a failed call, leaving the block must not release finished work.
         self._ended = True
         return (
             yield from self._calls.complete(
@@ -104,10 +104,10 @@ class Handle:
         )
 
     def _leave(self, error: BaseException | None) -> Steps[None]:
-        """Complete, release or keep the claim, depending on how its block ended.
+        """Complete, release or keep the claim at the end of its block.
 
-        Cancellation, KeyboardInterrupt and the like can stop the work at any point, so they keep the claim until it
-        expires. A failed release is only logged: the caller must see the error of the work, and the claim expires.
+        Cancellation, KeyboardInterrupt and the like can stop the work anywhere, so they keep the claim until it
+        expires. A failed release is only logged: the caller must see the work's error, and the claim expires.
         """
         if self._ended:
             return
@@ -121,6 +121,6 @@ class Handle:
 
 
 def log_failed_ending(claim: Handle, error: DedupError) -> None:
-    """Log that completing or releasing a claim failed. The line does not contain the transaction id."""
+    """Log a failed completion or release, without the transaction id."""
     cause = "the claim is no longer held" if isinstance(error, NotHeld) else error
     _LOG.warning("could not end the claim of transaction %s: %s", logged_id(claim.transaction_id), cause)

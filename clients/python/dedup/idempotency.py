@@ -1,7 +1,4 @@
-"""`Idempotency-Key` over HTTP: the id of a request, the answers to duplicates, and the format of stored responses.
-
-The ASGI and the WSGI middleware share this module.
-"""
+"""`Idempotency-Key` over HTTP for ASGI and WSGI: request ids, answers to duplicates, stored responses."""
 
 import hashlib
 import json
@@ -19,7 +16,7 @@ MAX_KEPT_BYTES = 4_096
 """The largest stored response: the service's default limit for a result."""
 
 TOO_LARGE = b"\x01"
-"""The result stored in place of a response that is too large."""
+"""Stored in place of a response that is too large."""
 
 _FORMAT = 2
 
@@ -37,9 +34,9 @@ class Response:
 class Rules:
     """Which requests are guarded, and how.
 
-    `caller` takes the headers (names in lower case) and returns who calls, such as a user id. It keeps the keys of
-    different callers apart, so set it whenever there are several. `ttl` limits how long a request may take.
-    `retention` is how long its response is replayed. A guarded request body may have up to `max_body_bytes`.
+    `caller` takes the headers (names in lower case) and returns who calls, such as a user id. It keeps callers' keys
+    apart, so set it if there are several. `ttl` limits a request's duration. `retention` is how long its response is
+    replayed. `max_body_bytes` limits a guarded request body.
     """
 
     ttl: Span | None = None
@@ -51,9 +48,9 @@ class Rules:
     max_body_bytes: int = 1024 * 1024
 
     def claim_id(self, method: str, path: str, headers: Mapping[str, str]) -> str | None:
-        """Return the transaction id of a request, or None if the request is not guarded.
+        """Return a request's transaction id, or None if it is not guarded.
 
-        Raises ValueError if a required key is missing, or if the key is empty or too long.
+        Raises ValueError for a missing required key, and for one that is empty or too long.
         """
         if method not in self.methods:
             return None
@@ -73,12 +70,12 @@ class Rules:
 
 
 def fingerprint(body: bytes) -> bytes:
-    """Return the digest that detects another body under the same key."""
+    """Return the digest that detects another body under a key."""
     return hashlib.sha256(body).digest()
 
 
 def pack(response: Response) -> bytes:
-    """Encode status, content type and body as a result to store. Returns TOO_LARGE if they do not fit."""
+    """Encode status, content type and body for storage. Returns TOO_LARGE if they do not fit."""
     content_type = dict(response.headers).get("content-type", "").encode("latin-1")
     packed = bytes([_FORMAT]) + response.status.to_bytes(2, "big") + len(content_type).to_bytes(2, "big")
     packed += content_type + response.body
@@ -86,7 +83,7 @@ def pack(response: Response) -> bytes:
 
 
 def unpack(result: bytes) -> Response | None:
-    """Decode a stored response and mark it as replayed. Returns None if the result is not a stored response."""
+    """Decode a stored response and mark it as replayed. Returns None for any other result."""
     if len(result) < 5 or result[0] != _FORMAT:
         return None
     end = 5 + int.from_bytes(result[3:5], "big")
@@ -104,9 +101,9 @@ def problem(status: int, detail: str, *headers: tuple[str, str]) -> Response:
 
 
 def answer_to(error: DedupError) -> Response:
-    """Return the response to a request whose claim raised `error`.
+    """Return the response for a claim's `error`.
 
-    Re-raises InvalidRequest, because it means that the middleware is misconfigured.
+    Re-raises InvalidRequest: the middleware is misconfigured.
     """
     if isinstance(error, DuplicateTransaction):
         if not error.holder.completed:
@@ -123,5 +120,5 @@ def answer_to(error: DedupError) -> Response:
 
 
 def worth_completing(status: int) -> bool:
-    """Return whether a response completes the work. After a server error it may be tried again."""
+    """Return whether a response completes the work; after a server error it may be retried."""
     return status < 500

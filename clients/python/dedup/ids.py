@@ -6,18 +6,18 @@ import secrets
 
 MAX_TRANSACTION_ID_BYTES = 512
 
-# The separator, the escape character, and Unicode category Cc: C0 controls, delete and C1 controls.
+# The separator, the escape character, and Unicode's Cc: C0, delete and C1.
 _ESCAPED = re.compile(r"[%:\x00-\x1f\x7f-\x9f]")
 
 
 def transaction_id(*parts: str) -> str:
     """Join parts into one transaction id. Different parts never make the same id.
 
-    Parts are joined with ':'. In each part '%', ':' and control characters become %XX for each byte of their UTF-8, in
-    upper-case hexadecimal. Text is not normalised. Clients in every language make the same id from the same parts.
+    Parts are joined with ':'. In each, '%', ':' and control characters become %XX for each byte of their UTF-8, in
+    upper-case hexadecimal. Text is not normalised. Clients in every language make the same id.
 
-    Raises ValueError if there is no part, or if the id is empty or has more than 512 bytes. Raises TypeError if a part
-    is not a string, because numbers and dates have several spellings.
+    Raises ValueError without parts, and for an id that is empty or longer than 512 bytes. Raises TypeError for a part
+    that is not a string: numbers and dates have several spellings.
     """
     if not parts:
         raise ValueError("a transaction id needs at least one part")
@@ -42,9 +42,9 @@ def new_claim_token() -> str:
 
 
 def logged_id(transaction_id: str) -> str:
-    """Return the name of a transaction in logs: the first 16 hexadecimal digits of the SHA-256 of its id.
+    """Return a transaction's name in logs: the first 16 hexadecimal digits of its id's SHA-256.
 
-    An id may name a person, so logs never contain it. The service logs the same digits unless it hashes with a key.
+    Logs never contain an id, which may name a person. The service logs the same digits unless it hashes with a key.
     """
     return hashlib.sha256(transaction_id.encode(errors="surrogatepass")).hexdigest()[:16]
 

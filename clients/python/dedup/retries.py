@@ -1,7 +1,7 @@
 """Retries of one logical call: which failures are repeated, when, and for how long.
 
-The logic is written once, as generators that yield the steps of a call (`Send` or `Pause`). `run` takes the steps in
-blocking code, `run_async` in a coroutine, and tests answer them from a list.
+Generators yield the steps of a call (`Send` or `Pause`). `run` takes them in blocking code, `run_async` in a coroutine,
+and tests from a list.
 """
 
 import itertools
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Call `method` of the service with `request`, for at most `timeout_s` seconds. The driver sends back the reply."""
+    """Call `method` with `request`, for at most `timeout_s` seconds. The driver sends back the reply."""
 
     method: str
     request: Message
@@ -43,8 +43,7 @@ Steps = Generator[Send | Pause, Message | None, T]
 class RetryPolicy:
     """Limits of one logical call, and the backoff between its attempts.
 
-    Without `max_attempts` only the budget limits the attempts. The defaults are those of every client
-    (`clients/defaults.json`).
+    Without `max_attempts` only the budget limits attempts. All clients share the defaults (`clients/defaults.json`).
     """
 
     budget_s: float = 2.0
@@ -62,7 +61,7 @@ class RetryPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The reply to a logical call. It is `doubtful` if an earlier attempt may have been applied."""
+    """The reply to a logical call; `doubtful` if an earlier attempt may have been applied."""
 
     reply: Message
     doubtful: bool
@@ -71,8 +70,8 @@ class Answer:
 def worth_repeating(failure: CallFailed) -> bool:
     """Return whether the same request may succeed later.
 
-    The service adds RetryInfo to errors that a retry can fix. UNAVAILABLE with a reason but without RetryInfo is final,
-    for example a misconfigured store. UNAVAILABLE without a reason comes from gRPC itself and is repeated.
+    The service adds RetryInfo to retryable errors. UNAVAILABLE with a reason but without RetryInfo is final, for
+    example a misconfigured store. Without a reason it comes from gRPC itself and is repeated.
     """
     if failure.code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return True
@@ -82,7 +81,7 @@ def worth_repeating(failure: CallFailed) -> bool:
 
 
 class Retrier:
-    """Repeats a request until it is answered, fails for good, or its policy allows no further attempt."""
+    """Repeats a request until it is answered, fails for good, or reaches its policy's limits."""
 
     def __init__(
         self,
@@ -97,12 +96,12 @@ class Retrier:
     def call(
         self, method: str, request: Message, *, budget_s: float | None = None, wait_s: float = 0.0
     ) -> Steps[Answer]:
-        """Yield the steps of one logical call. Every attempt sends the same `request`, and so the same token.
+        """Yield the steps of one logical call. Every attempt sends the same `request`, hence token.
 
-        No attempt and no pause ends after the budget. `wait_s` is how long the service may hold the claim back. It is
-        added to the budget and to the attempt timeout, and a repeated attempt asks only for the rest of it.
+        No attempt or pause ends after the budget. The service may hold the claim back for `wait_s`, which is added to
+        the budget and the attempt timeout; a repeated attempt asks only for the rest.
 
-        Raises the CallFailed of the last attempt. Its `applied` is "unknown" if any attempt may have been applied.
+        Raises the last attempt's CallFailed, with `applied` "unknown" if any attempt may have been applied.
         """
         start = self._clock()
         end = start + (self._policy.budget_s if budget_s is None else budget_s) + wait_s
@@ -127,21 +126,18 @@ class Retrier:
         raise AssertionError  # pragma: no cover - `count` never ends.
 
     def pause_s(self, attempt: int, retry_after_s: float | None) -> float:
-        """Return the pause after an attempt: the delay that the service asks for, plus backoff with full jitter.
-
-        The first attempt is 0.
-        """
+        """Return the pause after an attempt (from 0): the service's delay, plus backoff with full jitter."""
         backoff_s = min(self._policy.max_backoff_s, self._policy.first_backoff_s * 2.0 ** min(attempt, 30))
         return (retry_after_s or 0.0) + self._jitter(0.0, backoff_s)
 
     def gives_up(self, attempt: int, pause_s: float, end: float) -> bool:
-        """Return whether the policy allows no further attempt after this one and its pause."""
+        """Return whether the policy forbids another attempt after this one and its pause."""
         limit = self._policy.max_attempts
         return (limit is not None and attempt + 1 >= limit) or self._clock() + pause_s >= end
 
 
 def run(steps: Steps[T], send: Callable[[Send], Message], pause: Callable[[float], None]) -> T:
-    """Take the steps in blocking code and return their outcome. `send` must raise CallFailed for a failed attempt."""
+    """Take the steps in blocking code, return their outcome. `send` raises CallFailed for a failed attempt."""
     answer: Message | None = None
     failure: CallFailed | None = None
     try:
@@ -163,7 +159,7 @@ def run(steps: Steps[T], send: Callable[[Send], Message], pause: Callable[[float
 async def run_async(
     steps: Steps[T], send: Callable[[Send], Awaitable[Message]], pause: Callable[[float], Awaitable[None]]
 ) -> T:
-    """Take the steps in a coroutine and return their outcome, as `run` does."""
+    """Take the steps in a coroutine, as `run` does."""
     answer: Message | None = None
     failure: CallFailed | None = None
     try:

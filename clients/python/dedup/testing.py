@@ -1,4 +1,4 @@
-"""Fakes for tests of code that uses this client: no server, no network, and a clock that the test controls.
+"""Fakes for tests of code that uses this client: no server, no network, and a controlled clock.
 
 `FakeClient` and `AsyncFakeClient` are the real clients over a `FakeService` in memory.
 """
@@ -49,9 +49,9 @@ class _Held:
 class FakeService:
     """The service in memory, for one process. It is thread-safe.
 
-    It makes the same decisions, token checks, expiries and rejections as the service. `clock` returns Unix time in
-    seconds. `unavailable = True` rejects every call, as the service does without its store. A claim with `wait` is
-    answered at once, and every namespace has the default policy.
+    Its decisions, token checks, expiries and rejections are the service's. `clock` returns Unix time in seconds.
+    `unavailable = True` rejects every call, as without a store. A claim with `wait` is answered at once, and every
+    namespace has the default policy.
     """
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
@@ -63,7 +63,7 @@ class FakeService:
         self._lock = threading.Lock()
         self.unavailable = False
         self.calls: list[tuple[str, Message]] = []
-        """Method and request of every attempt so far."""
+        """Method and request of every attempt."""
 
     def advance(self, seconds: float) -> None:
         """Move the clock forward."""
@@ -74,7 +74,7 @@ class FakeService:
         self._lost_replies = count
 
     def answer(self, method: str, request: Message) -> Message:
-        """Execute one attempt of a call. Raises the CallFailed that the service's error would become."""
+        """Execute one attempt. Raises the CallFailed of the service's error."""
         with self._lock:
             copy = type(request)()
             copy.CopyFrom(request)
@@ -250,7 +250,7 @@ class FakeService:
 
 
 class FakeClient(Client):
-    """A `dedup.Client` over a FakeService, in its attribute `service`. Several clients may share one service."""
+    """A `dedup.Client` over a FakeService, in `service`. Several clients may share one."""
 
     def __init__(
         self,
@@ -269,7 +269,7 @@ class FakeClient(Client):
 
 
 class AsyncFakeClient(aio.Client):
-    """A `dedup.aio.Client` over a FakeService, in its attribute `service`. It may share one with a FakeClient."""
+    """A `dedup.aio.Client` over a FakeService, in `service`. It may share one with a FakeClient."""
 
     def __init__(
         self,
@@ -288,7 +288,7 @@ class AsyncFakeClient(aio.Client):
 
 
 class _Transport:
-    """Answers attempts from memory. Pauses take no time but count against the budget."""
+    """Answers from memory. Pauses take no time but count against the budget."""
 
     def __init__(self, service: FakeService) -> None:
         self._service = service
@@ -304,7 +304,7 @@ class _Transport:
         self._paused_s += seconds
 
     def close(self) -> None:
-        """Do nothing: there is no channel."""
+        """Implement Transport."""
 
 
 class _AsyncTransport:
@@ -318,7 +318,7 @@ class _AsyncTransport:
         self._inner.pause(seconds)
 
     async def close(self) -> None:
-        """Do nothing: there is no channel."""
+        """Implement Transport."""
 
 
 def _ttl_faults(ttl: Duration) -> Iterator[tuple[str, str]]:

@@ -11,7 +11,7 @@ from dedup.v1 import dedup_pb2
 
 
 class TransactionState(enum.Enum):
-    """The state of a claimed transaction. A state that this client does not know is UNSPECIFIED."""
+    """The state of a claimed transaction; UNSPECIFIED for one this client does not know."""
 
     UNSPECIFIED = 0
     IN_PROGRESS = 1
@@ -25,7 +25,7 @@ _STATES = {state.value: state for state in TransactionState}
 class Transaction:
     """A claimed transaction: its holder, its times, and its result once completed.
 
-    Times are aware and in UTC. For a claim that this service did not write, times are None and the claimant is empty.
+    Times are aware and in UTC. For a claim by another program, times are None and the claimant is empty.
     """
 
     transaction_id: str

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 class IdempotencyMiddleware:
     """Passes on the first request with an Idempotency-Key, and replays its response to the others.
 
-    `dedup.idempotency.Rules` describes the options. A guarded response is buffered, and its claim is completed before
-    it is sent, so a caller that has the response cannot repeat the work. A server error or an exception releases the
-    claim; any other response completes it.
+    `dedup.idempotency.Rules` describes the options. A guarded response is buffered and its claim completed before it is
+    sent, so callers with the response cannot repeat the work. A server error or an exception releases the claim; any
+    other response completes it.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class IdempotencyMiddleware:
         )
 
     def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
-        """Handle one request. A request without a key is passed on unchanged."""
+        """Handle one request. Requests without a key pass unchanged."""
         headers = {name[5:].replace("_", "-").lower(): v for name, v in environ.items() if name.startswith("HTTP_")}
         path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
         try:
@@ -97,7 +97,7 @@ class IdempotencyMiddleware:
 
 
 class _Buffered:
-    """Buffers a response, returned or written by the application."""
+    """Buffers the application's returned or written response."""
 
     def __init__(self) -> None:
         self.status = ""
@@ -107,7 +107,7 @@ class _Buffered:
     def start_response(
         self, status: str, headers: list[tuple[str, str]], _exc_info: Any = None, /
     ) -> Callable[[bytes], object]:
-        """Keep the status and the headers. A second call, after an error, replaces them."""
+        """Keep status and headers. A second call, after an error, replaces them."""
         self.status = status
         self.headers = headers
         return self.body.extend
@@ -119,7 +119,7 @@ class _Buffered:
 
 
 def _whole_body(environ: "WSGIEnvironment", limit: int) -> bytes | None:
-    """Return the request body, or None if it is larger than `limit`."""
+    """Return the body, None if it is larger than `limit`."""
     length = environ.get("CONTENT_LENGTH") or ""
     if not length and not environ.get("wsgi.input_terminated"):
         return b""
@@ -135,7 +135,7 @@ def _respond(start_response: "StartResponse", response: Response) -> list[bytes]
 
 
 def _quietly(claim: Claim, ending: Callable[[], object]) -> None:
-    """Complete or release the claim. A failure is only logged: the work is done, so its response is sent."""
+    """Complete or release the claim. Failures are only logged: the response is sent anyway."""
     try:
         ending()
     except DedupError as error:

@@ -1,7 +1,7 @@
-"""Finds the master of a Redis Cluster that holds a key, and keeps a link to each master.
+"""Finds the Redis Cluster master that holds a key, and keeps a link to each master.
 
-The slot map is refreshed once a second, and updated at once by the MOVED reply of a server that no longer holds a key.
-Failure detection and failover are the job of the cluster.
+The slot map is refreshed once a second, and at once after a MOVED reply. Failure detection and failover are the
+cluster's job.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ SlotRange = tuple[int, int, RedisTarget]
 
 
 class ClusterNodes:
-    """The masters of a cluster, by the slot map of the first node that reports the cluster as working."""
+    """The masters of a cluster, by the slot map of the first node that reports a working cluster."""
 
     def __init__(
         self, target: ClusterTarget, timeout_ms: int, min_replicas: int = 0, observer: ConnectionObserver | None = None
@@ -42,11 +42,11 @@ class ClusterNodes:
         self._observer = observer
         self._links: dict[RedisTarget, RedisLink] = {}
         self._slots: list[RedisLink | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
-        # Each master with the hash tag of its lowest slot.
+        # Each master with the hash tag of its first slot.
         self._masters: list[tuple[bytes, RedisLink]] = []
-        # When a redirection last pointed at each server, in loop time.
+        # Time of the last redirection to each server, in loop time.
         self._pointed_at: dict[RedisTarget, float] = {}
-        # The next refresh begins with the node that answered the last one.
+        # The next refresh begins with the last node that answered.
         self._order: Sequence[RedisTarget] = target.nodes
         self._failure: StoreUnavailable | StoreRefused | None = None
         self._keeper: asyncio.Task[None] | None = None
@@ -95,7 +95,7 @@ class ClusterNodes:
         found = _REDIRECTION.match(reply)
         if found is None or link.server is None or self._keeper is None:
             return None
-        # A redirection without a host means the host of the server that sent it.
+        # Without a host, a redirection means the sender's host.
         server = replace(link.server, host=found[2] or link.server.host, port=int(found[3]))
         target = self._link_to(server)
         self._pointed_at[server] = asyncio.get_running_loop().time()
@@ -121,7 +121,7 @@ class ClusterNodes:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_REFRESH_S):
                     await self._hurry.wait()
-                    # A reshard moves many slots at a time, and one refresh covers them all.
+                    # A reshard moves many slots; one refresh covers them all.
                     await asyncio.sleep(_HURRIED_REFRESH_S)
             self._hurry.clear()
             await self._refresh()
@@ -150,10 +150,10 @@ class ClusterNodes:
             self._failure = None
             self._adopt(ranges)
             known = dict.fromkeys((*self._order[number:], *self._order[:number], *(server for *_, server in ranges)))
-            # Nodes that left are dropped, except those the URL names.
+            # Drop nodes that left, except those in the URL.
             self._order = [node for node in known if node in self._links or node in self._target.nodes]
             return
-        # Keep the links: the masters may still answer although the refresh failed.
+        # Keep the links: the masters may still answer.
         self._failure = refusal or StoreUnavailable(
             Reason.CLUSTER_UNREACHABLE,
             f"none of the {len(failures)} nodes asked returned the slot map of the Redis cluster, check that they run "
@@ -169,13 +169,13 @@ class ClusterNodes:
             lowest[server] = min(first, lowest.get(server, first))
         self._slots = slots
         self._masters = [(hash_tag_of(slot), self._links[server]) for server, slot in lowest.items()]
-        # A master that receives its first slots serves them before the map shows it.
+        # A new master serves its first slots before the map shows it.
         recently = asyncio.get_running_loop().time() - _POINTED_AT_S
         self._pointed_at = {server: since for server, since in self._pointed_at.items() if since > recently}
         for server in set(self._links) - set(lowest) - set(self._pointed_at):
             link = self._links.pop(server)
             if link.channel is not None:
-                # Not drained first: replies of a deposed server are doubt, since what it stores is lost.
+                # Not drained: a deposed server loses what it stores, so its replies are doubt.
                 link.channel.connection_lost(ConnectionError(f"{server} is not a master of the cluster any more"))
             closing = asyncio.get_running_loop().create_task(link.close())
             self._closings.add(closing)
@@ -191,10 +191,10 @@ class ClusterNodes:
 
 
 async def cluster_map(node: RedisTarget, timeout_s: float) -> tuple[dict[str, str], list[SlotRange]]:
-    """Return the CLUSTER INFO of a node, and its map of slots to masters, over a separate connection.
+    """Return a node's CLUSTER INFO and map of slots to masters, over a separate connection.
 
-    Ends within `timeout_s` seconds. Raises the errors of redis-py, ValueError for a malformed map, and StoreRefused for
-    a server outside a cluster.
+    Ends within `timeout_s` seconds. Raises redis-py's errors, ValueError for a malformed map, and StoreRefused for a
+    server outside a cluster.
     """
     connection = new_connection(node, timeout_s)
     try:
@@ -218,7 +218,7 @@ def _slot_ranges(reply: Any, node: RedisTarget) -> list[SlotRange]:  # noqa: ANN
     try:
         ranges = []
         for first, last, (host, port, *_), *_ in reply:
-            # A node that does not know its own name has the one that reached it.
+            # A node that does not know its name has the one that reached it.
             name = host.decode() if host and host != b"?" else node.host
             if not 0 <= first <= last < REDIS_CLUSTER_HASH_SLOTS or not 0 < port < 65536:
                 raise ValueError  # noqa: TRY301 - as any other malformed map
@@ -232,5 +232,5 @@ def _slot_ranges(reply: Any, node: RedisTarget) -> list[SlotRange]:  # noqa: ANN
 
 @cache
 def hash_tag_of(slot: int) -> bytes:
-    """Return the hash tag with the smallest number that belongs to a slot."""
+    """Return the hash tag with the smallest number in a slot."""
     return next(tag for tag in (b"{%d}" % number for number in count()) if key_slot(tag) == slot)

@@ -1,6 +1,6 @@
-"""Makes one connection to a Redis server with redis-py (TLS, AUTH, database), and checks the server.
+"""Makes and checks one connection to a Redis server with redis-py (TLS, AUTH, database).
 
-Retries, notifications and client announcements of redis-py are off. Knows nothing of claims.
+redis-py's retries, notifications and client announcements are off. Knows no claims.
 """
 
 import re
@@ -19,7 +19,7 @@ _VERSION = re.compile(r"(\d+)\.(\d+)[.\d]*")
 
 
 def new_connection(target: RedisTarget, timeout_s: float) -> AbstractConnection:
-    """Return a connection, not yet connected. By itself redis-py sends only AUTH and SELECT on it."""
+    """Return an unconnected connection. redis-py sends only AUTH and SELECT on it."""
     options: dict[str, Any] = {
         "db": target.db,
         "username": target.username or None,
@@ -46,7 +46,7 @@ def new_connection(target: RedisTarget, timeout_s: float) -> AbstractConnection:
 
 
 async def shake_hands(connection: AbstractConnection, target: RedisTarget) -> str | None:
-    """Connect to a master of a supported version and return its run_id, or None where INFO is forbidden.
+    """Connect to a master of a supported version; return its run_id, None where INFO is forbidden.
 
     Raises StoreUnavailable (never applied), and StoreRefused when the server can never serve claims.
     """
@@ -84,7 +84,7 @@ async def _server_info(connection: AbstractConnection) -> dict[str, str]:
     try:
         return parse_info(await _ask(connection, "INFO", "server"))
     except exceptions.ResponseError:
-        # Where INFO is forbidden or renamed, a server that is too old refuses the first claim.
+        # Without INFO, a server that is too old refuses the first claim.
         return {}
 
 
@@ -112,7 +112,7 @@ async def _check_role(connection: AbstractConnection, target: RedisTarget) -> No
             role = parse_info(await _ask(connection, "INFO", "replication")).get("role")
         except exceptions.ResponseError:
             role = None
-    # Where both are forbidden, or a proxy knows neither, a replica refuses the first claim.
+    # If both are forbidden or unknown to a proxy, a replica refuses the first claim.
     if role not in {None, "master"}:
         raise StoreUnavailable(
             Reason.STORE_READ_ONLY,
@@ -127,6 +127,6 @@ async def _ask(connection: AbstractConnection, *command: str) -> Any:  # noqa: A
 
 
 def parse_info(reply: bytes) -> dict[str, str]:
-    """Return the fields of a reply to INFO."""
+    """Return the fields of an INFO reply."""
     lines = (line.partition(":") for line in reply.decode(errors="replace").splitlines() if not line.startswith("#"))
     return {name: value for name, colon, value in lines if colon}

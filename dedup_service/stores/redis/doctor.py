@@ -1,6 +1,6 @@
-"""Examines a Redis server or cluster over separate connections, and tries the commands of claims on a scratch key.
+"""Examines a Redis server or cluster over separate connections, and tries claims' commands on a scratch key.
 
-It never scans keys, and prefers INFO to CONFIG, which managed services forbid. A refused question becomes a finding.
+It never scans keys, and prefers INFO to CONFIG, which managed services forbid. A refused question is a finding.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ from dedup_service.stores.redis.url import ClusterTarget, RedisTarget
 from dedup_service.stores.stored_value import KeyLayout, raw_layout
 
 _SAMPLES = 50
-# Fewer samples from a distant Redis, since the start of the server waits for them.
+# Fewer samples from a distant Redis: the server's start waits for them.
 _SAMPLING_S = 0.5
 
 _SCRATCH_TTL_MS = 10_000
@@ -51,11 +51,11 @@ async def examine_redis(
     min_replicas: int = 0,
     hash_tag: str = "",
 ) -> list[Finding]:
-    """Return the findings on one server. Each reply may take `timeout_ms`; `clock` is the clock of this host.
+    """Return the findings on one server. Each reply may take `timeout_ms`; `clock` is this host's.
 
-    With a `hash_tag`, the server is meant to be the cluster node that owns it.
+    A `hash_tag` means that the server should be the cluster node that owns it.
 
-    Raises StoreUnavailable when Redis cannot be reached, refuses the password, or goes away meanwhile.
+    Raises StoreUnavailable when Redis cannot be reached, refuses the password, or disconnects.
     """
     try:
         async with _connected(target, timeout_ms / 1000) as connection:
@@ -64,7 +64,7 @@ async def examine_redis(
                 connection, user, layout, clock, min_replicas=min_replicas, hash_tag=hash_tag
             ).findings()
     except exceptions.NoPermissionError:
-        # Only connecting raises this, and of its commands only SELECT requires a right.
+        # Raised only on connecting, where only SELECT requires a right.
         return [_missing_right(target.username or "default", "SELECT")]
     except exceptions.AuthenticationError as error:
         raise StoreUnavailable(
@@ -83,9 +83,9 @@ async def examine_redis(
 async def examine_cluster(
     target: ClusterTarget, layout: KeyLayout, timeout_ms: int, min_replicas: int = 0
 ) -> list[Finding]:
-    """Return the findings on a cluster: its coverage, and each of its masters. Findings on one master name it.
+    """Return the findings on a cluster's coverage and masters. Findings on one master name it.
 
-    Raises StoreUnavailable when no node answers, and StoreRefused when a server is not a cluster node.
+    Raises StoreUnavailable when no node answers, and StoreRefused for a server that is not a cluster node.
     """
     failures: list[str] = []
     for node in target.nodes:
@@ -132,7 +132,7 @@ def _coverage(state: Mapping[str, str]) -> Finding:
 
 
 def _merged(servers: Sequence[RedisTarget], of_nodes: Sequence[Sequence[Finding]]) -> list[Finding]:
-    """Return findings shared by all masters once, and the others with the address of their master."""
+    """Return findings shared by all masters once, others with their master's address."""
     counted = Counter(finding for findings in of_nodes for finding in findings)
     merged: dict[Finding, None] = {}
     for server, findings in zip(servers, of_nodes, strict=True):
@@ -181,7 +181,7 @@ class _Examination:
         self._clock = clock
         self._raw = layout is raw_layout
         self._token = secrets.token_urlsafe(16)
-        # A unique id, in the default namespace so that every layout accepts it.
+        # Unique, and in the default namespace, which every layout accepts.
         self._id = f"dedup-doctor-{secrets.token_hex(8)}{hash_tag}"
         self._min_replicas = min_replicas
         self._is_node = bool(hash_tag)
@@ -249,14 +249,14 @@ class _Examination:
         try:
             return await self._ask(*command)
         except exceptions.NoScriptError:
-            # The right exists, which is all that was tried.
+            # Only the right was tried.
             return None
         except exceptions.ResponseError as error:
             self._refused[str(command[0])] = error
             return None
 
     async def _rights(self, info: dict[str, str]) -> list[Finding]:
-        """Try each command of claims on a scratch key of the layout, which expires by itself."""
+        """Try each command of claims on an expiring scratch key of the layout."""
         now_ms = system_clock_ms()
         scratch = Transaction(
             DEFAULT_NAMESPACE, self._id, self._token, "dedup-service doctor", now_ms, now_ms + _SCRATCH_TTL_MS
@@ -268,10 +268,10 @@ class _Examination:
         if self._min_replicas:
             # With zero replicas it replies at once.
             await self._try("WAIT", 0, 1)
-        # With another token it releases nothing, and leaves the key to EVAL.
+        # Another token releases nothing, and leaves the key to EVAL.
         await self._try("EVALSHA", RELEASE.sha, 1, self._key, secrets.token_urlsafe(16))
         await self._try("EVAL", RELEASE.text, 1, self._key, self._token)
-        # The script has removed the key, or may not: the right to DEL shows more clearly outside of it.
+        # The script may have failed to DEL; tried alone, the missing right is clearer.
         await self._try("DEL", self._key)
         denied = {
             name: str(error) for name, error in self._refused.items() if isinstance(error, exceptions.NoPermissionError)
@@ -279,7 +279,7 @@ class _Examination:
         findings = [_missing_right(self._user, name) for name, text in denied.items() if " key" not in text]
         if len(findings) < len(denied):
             findings.append(self._keys_denied())
-        # On a replica and in a cluster other findings already report the refusal.
+        # Other findings already report the refusal of a replica or cluster.
         elsewhere = info.get("role") == "slave" or (info.get("redis_mode") == "cluster" and not self._is_node)
         if self._refused and not denied and not elsewhere:
             name, error = next(iter(self._refused.items()))

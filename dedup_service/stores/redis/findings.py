@@ -1,4 +1,4 @@
-"""Judges the replies of Redis to the doctor. Asks nothing itself."""
+"""Judges the replies to the doctor, without I/O."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -17,14 +17,14 @@ _SLOW_S = 0.02
 
 @dataclass(frozen=True, slots=True)
 class TimeSample:
-    """One TIME command: its round trip, and how far Redis was ahead of this host at the midpoint."""
+    """One TIME command: its round trip, and Redis's lead over this host at the midpoint."""
 
     took_s: float
     ahead_s: float
 
 
 def judge_info(info: Mapping[str, str], min_replicas: int = 0, *, is_node: bool = False) -> list[Finding]:
-    """Return the findings that follow from INFO alone, of a server or of a cluster node."""
+    """Return the findings from INFO alone, of a server or cluster node."""
     cluster = [] if is_node else [_cluster(info)]
     return [_version(info), _role(info), *cluster, _eviction(info), _evicted(info), _replicas(info, min_replicas)]
 
@@ -127,7 +127,7 @@ def _replicas(info: Mapping[str, str], min_replicas: int) -> Finding:
         return Finding(
             "replicas", Severity.INFO, "No replica is connected: if this server is lost, its claims are lost."
         )
-    # INFO shows this field only while min-replicas-to-write is set, so CONFIG is not needed.
+    # INFO shows this field only with min-replicas-to-write set, so CONFIG is not needed.
     if "min_slaves_good_slaves" in info:
         return Finding(
             "replicas", Severity.OK, f"{count} connected, and min-replicas-to-write bounds the losses of a failover."
@@ -142,7 +142,7 @@ def _replicas(info: Mapping[str, str], min_replicas: int) -> Finding:
 
 
 def judge_persistence(info: Mapping[str, str], save: str | None, appendfsync: str | None, user: str) -> Finding:
-    """Return the finding on persistence; `save` and `appendfsync` are None without CONFIG GET."""
+    """Return the finding on persistence. Without CONFIG GET, `save` and `appendfsync` are None."""
     may_read = f"ACL SETUSER {user} +config|get, or read the settings of the managed service"
     appendonly = "appendonly yes in redis.conf, or CONFIG SET appendonly yes"
     if info.get("aof_enabled") == "1":
@@ -201,9 +201,9 @@ def _append_only(appendfsync: str | None, may_read: str) -> Finding:
 
 
 def judge_time(samples: Sequence[TimeSample]) -> list[Finding]:
-    """Return the findings on the clock of Redis and on its latency."""
+    """Return the findings on Redis's clock and latency."""
     best = min(samples, key=lambda sample: sample.took_s)
-    # Redis read its clock at an unknown moment of the round trip: half of it may not be skew.
+    # Redis read its clock at an unknown moment, so half the round trip may not be skew.
     certain_s = abs(best.ahead_s) - best.took_s / 2
     measured = f"The clock of Redis is {abs(best.ahead_s) * 1000:.0f} ms {'ahead of' if best.ahead_s > 0 else 'behind'}"
     if certain_s <= _SKEW_WARNING_S:

@@ -1,4 +1,4 @@
-"""The meaning of Redis replies: a value, a number, a time, or the error that an error reply stands for."""
+"""The meaning of Redis replies: a value, number or time, or the error of an error reply."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from dedup_service.claims import Applied, Reason, StoreUnavailable, UnreadableVa
 from dedup_service.stores import stored_value
 from dedup_service.stores.redis.channel import RedisChannel
 
-# Error replies by their first word. In each case Redis did not carry the command out.
+# Error replies by their first word. Redis did not carry out the command.
 _REFUSALS = {
     "OOM": (Reason.STORE_OUT_OF_MEMORY, "Redis is out of memory: raise maxmemory or free some"),
     "READONLY": (
@@ -37,12 +37,12 @@ _REFUSALS = {
     "TRYAGAIN": (Reason.STORE_TRY_AGAIN, "the Redis cluster is moving the key between two servers: try again"),
 }
 
-# After these a connection can stay wrong while a new one is right: the server behind the address has changed.
+# After these a connection can stay wrong: another server is behind the address.
 _STALE_AFTER = ("READONLY", "NOAUTH", "MASTERDOWN")
 
 
 class ScriptForgotten(StoreUnavailable):
-    """Redis does not know the script by its digest: it restarted, or its scripts were flushed."""
+    """Redis forgot the script: it restarted, or flushed its scripts."""
 
 
 class KeyForbidden(Exception):
@@ -50,7 +50,7 @@ class KeyForbidden(Exception):
 
 
 def checked(reply: Any, channel: RedisChannel) -> Any:  # noqa: ANN401 - any reply of Redis
-    """Return the reply unless it is an error, which is raised as a ClaimError."""
+    """Return the reply; raise an error reply as a ClaimError."""
     if type(reply) is not hiredis.ReplyError:
         return reply
     if str(reply).startswith("NOSCRIPT"):
@@ -62,21 +62,21 @@ def checked(reply: Any, channel: RedisChannel) -> Any:  # noqa: ANN401 - any rep
 
 
 def value_of(reply: object) -> bytes:
-    """Return a reply that is a value; raise StoreUnavailable for any other."""
+    """Return a value; raise StoreUnavailable for any other reply."""
     if isinstance(reply, bytes):
         return reply
     raise _unexpected_reply("a value", Applied.UNKNOWN)
 
 
 def number_of(reply: object) -> int:
-    """Return a reply that is a number; raise StoreUnavailable for any other."""
+    """Return a number; raise StoreUnavailable for any other reply."""
     if type(reply) is int:
         return reply
     raise _unexpected_reply("a number", Applied.UNKNOWN)
 
 
 def time_ms_of(reply: object) -> int:
-    """Return the reply to TIME in Unix milliseconds; raise StoreUnavailable (never applied) for any other."""
+    """Return the Unix milliseconds of a TIME reply; raise StoreUnavailable (never applied) for any other."""
     match reply:
         case [bytes(seconds), bytes(microseconds)] if _is_number(seconds) and _is_number(microseconds):
             return int(seconds) * 1000 + int(microseconds) // 1000
@@ -97,7 +97,7 @@ def _unexpected_reply(expected: str, applied: Applied) -> StoreUnavailable:
 
 
 def error_of_reply(text: str) -> StoreUnavailable | UnreadableValue:
-    """Return the error that an error reply stands for."""
+    """Return the error of an error reply."""
     word = text.partition(" ")[0]
     if word == "WRONGTYPE":
         return UnreadableValue(
@@ -113,7 +113,7 @@ def error_of_reply(text: str) -> StoreUnavailable | UnreadableValue:
         if word == "NOPERM" and " key" in text:
             failure.__cause__ = KeyForbidden()
         return failure
-    # Perhaps from a proxy that passed the command on, hence UNKNOWN. The rest of the text may quote the token.
+    # UNKNOWN: a proxy may have passed the command on. The rest of the text may quote the token.
     return StoreUnavailable(
         Reason.STORE_ERROR, f"Redis answered with the error {word}: see the log of Redis", Applied.UNKNOWN
     )

@@ -15,29 +15,29 @@ _RECHECK_S = 1.0
 
 
 class SentinelLocator:
-    """The locator of a master that Sentinels monitor: the answer of the first Sentinel that names it counts."""
+    """Locates a monitored master: the first Sentinel that names it decides."""
 
     recheck_s = _RECHECK_S
 
     def __init__(self, target: SentinelTarget, timeout_ms: int) -> None:
         self._target = target
         self._timeout_s = timeout_ms / 1000
-        # The next call begins with the Sentinel that answered the last one.
+        # The next call begins with the last Sentinel that answered.
         self._order: Sequence[RedisTarget] = target.sentinels
 
     async def locate(self) -> RedisTarget:
-        """Implement RedisLocator. Each Sentinel has the store timeout to answer."""
+        """Implement RedisLocator. Each Sentinel has the store timeout."""
         unknown_to = None
         failures: list[str] = []
         for number, sentinel in enumerate(self._order):
             try:
                 address = await self._ask(sentinel)
-            # ValueError: an invalid host name, or a reply that is not an address.
+            # ValueError: an invalid host name, or a reply without an address.
             except (exceptions.RedisError, OSError, ValueError) as error:
                 failures.append(f"{sentinel.address}: {error or type(error).__name__}")
                 continue
             if address is None:
-                # It may have lost its state while the others have theirs.
+                # It may have lost its state; others may have theirs.
                 unknown_to = unknown_to or sentinel
                 continue
             self._order = (*self._order[number:], *self._order[:number])

@@ -1,6 +1,6 @@
-"""Parses Redis URLs. Only listed query arguments are allowed: redis-py would let others override its retries.
+"""Parses Redis URLs. Only listed query arguments are allowed: others could turn on redis-py's retries.
 
-No error repeats a part of the URL that may belong to a password, such as the text after an unescaped `/` in one.
+No error repeats a part that may belong to a password, such as text after an unescaped `/`.
 """
 
 import re
@@ -26,15 +26,15 @@ _ARGUMENTS = {
     "rediss+cluster": _TLS_FILES,
 }
 
-# An IPv6 address in brackets, or a name; then perhaps a port.
+# An IPv6 address in brackets, or a name; optionally a port.
 _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^\[\]:@,]+))(?::([0-9]*))?")
-# The names that Sentinel itself allows.
+# The names Sentinel allows.
 _MASTER_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
 @dataclass(frozen=True, slots=True)
 class RedisTarget:
-    """One Redis server: TCP when `socket_path` is empty, with TLS when `tls` is set."""
+    """One Redis server: TCP if `socket_path` is empty, with TLS if `tls` is set."""
 
     host: str = ""
     port: int = _DEFAULT_PORT
@@ -46,7 +46,7 @@ class RedisTarget:
     tls_files: dict[str, str] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
-        """Return the URL without user name, password and query, for logs and people."""
+        """Return the URL without user name, password and query."""
         if self.socket_path:
             return f"unix://{self.socket_path}?db={self.db}"
         return f"{'rediss' if self.tls else 'redis'}://{self.address}/{self.db}"
@@ -59,7 +59,7 @@ class RedisTarget:
 
 @dataclass(frozen=True, slots=True)
 class SentinelTarget:
-    """A master by its name at the Sentinels. `server` is the master without host and port."""
+    """A master's name at its Sentinels. `server` is the master without host and port."""
 
     sentinels: tuple[RedisTarget, ...]
     master_name: str
@@ -72,7 +72,7 @@ class SentinelTarget:
 
 @dataclass(frozen=True, slots=True)
 class ClusterTarget:
-    """A cluster by some of its nodes; the others are discovered."""
+    """Some nodes of a cluster; the others are discovered."""
 
     nodes: tuple[RedisTarget, ...]
 
@@ -84,9 +84,9 @@ class ClusterTarget:
 def parse_redis_url(url: str) -> RedisTarget:
     """Return the server that a `redis://`, `rediss://` or `unix://` URL names.
 
-    Accepted are `redis[s]://[user[:password]@]host[:port][/db]` and `unix://[user[:password]@]/path[?db=n]`, and with
-    `rediss` the query arguments ssl_ca_certs, ssl_certfile and ssl_keyfile, each a path. Raises ValueError with a
-    sentence that never repeats the URL, which may contain a password.
+    The forms are `redis[s]://[user[:password]@]host[:port][/db]` and `unix://[user[:password]@]/path[?db=n]`; `rediss`
+    takes the query arguments ssl_ca_certs, ssl_certfile and ssl_keyfile, each a path. Raises ValueError with a sentence
+    that never repeats the URL, which may contain a password.
     """
     parts = _split(url, SCHEMES)
     if parts.scheme == "unix":
@@ -109,11 +109,11 @@ def parse_redis_url(url: str) -> RedisTarget:
 
 
 def parse_sentinel_url(url: str) -> SentinelTarget:
-    """Return the Sentinels and the master that a `redis+sentinel://` or `rediss+sentinel://` URL names.
+    """Return the Sentinels and master that a `redis+sentinel://` or `rediss+sentinel://` URL names.
 
-    Accepted is `redis[s]+sentinel://[user[:password]@]host[:port][,host[:port]…]/master[/db]` with the query arguments
-    sentinel_username and sentinel_password, and with `rediss` those of `parse_redis_url`, which then apply to the
-    Sentinels and the servers. Raises ValueError as `parse_redis_url` does.
+    The form is `redis[s]+sentinel://[user[:password]@]host[:port][,host[:port]…]/master[/db]`, with the query arguments
+    sentinel_username and sentinel_password; those of `parse_redis_url` with `rediss` apply to Sentinels and servers.
+    Raises ValueError as `parse_redis_url` does.
     """
     parts = _split(url, SENTINEL_SCHEMES)
     if not parts.hosts:
@@ -143,8 +143,8 @@ def parse_sentinel_url(url: str) -> SentinelTarget:
 def parse_cluster_url(url: str) -> ClusterTarget:
     """Return the nodes that a `redis+cluster://` or `rediss+cluster://` URL names.
 
-    Accepted is `redis[s]+cluster://[user[:password]@]host[:port][,host[:port]…]`, and with `rediss` the query arguments
-    of `parse_redis_url`. Raises ValueError as `parse_redis_url` does.
+    The form is `redis[s]+cluster://[user[:password]@]host[:port][,host[:port]…]`; `rediss` takes the query arguments of
+    `parse_redis_url`. Raises ValueError as it does.
     """
     parts = _split(url, CLUSTER_SCHEMES)
     if not parts.hosts:
@@ -165,8 +165,7 @@ class _Parts:
     arguments: dict[str, str]
 
 
-# Not urllib's urlsplit: it accepts one host only, and its errors repeat the text in place of the port, which is the
-# password in a URL that lacks its '@'.
+# Not urlsplit: it accepts one host only, and its errors repeat the port, which is the password in a URL without '@'.
 def _split(url: str, schemes: tuple[str, ...]) -> _Parts:
     scheme, colon, rest = url.partition("://")
     if not colon or scheme not in schemes:
@@ -189,7 +188,7 @@ def _split(url: str, schemes: tuple[str, ...]) -> _Parts:
 
 def _arguments(query: str, scheme: str) -> dict[str, str]:
     try:
-        # A '+' stays a '+' here, as in the user name and password.
+        # A '+' stays a '+', as in user name and password.
         pairs = parse_qsl(query.replace("+", "%2B"), keep_blank_values=True, strict_parsing=bool(query))
     except ValueError:
         raise ValueError("the store URL cannot be read: write its query as ?name=value&name=value") from None

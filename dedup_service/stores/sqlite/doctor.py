@@ -1,4 +1,4 @@
-"""Examines the path of an embedded store by the file system alone: it neither creates nor opens the file."""
+"""Examines an embedded store's path by the file system alone, without creating or opening the file."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ _LOW_BYTES = 100 * 1024 * 1024
 
 
 def examine_sqlite(path: Path) -> list[Finding]:
-    """Return the findings on the file of the store, which may not exist yet."""
+    """Return the findings on the store's file, which may not exist yet."""
     findings = [
         Finding(
             "scope",
@@ -53,5 +53,5 @@ def _writable(path: Path, folder: Path) -> Finding:
                 f"{place} {why}: every claim is refused.",
                 "choose another path in DEDUP_STORE_URL" if wrong_kind else f"chown or chmod u+w {place}",
             )
-    # SQLite keeps its log beside the file, hence the folder.
+    # SQLite keeps its log beside the file.
     return Finding("writable", Severity.OK, f"{path} and its folder can be written.")

@@ -1,4 +1,4 @@
-"""The SQLite file of the embedded store: its schema, how a batch is carried out, and what its errors mean."""
+"""The embedded store's SQLite file: schema, batches and errors."""
 
 import contextlib
 import errno
@@ -14,38 +14,38 @@ from dedup_service.stores.sqlite.thread import FORGET, Operation, Row
 
 SCHEMA_VERSION = 1
 
-# "DEDU" in ASCII: marks our files.
+# "DEDU" in ASCII.
 APPLICATION_ID = 0x44454455
 
 _SCHEMA = (
-    # With a rowid: new claims are appended, and the index of expiries stays small. Measured as fast as without one, and
-    # up to twice as fast in large batches.
+    # With a rowid, new claims are appended and the expiry index stays small. Measured up to twice as fast in large
+    # batches, and never slower.
     "CREATE TABLE claims (key BLOB PRIMARY KEY NOT NULL, value BLOB NOT NULL, expire_time_ms INTEGER NOT NULL)",
     "CREATE INDEX claims_by_expiry ON claims (expire_time_ms)",
     f"PRAGMA application_id = {APPLICATION_ID}",
     f"PRAGMA user_version = {SCHEMA_VERSION}",
 )
 
-# Many rows per statement: each statement releases the interpreter's lock, which a busy event loop keeps for 5 ms.
+# Each statement releases the interpreter's lock, which a busy event loop keeps for 5 ms.
 _ROWS = 64
-# The plus sign prevents SQLite from searching by expiry.
+# The plus sign keeps SQLite from searching by expiry.
 _SELECT = "SELECT key, value FROM claims WHERE key IN ({}) AND +expire_time_ms > ?"
 _SELECTS = [_SELECT.format(",".join("?" * count)) for count in range(_ROWS + 1)]
 _INSERT = "INSERT OR REPLACE INTO claims VALUES {}"
 _INSERTS = [_INSERT.format(",".join(["(?,?,?)"] * count)) for count in range(_ROWS + 1)]
 _RECLAIM = "DELETE FROM claims WHERE rowid IN (SELECT rowid FROM claims WHERE expire_time_ms <= ? LIMIT ?)"
 
-# The target duration of a step of idle upkeep, since a claim that arrives meanwhile waits for its end. The number of
-# rows that fits depends on the disk and on the size of the file: claims that expire together lie on as many pages.
+# Target duration of an idle upkeep step, which an arriving claim waits for. The fitting number of rows depends on the
+# disk and the file's size, since claims that expire together lie on as many pages.
 _STEP_S = 0.001
 _FIRST_STEP_ROWS = 50
-# Fewer rows hardly shorten a step, and a slow disk would never catch up.
+# Fewer rows hardly shorten a step, and leave a slow disk behind.
 _MIN_STEP_ROWS = 32
 _MAX_STEP_ROWS = 1_000
 
-# The limit of the log while claims arrive: copying that much takes 15 ms, and a page changes many times before.
+# Limit of the log under load: copying it takes 15 ms, and a page changes many times before.
 _WAL_BYTES = 4 * 1024 * 1024
-# The limit of the log while the store is idle.
+# Limit of the log when idle.
 _IDLE_WAL_BYTES = 128 * 1024
 
 _LOCKED = (Reason.STORE_BUSY, "another process holds its lock: wait, or end that process")
@@ -66,7 +66,7 @@ _FAILURES = {
 }
 _BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
-# Errors that waiting does not repair when they occur on connecting.
+# Errors on connecting that waiting does not repair.
 _FINAL_CODES = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _FINAL_ERRNOS = (
     errno.EACCES,
@@ -81,7 +81,7 @@ _FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
 
 class ClaimFile:
-    """The file, driven by the thread. After any failure it reconnects, so that SQLite checks the file again."""
+    """The file, driven by the thread. It reconnects after any failure, so that SQLite checks the file again."""
 
     def __init__(self, path: Path, clock_ms: Callable[[], int]) -> None:
         self.name = f"the sqlite file {path}"
@@ -134,26 +134,26 @@ class ClaimFile:
             self._keep([(key, *row) for key, row in changes.items() if row is not FORGET])
             self._forget([key for key, row in changes.items() if row is FORGET])
             if changes:
-                # Twice as many as arrive, so that a busy store reduces a backlog.
+                # Twice as many as arrive, to reduce a backlog under load.
                 self._execute(_RECLAIM, (now_ms, 2 * len(changes)))
             if any(one.key is None for one in operations):
-                # A check writes an unchanged value: only a write detects a full or read-only disk.
+                # Write an unchanged value: only a write detects a full or read-only disk.
                 self._execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             committing = True
             self._execute("COMMIT")
         except Exception as error:  # noqa: BLE001 - every caller receives it, and the thread continues
             self.close()
             for one in operations:
-                # A failed commit may have reached the disk; an operation that wrote nothing was not applied.
+                # A failed commit may have reached the disk; operations without writes were not applied.
                 applied = Applied.UNKNOWN if committing and one.changed else Applied.NO
                 one.answer = self._failure(error, applied) if isinstance(error, sqlite3.Error) else error
 
     def upkeep(self) -> bool:
-        """Copy a log that has grown, or else delete a few expired claims; return whether there may be more."""
+        """Copy a grown log, or delete a few expired claims; return whether there may be more."""
         return self._shorten_log(_IDLE_WAL_BYTES) or self._reclaim()
 
     def checkpoint(self) -> None:
-        """Copy the log once it is large, outside of any commit, so that no caller waits for it."""
+        """Copy a large log outside of any commit, so that no caller waits for it."""
         self._shorten_log(_WAL_BYTES, patience_ms=100)
 
     def _reclaim(self) -> bool:
@@ -162,7 +162,7 @@ class ClaimFile:
         rows, begun = self._step_rows, time.perf_counter()
         try:
             now_ms = self._clock_ms()
-            # Reads first, so that an idle store takes no lock and writes nothing.
+            # Read first, so that an idle store takes no lock and writes nothing.
             if not self._execute("SELECT 1 FROM claims WHERE expire_time_ms <= ? LIMIT 1", (now_ms,)).fetchall():
                 return False
             count = self._delete_expired(now_ms, rows)
@@ -177,8 +177,7 @@ class ClaimFile:
         return count == rows
 
     def _delete_expired(self, now_ms: int, rows: int) -> int:
-        # Not synced: a deletion that a crash undoes is repeated. The next claim syncs it, since a sync covers the whole
-        # log.
+        # Unsynced: an undone deletion is repeated, and the next claim syncs the whole log.
         self._execute("PRAGMA synchronous = NORMAL")
         try:
             self._execute("BEGIN IMMEDIATE")
@@ -189,12 +188,12 @@ class ClaimFile:
         return count
 
     def _shorten_log(self, limit: int, patience_ms: int = 0) -> bool:
-        """Copy a log above the limit into the database and truncate it; return whether that was done."""
+        """Move a log above the limit into the database and truncate it; return whether that was done."""
         with contextlib.suppress(OSError):
             if self._connection is not None and self._wal_path.stat().st_size > limit:
                 try:
-                    # Truncating waits for the write lock and keeps it. SQLite before 3.51.3 can, very rarely, damage a
-                    # database when one process restarts its log while another copies it; the lock makes that rarer.
+                    # Truncating takes the write lock. SQLite before 3.51.3 can, very rarely, damage a database when one
+                    # process restarts its log while another copies it; the lock makes that rarer.
                     self._execute(f"PRAGMA busy_timeout = {patience_ms}")
                     ((busy, _, _),) = self._execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
                     self._execute("PRAGMA busy_timeout = 0")
@@ -225,7 +224,7 @@ class ClaimFile:
         return connection
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
-        # Nothing is written before the file proves to be ours or empty.
+        # Write nothing before the file proves to be ours or empty.
         empty = self._recognise(connection)
         if connection.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
             raise StoreRefused(f"{self.name} is on a file system without shared memory: choose a local disk")
@@ -233,7 +232,7 @@ class ClaimFile:
         connection.execute("PRAGMA wal_autocheckpoint = 0")
         if empty:
             connection.execute("BEGIN IMMEDIATE")
-            # Another process may have created the schema meanwhile.
+            # Another process may have created the schema.
             if self._recognise(connection):
                 for statement in _SCHEMA:
                     connection.execute(statement)
@@ -245,17 +244,17 @@ class ClaimFile:
         for folder in reversed(self._path.parents):
             folder.mkdir(mode=0o700, exist_ok=True)
         if not self._path.exists():
-            # An existing file is not opened: closing it would drop the locks of a connection in this process.
+            # Do not open an existing file: closing it would drop this process's locks on it.
             with contextlib.suppress(FileExistsError):
                 os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         elif not self._path.is_file():
             raise StoreRefused(f"{self.name} is not a regular file: choose another path")
-        # SQLite would open it for reading and fail only at the first write. The log is made beside it.
+        # SQLite would open it for reading and fail at the first write. The log is beside it.
         if not (os.access(self._path, os.R_OK | os.W_OK) and os.access(self._path.parent, os.W_OK | os.X_OK)):
             raise StoreRefused(f"{self.name} or its folder may not be written by this process: change owner or mode")
 
     def _recognise(self, connection: sqlite3.Connection) -> bool:
-        """Return whether the database is empty. Raises StoreRefused unless it is that or ours."""
+        """Return whether the database is empty. Raises StoreRefused unless it is empty or ours."""
         ((application, version, objects),) = connection.execute(
             "SELECT application_id, user_version, (SELECT count(*) FROM sqlite_schema)"
             " FROM pragma_application_id, pragma_user_version"
@@ -279,7 +278,7 @@ class ClaimFile:
         return stat.st_dev, stat.st_ino
 
     def _check_identity(self) -> None:
-        """Raise StoreUnavailable when the path no longer leads to the open file, in which others would not look."""
+        """Raise StoreUnavailable when the path no longer leads to the open file: other processes would use another."""
         if self._identify() != self._identity:
             raise StoreUnavailable(
                 Reason.STORE_FILE_REPLACED,
@@ -315,12 +314,12 @@ class ClaimFile:
 
 
 def _code_of(error: Exception) -> int:
-    """Return the primary result code of SQLite, 0 for any other error."""
+    """Return SQLite's primary result code, 0 for other errors."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
 
 def _carry_out(operation: Operation, held: dict[bytes, bytes], changes: dict[bytes, Row], now_ms: int) -> None:
-    """Set the answer of one operation, and record its effect in `held` and `changes`."""
+    """Set an operation's answer, and record its effect in `held` and `changes`."""
     operation.answer, operation.changed = None, False
     key, step = operation.key, operation.step
     if key is None or step is None:

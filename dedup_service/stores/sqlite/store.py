@@ -1,4 +1,4 @@
-"""The embedded store: claims in one SQLite file, for trials, tests and use on a single host."""
+"""The embedded store: claims in one SQLite file, for trials, tests and single hosts."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -24,16 +24,16 @@ from dedup_service.stores.sqlite.file import ClaimFile
 from dedup_service.stores.sqlite.thread import FORGET, BatchThread, Row, Step
 from dedup_service.stores.stored_value import KeyLayout, decode, encode
 
-# The largest integer of a SQLite column.
+# The largest SQLite integer.
 _MAX_TIME_MS = 2**63 - 1
 
 
 class SqliteStore:
-    """Keeps claims in one SQLite file that several processes of one host may share.
+    """Keeps claims in one SQLite file that several processes of a host may share.
 
     An acknowledged claim is on the disk. Every call ends within about `timeout_ms` milliseconds with its answer or
-    StoreUnavailable; calls beyond `queue_limit` waiting ones are refused at once. Later claims delete expired ones, and
-    an idle store does so every `idle_ms` milliseconds.
+    StoreUnavailable; calls beyond `queue_limit` waiting ones are refused at once. Later claims delete expired ones, as
+    does an idle store every `idle_ms` milliseconds.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class SqliteStore:
         return f"sqlite file {self._path} (only this host sees its claims)"
 
     async def open(self) -> None:
-        """Create the file if needed, and begin to serve. Every call retries a file that cannot be used yet.
+        """Create the file if needed, and begin to serve. Calls retry a file that cannot be used yet.
 
-        Raises StoreRefused for a file that never can be used: no permission, not a database, damaged, or the database
-        of another application or a newer version. Such a file is left unchanged.
+        Raises StoreRefused for a file that can never be used: no permission, not a database, damaged, or of another
+        application or a newer version. Such a file is left unchanged.
         """
         if self._thread is None:
             file = ClaimFile(self._path, self._clock_ms)
@@ -78,13 +78,13 @@ class SqliteStore:
             raise
 
     async def close(self) -> None:
-        """Answer queued calls, for at most the timeout, and close the file; may be called twice."""
+        """Answer queued calls within the timeout, and close the file; may be called twice."""
         thread, self._thread = self._thread, None
         if thread is not None:
             await thread.close()
 
     async def check(self) -> Sequence[StoreNotice]:
-        """Implement ClaimStore. Writes and syncs the file; there are no notices."""
+        """Implement ClaimStore. Writes and syncs the file; returns no notices."""
         try:
             await self._running().submit()
         except ClaimError:
@@ -97,7 +97,7 @@ class SqliteStore:
         return ()
 
     async def claim(self, claim: Transaction, expiry: Expiry) -> Transaction | None:
-        """Implement ClaimStore. Raises InvalidRequest also for an expiry beyond 64 bits."""
+        """Implement ClaimStore. Raises InvalidRequest for an expiry beyond 64 bits, too."""
         value = encode(claim)
 
         def step(held: bytes | None, now_ms: int) -> tuple[bytes | None, Row | None]:
@@ -107,7 +107,7 @@ class SqliteStore:
         return None if holder is None else decode(holder, claim.namespace, claim.transaction_id)
 
     async def claim_all(self, claims: Sequence[tuple[Transaction, Expiry]]) -> Sequence[Transaction | Exception | None]:
-        """Implement ClaimStore. The claims share transactions, as all ready operations do."""
+        """Implement ClaimStore. The claims share transactions."""
 
         async def one(claim: Transaction, expiry: Expiry) -> Transaction | Exception | None:
             try:

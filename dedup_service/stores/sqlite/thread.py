@@ -1,6 +1,6 @@
-"""The thread between the event loop and a blocking file. It groups all ready operations into one transaction.
+"""Thread between the event loop and a blocking file. It groups ready operations into one transaction.
 
-Knows nothing of SQL.
+Knows no SQL.
 """
 
 import asyncio
@@ -15,24 +15,24 @@ from dedup_service.claims import Applied, Reason, StoreUnavailable
 
 Answer = bytes | Exception | None
 
-# Bounds how long one transaction keeps the lock from other processes; larger ones are hardly faster.
+# Bounds the lock time of a transaction; larger ones are hardly faster.
 MAX_BATCH = 256
 
-# Retry interval for a lock held by another process. SQLite's own waiting sleeps up to 100 ms at a time.
+# Retry interval for a lock held by another process; SQLite's own waits up to 100 ms.
 _LOCK_POLL_S = 0.001
 
-# The new value and expiry of a key, or FORGET to delete it.
+# A key's new value and expiry, or FORGET to delete it.
 Row = tuple[bytes, int]
 FORGET: Row = (b"", 0)
 
-# Takes the live value of a key and the time in Unix milliseconds; returns the answer, and the new row of the key, or
-# None to leave it. Runs in the thread. InvalidRequest and UnreadableValue reach the caller.
+# Maps a key's live value and the Unix milliseconds to the answer and the new row, None to keep the old one. Runs in the
+# thread. InvalidRequest and UnreadableValue reach the caller.
 Step = Callable[[bytes | None, int], tuple[bytes | None, Row | None]]
 
 
 @dataclass(slots=True, eq=False)
 class Operation:
-    """One call: a step on a key, or a check of the file if there is no key.
+    """One call: a step on a key, or without a key a check of the file.
 
     `may_change`: the step may write. `changed`: it did.
     """
@@ -50,29 +50,29 @@ class BatchFile(Protocol):
     """The file driven by the thread; only the thread calls it."""
 
     def begin(self) -> bool:
-        """Take the write lock, connecting first where needed, and return False when another process holds it.
+        """Take the write lock, connecting if needed; return False if another process holds it.
 
         Raises StoreUnavailable (nothing was applied) and StoreRefused.
         """
 
     def carry_out(self, operations: Sequence[Operation]) -> None:
-        """Carry out `operations` under the lock, commit, and set the answer of each. Raises nothing."""
+        """Carry out `operations` under the lock, commit, and set their answers. Raises nothing."""
 
     def upkeep(self) -> bool:
-        """Take one short step of maintenance while no call waits; return whether to take another at once."""
+        """Do a short step of idle maintenance; return whether to do another at once."""
 
     def checkpoint(self) -> None:
-        """Do maintenance that cannot wait for idle time; called after each batch."""
+        """Do maintenance that cannot wait for idle time, after each batch."""
 
     def close(self) -> None:
         """Disconnect. Raises nothing."""
 
 
 class BatchThread:
-    """Passes operations to a thread in groups, and their answers back in one callback per group.
+    """Passes groups of operations to a thread, and their answers back in one callback per group.
 
     Belongs to the event loop that made it. Every operation is answered within about `timeout_s` seconds: at the timeout
-    a waiting operation is withdrawn and never carried out, and one in progress is unknown.
+    a waiting one is withdrawn and never carried out, one in progress is unknown.
     """
 
     def __init__(self, file: BatchFile, subject: str, timeout_s: float, queue_limit: int, idle_s: float) -> None:
@@ -84,13 +84,13 @@ class BatchThread:
         self._loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._timer: asyncio.TimerHandle | None = None
-        # Guards the four below. An operation is in the queue or taken, never both, which makes a withdrawal certain.
+        # Guards the four below. An operation is either queued or taken, which makes a withdrawal certain.
         self._changed = threading.Condition(threading.Lock())
         self._queue: list[Operation] = []
         self._taken: list[Operation] = []
         self._locked_out = False
         self._closing = False
-        # A daemon, so that a disk that never answers cannot prevent the process from ending.
+        # A daemon, so that a hanging disk cannot keep the process alive.
         self._thread = threading.Thread(target=self._run, name="dedup-sqlite", daemon=True)
 
     def start(self) -> None:
@@ -102,8 +102,7 @@ class BatchThread:
     ) -> bytes | None:
         """Return the answer to one operation.
 
-        Raises the exception the file answered, and StoreUnavailable when the queue is full, at the timeout and when
-        closed.
+        Raises the file's exception, and StoreUnavailable when the queue is full, at the timeout and when closed.
         """
         loop = self._loop
         operation = Operation(loop.create_future(), loop.time(), key, step, may_change)
@@ -122,12 +121,12 @@ class BatchThread:
             self._timer = loop.call_later(self._timeout_s, self._watch)
         answer = await operation.future
         if isinstance(answer, Exception):
-            # A failed group shares one exception: drop the tracebacks of its other callers.
+            # Callers of a failed group share one exception: drop the others' tracebacks.
             raise answer.with_traceback(None)
         return answer
 
     async def close(self) -> None:
-        """End the thread once every queued operation is answered, at the timeout at the latest; may be called twice."""
+        """End the thread once all queued operations are answered, within the timeout; may be called twice."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -141,7 +140,6 @@ class BatchThread:
             self._timer.cancel()
 
     def _run(self) -> None:
-        """Serve until closed; runs in the thread."""
         idle_s = self._idle_s
         try:
             while True:
@@ -153,7 +151,7 @@ class BatchThread:
                         return
                 try:
                     if idle:
-                        # Without a pause while there is more: a burst is deleted soon after it expires.
+                        # Without a pause while there is more, to delete a burst soon after it expires.
                         idle_s = 0 if self._file.upkeep() else self._idle_s
                     else:
                         self._serve()
@@ -162,7 +160,7 @@ class BatchThread:
                     idle_s = self._idle_s
                     self._fail_taken(error)
         except RuntimeError:
-            # The loop was closed before the store: no caller is left.
+            # A closed loop has no callers left.
             if not self._loop.is_closed():
                 raise
         finally:
@@ -183,8 +181,8 @@ class BatchThread:
         with self._changed:
             self._locked_out = locked_out
             if not locked_out:
-                # Taken under the lock: operations that arrived while it was awaited are in this batch, and could be
-                # withdrawn before. A caller that left needs no claim.
+                # Taken under the lock: includes operations that arrived during the wait for it, which could be
+                # withdrawn until now. Skip callers that left.
                 self._taken = [one for one in self._queue[:MAX_BATCH] if not one.future.done()]
                 del self._queue[:MAX_BATCH]
         if locked_out:
@@ -196,7 +194,7 @@ class BatchThread:
         self._loop.call_soon_threadsafe(_deliver, answered)
 
     def _fail_taken(self, error: Exception) -> None:
-        """Answer the batch in progress after an unexpected exception, and reconnect with the next batch."""
+        """Answer the batch after an unexpected exception; the next batch reconnects."""
         with contextlib.suppress(Exception):
             self._file.close()
         with self._changed:
@@ -210,9 +208,9 @@ class BatchThread:
         self._loop.call_soon_threadsafe(_deliver, failed)
 
     def _watch(self) -> None:
-        """Answer the overdue operations, and schedule the next look at the oldest other one."""
+        """Answer overdue operations, and schedule the next look."""
         self._timer = None
-        # A millisecond of grace, since the loop's clock and timers are no finer.
+        # A millisecond of grace: the loop's clock and timers are no finer.
         late = self._loop.time() - self._timeout_s + 0.001
         with self._changed:
             count = sum(one.since <= late for one in self._queue)
@@ -252,6 +250,6 @@ def _deliver(operations: list[Operation]) -> None:
 
 
 def _answer(operation: Operation, answer: Answer) -> None:
-    # The caller may have been cancelled, or answered by the watchdog.
+    # The caller may be cancelled, or answered by the watchdog.
     if not operation.future.done():
         operation.future.set_result(answer)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def parse_sqlite_url(url: str) -> Path:
-    """Return the path in `sqlite:///absolute/path` or `sqlite:relative/path`; raise ValueError for any other URL."""
+    """Return the path of `sqlite:///absolute/path` or `sqlite:relative/path`; raise ValueError for other URLs."""
     rest = url.removeprefix("sqlite:")
     if rest.startswith("//"):
         if not rest.startswith("///"):

@@ -10,15 +10,15 @@ import (
 	dedup "github.com/dedup-service/dedup-service/clients/go"
 )
 
-// errMultipleClick means that another click came first.
+// errMultipleClick: another click came first.
 var errMultipleClick = errors.New("multiple click")
 
-// guard lets one of several clicks pass. The caller must call finish with the error of the work, or nil.
+// guard lets one of several clicks pass. Call finish with the work's error, or nil.
 type guard interface {
 	admit(ctx context.Context, transactionID string) (finish func(context.Context, error), err error)
 }
 
-// legacyGuard reads a flag and then writes it. Other clicks can read the flag between the two commands.
+// legacyGuard reads a flag and then writes it; other clicks can read it in between.
 type legacyGuard struct{ cache *redis.Client }
 
 func (g legacyGuard) admit(ctx context.Context, transactionID string) (func(context.Context, error), error) {
@@ -32,7 +32,7 @@ func (g legacyGuard) admit(ctx context.Context, transactionID string) (func(cont
 	return func(context.Context, error) {}, err
 }
 
-// sidecarGuard claims the transaction at the dedup service, which decides with one atomic command.
+// sidecarGuard claims the transaction at the dedup service with one atomic command.
 type sidecarGuard struct{ dedup dedup.Guard }
 
 func (g sidecarGuard) admit(ctx context.Context, transactionID string) (func(context.Context, error), error) {
@@ -44,7 +44,7 @@ func (g sidecarGuard) admit(ctx context.Context, transactionID string) (func(con
 		return nil, err
 	}
 	return func(ctx context.Context, failure error) {
-		// The claim must end even if the caller has disconnected.
+		// Also if the caller has disconnected.
 		ctx = context.WithoutCancel(ctx)
 		if failure != nil {
 			_ = claim.Release(ctx)

@@ -1,6 +1,6 @@
 // Command lucky_box is the lucky box API in Go. It pays one reward per click, if its guard works.
 //
-// It listens on a free port and logs JSON lines to standard error, the port among them.
+// It listens on a free port and logs JSON lines, with the port, to standard error.
 package main
 
 import (
@@ -57,7 +57,7 @@ func newGuard(kind string, port int, target string) (guard, error) {
 	}
 }
 
-// click is the request body: who opens a box.
+// click is the request body.
 type click struct {
 	Device int64  `json:"device"`
 	Event  string `json:"event"`
@@ -73,7 +73,7 @@ func newAPI(g guard) http.Handler {
 		if correlationID == "" {
 			correlationID = rand.Text()
 		}
-		// The service logs its calls under the same id.
+		// The service logs under the same id.
 		ctx := metadata.AppendToOutgoingContext(r.Context(), correlationHeader, correlationID)
 		passed, reward, err := openBox(r.WithContext(ctx), g, rewards)
 		status, body := answer(reward, err)
@@ -87,7 +87,7 @@ func newAPI(g guard) http.Handler {
 	return mux
 }
 
-// openBox reports whether the guard let the click pass, and returns the reward.
+// openBox reports whether the guard let the click pass, and the reward.
 func openBox(r *http.Request, g guard, rewards *promotions) (passed bool, reward int, err error) {
 	var who click
 	if err := json.NewDecoder(r.Body).Decode(&who); err != nil {
@@ -119,7 +119,7 @@ func answer(reward int, err error) (int, map[string]any) {
 	case errors.Is(err, errBadRequest):
 		return http.StatusBadRequest, map[string]any{"error": "bad_request"}
 	default:
-		// This may or may not be a duplicate: pay nothing and do not answer 409.
+		// Perhaps a duplicate: pay nothing and do not answer 409.
 		return http.StatusServiceUnavailable, map[string]any{"error": "guard_unavailable"}
 	}
 }

@@ -6,10 +6,10 @@ import (
 	"time"
 )
 
-// errConflict means that another payout of the same box started meanwhile.
+// errConflict: another payout of the box started meanwhile.
 var errConflict = errors.New("conflict")
 
-// work is the latency of the reward service behind the API.
+// work is the latency of the reward service.
 const work = 20 * time.Millisecond
 
 // promotions pays rewards. As in the original, a payout fails if a later one has started.

@@ -23,7 +23,7 @@ import dedup
 import dedup.aio
 
 CORRELATION_HEADER = "x-correlation-id"
-# The latency of the reward service behind the API.
+# Latency of the reward service.
 WORK_S = 0.02
 
 
@@ -35,11 +35,11 @@ class Guard(Protocol):
     """Lets one of several clicks pass."""
 
     def admit(self, transaction_id: str) -> AbstractAsyncContextManager[None]:
-        """Hold the transaction while the block runs. Raises MultipleClick if another click holds it."""
+        """Hold the transaction during the block. Raises MultipleClick if another click holds it."""
 
 
 class LegacyGuard:
-    """Reads a flag and then writes it. Other clicks can read the flag between the two commands."""
+    """Reads a flag and then writes it; other clicks can read it in between."""
 
     def __init__(self, port: int) -> None:
         self._redis = redis.asyncio.Redis(port=port)
@@ -54,14 +54,14 @@ class LegacyGuard:
 
 
 class SidecarGuard:
-    """Claims the transaction at the dedup service, which decides with one atomic command."""
+    """Claims the transaction at the dedup service with one atomic command."""
 
     def __init__(self, target: str) -> None:
         self._client = dedup.aio.Client(target)
 
     @asynccontextmanager
     async def admit(self, transaction_id: str) -> AsyncIterator[None]:
-        """See Guard.admit. Leaving the block completes the claim; an exception releases it."""
+        """See Guard.admit. Leaving the block completes the claim, an exception releases it."""
         try:
             claim = await self._client.claim(transaction_id, ttl=60, claimant="lucky-box-python")
         except dedup.DuplicateTransaction:
@@ -71,7 +71,7 @@ class SidecarGuard:
 
 
 class Conflict(Exception):
-    """Another payout of the same box started meanwhile."""
+    """Another payout of the box started meanwhile."""
 
 
 class Promotions:
@@ -90,7 +90,7 @@ class Promotions:
 
 
 class Click(BaseModel):
-    """The request body: who opens a box."""
+    """The request body."""
 
     device: int
     event: str
@@ -118,7 +118,7 @@ def make_app(guard: Guard) -> FastAPI:
         except Conflict:
             status, body = 409, {"error": "conflict"}
         except dedup.Unavailable:
-            # This may or may not be a duplicate: pay nothing and do not answer 409.
+            # Perhaps a duplicate: pay nothing and do not answer 409.
             status, body = 503, {"error": "guard_unavailable"}
         log(
             "click",
@@ -140,7 +140,7 @@ def log(event: str, **fields: Any) -> None:
 
 
 async def main() -> None:
-    """Serve until the process is stopped."""
+    """Serve until stopped."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--guard", choices=("legacy", "sidecar"), required=True)
     parser.add_argument("--redis", type=int, required=True, help="port of the Redis for the legacy guard")

@@ -251,7 +251,7 @@ SETUPS: dict[str, Setup] = {
     "README.md#choose-your-client": plain,
     "docs/command-line.md#batches": with_an_order_file,
     "docs/command-line.md#the-doctor": with_an_evicting_redis,
-    "docs/errors.md#what-an-error-looks-like": plain,
+    "docs/errors.md#example": plain,
     "docs/runbook.md#runbook": plain,
     "docs/runbook.md#service-down": with_a_stopped_service,
     "docs/runbook.md#payload-mismatch": with_a_payload_mismatch,
