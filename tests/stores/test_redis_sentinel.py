@@ -419,6 +419,27 @@ async def test_the_sentinel_that_answered_is_asked_first_next_time(start_sentine
         assert len(connections) == 1
 
 
+async def test_a_sentinel_that_hangs_is_asked_last_also_after_a_cancelled_call(start_sentinel: StartSentinel) -> None:
+    """A call that was cancelled while a Sentinel hung leaves the next call to begin with another one.
+
+    Protection: a Sentinel is last in order until it answers. A host that dies with the master and the first Sentinel
+    otherwise costs its timeout for each call, and each lost connection cancels one.
+    """
+    sentinel = start_sentinel(free_port())
+    async with silent_server() as (silent, connections):
+        locator = SentinelLocator(parse_sentinel_url(sentinel_url(silent, sentinel.port)), timeout_ms=600_000)
+        call = asyncio.create_task(locator.locate())
+
+        async def hangs() -> bool:
+            return bool(connections)
+
+        await eventually(hangs, what="the first Sentinel to be asked")
+        call.cancel()
+        async with asyncio.timeout(60):
+            await locator.locate()
+        assert len(connections) == 1
+
+
 async def test_an_unknown_master_is_refused_at_startup(open_store: OpenStore, start_sentinel: StartSentinel) -> None:
     """A master unknown to the Sentinels is refused at start-up with a sentence that names it."""
     sentinel = start_sentinel(free_port())
