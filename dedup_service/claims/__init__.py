@@ -16,7 +16,15 @@ from dedup_service.claims.errors import (
 )
 from dedup_service.claims.policies import Caller, Policies, Policy
 from dedup_service.claims.service import DEFAULT_MAX_RESULT_BYTES, ClaimService, system_clock_ms
-from dedup_service.claims.store import ClaimStore, ConnectionObserver, Finding, Severity, StoreNotice, worst
+from dedup_service.claims.store import (
+    CheckFailed,
+    ClaimStore,
+    ConnectionObserver,
+    Finding,
+    Severity,
+    StoreNotice,
+    worst,
+)
 from dedup_service.claims.transaction import (
     DEFAULT_NAMESPACE,
     ClaimAnswer,
@@ -39,6 +47,7 @@ __all__ = [
     "Caller",
     "CallerNotAllowed",
     "CallerUnknown",
+    "CheckFailed",
     "ClaimAnswer",
     "ClaimError",
     "ClaimOutcome",

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
 
+from dedup_service.claims.errors import StoreUnavailable
 from dedup_service.claims.transaction import Completion, Expiry, Extension, Release, Transaction
 
 
@@ -58,6 +59,14 @@ class StoreNotice:
     restarted: bool = False
 
 
+class CheckFailed(StoreUnavailable):
+    """A failed check, with the notices since the check before."""
+
+    def __init__(self, failure: StoreUnavailable, notices: Sequence[StoreNotice]) -> None:
+        super().__init__(failure.reason, str(failure), failure.applied)
+        self.notices = notices
+
+
 class ConnectionObserver(Protocol):
     """Notified of the connections a store makes. Its methods return at once and raise nothing."""
 
@@ -89,9 +98,10 @@ class ClaimStore(Protocol):
         """Stop; commands in flight finish or fail. May be called twice."""
 
     async def check(self) -> Sequence[StoreNotice]:
-        """Return what happened since the last check, once the store has answered.
+        """Write as a claim does, and return what happened since the last check.
 
-        Raises StoreUnavailable when it does not answer, and StoreRefused as `open` does.
+        Raises StoreUnavailable (CheckFailed if there are notices) while claims would fail, and StoreRefused as `open`
+        does.
         """
 
     async def claim(self, claim: Transaction, expiry: Expiry) -> Transaction | None:

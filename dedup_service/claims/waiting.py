@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import Context
 from itertools import islice
 
-from dedup_service.claims.errors import StoreUnavailable, TooManyWaits
+from dedup_service.claims.errors import StoreRefused, StoreUnavailable, TooManyWaits
 from dedup_service.claims.store import ClaimStore
 from dedup_service.claims.transaction import TransactionState
 
@@ -99,7 +99,8 @@ class Waiters:
     async def _may_have_ended(self, namespace: str, transaction_id: str) -> bool:
         try:
             holder = await self._store.get(namespace, transaction_id)
-        except StoreUnavailable:
+        except (StoreUnavailable, StoreRefused):
+            # A store that refuses to work may do so for a moment only, such as while no Sentinel knows the master.
             return False
         except Exception:  # noqa: BLE001 - the waiter's own next claim reports the fault, whatever it is
             return True

@@ -178,8 +178,8 @@ class Settings(Listening):
     store_timeout: DurationMs = Field(1_000, description="Timeout of one store operation.")
     readiness: Literal["store", "process"] = Field(
         "store",
-        description="Meaning of readiness. store: the store answers. process: this process accepts calls, whatever the "
-        "store does.",
+        description="Meaning of readiness. store: the store takes claims. process: this process accepts calls, "
+        "whatever the store does.",
     )
     strict: bool = Field(False, description="Refuse to start when the doctor reports a critical finding.")
     shutdown_grace: DurationMs = Field(10_000, description="Grace period for in-flight calls after SIGTERM or SIGINT.")

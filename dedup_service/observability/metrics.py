@@ -11,7 +11,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, values
 
-from dedup_service.claims import DEFAULT_NAMESPACE, Applied, ClaimAnswer, Reason, StoreNotice
+from dedup_service.claims import DEFAULT_NAMESPACE, Applied, CheckFailed, ClaimAnswer, Reason, StoreNotice
 from dedup_service.observability.calls import Call, Failure
 
 # Spelled as in the Prometheus interceptors of other languages, for common dashboards.
@@ -201,7 +201,7 @@ class StoreMetrics:
         self._seconds = {name: seconds.labels(name).observe for name in _OPERATIONS}
         self._ready = Gauge(
             "dedup_store_ready",
-            "1 while the store answers checks, else 0; 0 if any worker gets no answer.",
+            "1 while the store takes claims, else 0; 0 if it refuses those of any worker.",
             multiprocess_mode="livemin",
             registry=registry,
         )
@@ -232,7 +232,7 @@ class StoreMetrics:
 
     def _checked(self, notices: Sequence[StoreNotice] | None, failure: BaseException | None) -> None:
         self._ready.set(failure is None)
-        for notice in notices or ():
+        for notice in failure.notices if isinstance(failure, CheckFailed) else notices or ():
             self._losses.inc(notice.forgot)
             self._restarts.inc(notice.restarted)
 

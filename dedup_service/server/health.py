@@ -8,7 +8,15 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from dedup_service.api import health
 from dedup_service.api.servicer import SERVICE_NAME
-from dedup_service.claims import ClaimStore, Reason, Severity, StoreRefused, StoreUnavailable
+from dedup_service.claims import (
+    CheckFailed,
+    ClaimStore,
+    Reason,
+    Severity,
+    StoreNotice,
+    StoreRefused,
+    StoreUnavailable,
+)
 from dedup_service.config.errors import FatalError
 from dedup_service.observability.logs import Logger
 from dedup_service.server.listeners import add_listener
@@ -20,6 +28,15 @@ CHECK_INTERVAL_S = 0.5
 # The names Kubernetes probes ask for. Restarting the process does not repair a store, so liveness ignores it.
 LIVENESS = "liveness"
 READINESS = "readiness"
+
+# The store answered and refuses claims: the examination tells why.
+_REFUSALS = (
+    Reason.STORE_MISCONFIGURED,
+    Reason.STORE_NOT_PERMITTED,
+    Reason.STORE_NOT_REPLICATED,
+    Reason.STORE_OUT_OF_MEMORY,
+    Reason.STORE_TOO_FEW_REPLICAS,
+)
 
 _Status = health_pb2.HealthCheckResponse
 
@@ -43,7 +60,7 @@ _LISTENER_OPTIONS = (
 class Health:
     """Keeps the standard health service true.
 
-    "readiness", the service's name and the empty name are SERVING while the store answers checks, or until the shutdown
+    "readiness", the service's name and the empty name are SERVING while the store takes claims, or until the shutdown
     if `follows_store` is off. "liveness" is SERVING as long as the process.
     """
 
@@ -57,7 +74,7 @@ class Health:
         self._log = log
         self._ready: bool | None = None
         self.store_answered = asyncio.Event()
-        """Set once the store has answered for the first time."""
+        """Set once the store has answered for the first time, also if it refuses claims."""
 
     async def watch(self) -> None:
         """Check the store for ever."""
@@ -73,20 +90,27 @@ class Health:
             async with asyncio.timeout(self._timeout_s):
                 notices = await self._store.check()
         except (StoreUnavailable, StoreRefused) as error:
+            if isinstance(error, CheckFailed):
+                self._report_notices(error.notices)
+            if error.reason in _REFUSALS:
+                self.store_answered.set()
             await self._set(ready=False, reason=error.reason.value, message=str(error))
         except TimeoutError:
             await self._set(ready=False, reason=Reason.STORE_TIMEOUT.value, message="the store did not answer in time")
         except Exception as error:  # noqa: BLE001 - health must not freeze at its last word
             await self._set(ready=False, reason=Reason.INTERNAL.value, message=f"the check failed: {error!r}")
         else:
-            for notice in notices:
-                self.history.add(notice)
-                self._log.warning(notice.event, message=notice.message)
+            self._report_notices(notices)
             await self._set(ready=True)
 
     async def stop_serving(self) -> None:
         """Report NOT_SERVING from now on; no check may follow."""
         await self._report(serving=False)
+
+    def _report_notices(self, notices: Sequence[StoreNotice]) -> None:
+        for notice in notices:
+            self.history.add(notice)
+            self._log.warning(notice.event, message=notice.message)
 
     async def _report(self, *, serving: bool) -> None:
         for service in (health.OVERALL, SERVICE_NAME, READINESS):

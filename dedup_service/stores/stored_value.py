@@ -52,6 +52,14 @@ def canary_prefix(layout: KeyLayout, prefix: str) -> bytes:
     return b"dedup-canary\x1f" if layout is raw_layout else b"%b~canary:" % prefix.encode()
 
 
+def probe_key(layout: KeyLayout, hash_tag: bytes) -> bytes | None:
+    """Return a key with this hash tag beside those of the default namespace; no id has its control character.
+
+    None in the raw layout, where the rights of a user follow the ids.
+    """
+    return None if layout is raw_layout else layout(DEFAULT_NAMESPACE, f"\x1fprobe{hash_tag.decode()}")
+
+
 VERSION = 1
 
 MAX_VALUE_BYTES = 1_048_576 + 65_536

@@ -15,6 +15,7 @@ import redis
 
 from dedup_service.claims import (
     Applied,
+    CheckFailed,
     Completion,
     Extension,
     InvalidRequest,
@@ -27,7 +28,9 @@ from dedup_service.claims import (
 )
 from dedup_service.stores.redis.canary import RedisCanary
 from dedup_service.stores.redis.channel import ReplicaQuorum
+from dedup_service.stores.redis.link import FixedServer, OneServer, RedisLink
 from dedup_service.stores.redis.store import RedisStore
+from dedup_service.stores.redis.url import parse_redis_url
 from dedup_service.stores.registry import StoreConfig, make_store
 from dedup_service.stores.stored_value import prefixed_layout
 from tests.support.claims import MINUTE, a_claim, end_of, lasting
@@ -334,6 +337,81 @@ async def test_losses_of_a_failover(tmp_path: Path, min_replicas: int) -> None:
     finally:
         deployment.stop()
     assert (claimed, lost) == ((IDS, IDS // 2) if min_replicas == 0 else (IDS // 2, 0))
+
+
+class Elected(FixedServer):
+    """The locator of a master that the test elects."""
+
+    def elect(self, server: RedisProcess) -> None:
+        """Locate this server from now on."""
+        self._target = parse_redis_url(server.url)
+
+
+@contextlib.asynccontextmanager
+async def watched(locator: FixedServer, min_replicas: int) -> AsyncIterator[RedisStore]:
+    """Yield an open store."""
+    link = RedisLink(locator, timeout_ms=3_000, min_replicas=min_replicas)
+    layout = prefixed_layout("dedup:")
+    store = RedisStore(OneServer(link), layout, "a test", canary=RedisCanary(b"canary:"), min_replicas=min_replicas)
+    await store.open()
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+async def losses_seen(store: RedisStore) -> tuple[bool, int]:
+    """Check the store; return whether the server answered, and how many losses the check reported."""
+    try:
+        notices = await store.check()
+    except CheckFailed as failed:
+        return failed.reason is Reason.STORE_NOT_REPLICATED, sum(notice.forgot for notice in failed.notices)
+    return True, sum(notice.forgot for notice in notices)
+
+
+@pytest.mark.parametrize("min_replicas", [0, 1])
+async def test_the_canary_expects_what_a_failover_must_keep(pair: Pair, min_replicas: int) -> None:
+    """A failover to a lagging replica loses counts, which is a loss of claims unless they needed the replica.
+
+    Protection: in durable mode only a count that replicas acknowledged is expected.
+    """
+    locator = Elected(parse_redis_url(pair.master.url))
+    async with watched(locator, min_replicas) as store:
+        assert await losses_seen(store) == (True, 0)
+        with redis.Redis(port=pair.master.port, protocol=2) as admin:
+            # WAIT covers the writes of its own connection, and replication keeps the order of all writes.
+            admin.set("marker", 2, ex=60)
+            assert admin.wait(1, 10_000) == 1
+        with paused(pair.replica):
+            await asyncio.to_thread(fill_sockets, pair.master)
+            for _ in range(3):
+                assert await losses_seen(store) == (True, 0)
+            pair.master.stop()
+        locator.elect(pair.replica)
+        pair.promote()
+        seen: list[int] = []
+
+        async def answered_by_the_replica() -> bool:
+            answers, losses = await losses_seen(store)
+            seen.append(losses)
+            return answers
+
+        await eventually(answered_by_the_replica, what="the promoted replica")
+        seen += [(await losses_seen(store))[1] for _ in range(3)]
+    assert sum(seen) == (0 if min_replicas else 1)
+
+
+async def test_a_loss_without_a_replica_is_reported_once(pair: Pair) -> None:
+    """In durable mode a flush is reported by the next check, once, also while no replica acknowledges.
+
+    Protection: a failed check has its notices.
+    """
+    async with watched(FixedServer(parse_redis_url(pair.master.url)), 1) as store:
+        assert await losses_seen(store) == (True, 0)
+        with paused(pair.replica):
+            with redis.Redis(port=pair.master.port, protocol=2) as admin:
+                admin.flushall()
+            assert [await losses_seen(store) for _ in range(3)] == [(True, 1), (True, 0), (True, 0)]
 
 
 async def test_in_a_cluster(open_store: OpenStore, tmp_path: Path, unique: str) -> None:

@@ -9,11 +9,25 @@ import pytest
 import redis
 import trustme
 
-from dedup_service.claims import Applied, StoreRefused, StoreUnavailable, Transaction
+from dedup_service.claims import (
+    Applied,
+    ClaimOutcome,
+    ClaimRequest,
+    ClaimService,
+    Policies,
+    Policy,
+    Release,
+    StoreRefused,
+    StoreUnavailable,
+    Transaction,
+)
+from dedup_service.stores.redis.canary import RedisCanary
+from dedup_service.stores.redis.link import FixedServer, OneServer, RedisLink
 from dedup_service.stores.redis.sentinel import SentinelLocator
 from dedup_service.stores.redis.store import RedisStore
-from dedup_service.stores.redis.url import RedisTarget, parse_sentinel_url
+from dedup_service.stores.redis.url import RedisTarget, parse_redis_url, parse_sentinel_url
 from dedup_service.stores.registry import StoreConfig, make_store
+from dedup_service.stores.stored_value import prefixed_layout
 from tests.support.claims import MINUTE, a_claim
 from tests.support.polling import eventually, wait_until
 from tests.support.processes import RedisProcess, free_port
@@ -281,6 +295,90 @@ async def test_a_bug_in_a_recheck_does_not_end_the_rechecks(
     await served_by(store, new, unique)
 
 
+async def test_an_attempt_to_connect_to_a_hanging_server_ends_when_another_is_the_master(
+    redis_server: RedisProcess, unique: str
+) -> None:
+    """A store that connects to a server that hangs serves once another one is named, long before its timeout.
+
+    Protection: the master is located again while connecting.
+    """
+
+    class Named(FixedServer):
+        recheck_s = 0.01  # type: ignore[assignment]
+
+    async with silent_server() as (port, attempts):
+        locator = Named(parse_redis_url(f"redis://127.0.0.1:{port}/0"))
+        link = RedisLink(locator, timeout_ms=600_000)
+        store = RedisStore(OneServer(link), prefixed_layout("dedup:"), "a test", canary=RedisCanary(b"canary:"))
+        link.start()
+
+        async def attempted() -> bool:
+            return bool(attempts)
+
+        await eventually(attempted, what="the attempt")
+        locator._target = parse_redis_url(redis_server.url)
+        async with asyncio.timeout(60):
+            assert await answered(store, a_claim(unique)) is None
+        await store.close()
+
+
+@pytest.mark.parametrize("outage", ["killed", "paused", "unknown"])
+async def test_a_waiter_survives_the_time_without_a_master(
+    open_store: OpenStore, deployment: SentinelDeployment, unique: str, outage: str
+) -> None:
+    """A waiting duplicate survives lost connections, and the first read after the release wakes it.
+
+    The master is killed, hangs, or is killed while the Sentinels know no master. Protection: neither a lost connection
+    nor a store that refuses to work at the moment ends a wait or its poller.
+    """
+    store = await open_store(deployment.url)
+    reads: list[str] = []
+    read = store.get
+
+    async def noted(namespace: str, transaction_id: str) -> Transaction | None:
+        try:
+            found = await read(namespace, transaction_id)
+        except Exception as error:
+            reads.append(type(error).__name__)
+            raise
+        reads.append("held" if found else "free")
+        return found
+
+    store.get = noted  # type: ignore[method-assign]
+    claims = ClaimService(store, Policies(Policy(600_000, 600_000, 600_000)))
+    await claims.claim(ClaimRequest(unique, claim_token=MINE))
+    await asyncio.to_thread(deployment.replicate)
+    waiter = asyncio.create_task(claims.claim(ClaimRequest(unique, claim_token=OTHER, wait_ms=300_000)))
+
+    async def read_as(kind: str) -> None:
+        before = len(reads)
+
+        async def seen() -> bool:
+            return waiter.done() or kind in reads[before:]
+
+        await eventually(seen, 60, what=f"a read with {kind}")
+
+    await read_as("held")
+    if outage == "unknown":
+        deployment.forget_master()
+    if outage == "paused":
+        deployment.master.pause()
+    else:
+        deployment.master.stop()
+    if outage == "unknown":
+        await read_as("StoreRefused")
+        deployment.promote_by_hand()
+    await asyncio.to_thread(wait_until, deployment.replica_is_master, 60, what="the failover")
+    await read_as("held")
+    # By another process: its own releases wake waiters without a read.
+    holder = await open_store(deployment.replica.url)
+    assert await holder.release(Release("default", unique, MINE))
+    async with asyncio.timeout(60):
+        answer = await waiter
+    assert (answer.outcome, reads.count("free")) == (ClaimOutcome.CLAIMED, 1)
+    await claims.close()
+
+
 @pytest.mark.parametrize("forbidden", ["", "-role"])
 async def test_a_replica_is_not_taken_for_the_master(
     open_store: OpenStore, start_redis: StartRedis, start_sentinel: StartSentinel, unique: str, forbidden: str
@@ -318,6 +416,27 @@ async def test_the_sentinel_that_answered_is_asked_first_next_time(start_sentine
     async with silent_server() as (silent, connections):
         locator = SentinelLocator(parse_sentinel_url(sentinel_url(silent, sentinel.port)), timeout_ms=300)
         assert await locator.locate() == await locator.locate()
+        assert len(connections) == 1
+
+
+async def test_a_sentinel_that_hangs_is_asked_last_also_after_a_cancelled_call(start_sentinel: StartSentinel) -> None:
+    """A call that was cancelled while a Sentinel hung leaves the next call to begin with another one.
+
+    Protection: a Sentinel is last in order until it answers. A host that dies with the master and the first Sentinel
+    otherwise costs its timeout for each call, and each lost connection cancels one.
+    """
+    sentinel = start_sentinel(free_port())
+    async with silent_server() as (silent, connections):
+        locator = SentinelLocator(parse_sentinel_url(sentinel_url(silent, sentinel.port)), timeout_ms=600_000)
+        call = asyncio.create_task(locator.locate())
+
+        async def hangs() -> bool:
+            return bool(connections)
+
+        await eventually(hangs, what="the first Sentinel to be asked")
+        call.cancel()
+        async with asyncio.timeout(60):
+            await locator.locate()
         assert len(connections) == 1
 
 

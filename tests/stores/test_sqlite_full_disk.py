@@ -1,8 +1,5 @@
 """The embedded store on a full disk: a small file system mounted for this test."""
 
-import contextlib
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,35 +9,25 @@ from dedup_service.claims import Applied, StoreUnavailable
 from dedup_service.stores.sqlite.store import SqliteStore
 from dedup_service.stores.stored_value import prefixed_layout
 from tests.support.claims import MINUTE, a_claim
+from tests.support.disks import fill, small_disk
 from tests.support.polling import eventually
 
 LAYOUT = prefixed_layout("dedup:")
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 2 MiB, if this process may mount one."""
-    if sys.platform != "linux":
-        pytest.skip("a tmpfs can be mounted on Linux alone")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True, text=True, check=False
-    )
-    if mount.returncode:
-        pytest.skip(f"this process may not mount a tmpfs: {mount.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with small_disk(tmp_path) as disk:
+        yield disk
 
 
-async def test_a_full_disk_is_never_a_claim(small_disk: Path) -> None:
+async def test_a_full_disk_is_never_a_claim(disk: Path) -> None:
     """On a full disk a claim is an error and earlier claims stay; with free space the store serves again.
 
     Protection: a batch is answered only after its commit.
     """
-    path = small_disk / "claims.db"
+    path = disk / "claims.db"
     store = SqliteStore(path, LAYOUT, timeout_ms=20_000)
     await store.open()
     held: list[str] = []
@@ -60,10 +47,7 @@ async def test_a_full_disk_is_never_a_claim(small_disk: Path) -> None:
     for number in range(20):
         await claim(f"before:{number}")
     assert not failures
-    filler = small_disk / "filler"
-    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while file.write(bytes(4096)):
-            pass
+    filler = fill(disk)
     number = 0
     while len(failures) < 5:
         # Space already allocated in the log may take a few.

@@ -83,6 +83,20 @@ class SentinelDeployment:
         with redis.Redis(port=self.sentinels[0].port, protocol=2) as client:
             client.execute_command("SENTINEL", "FAILOVER", MASTER)
 
+    def forget_master(self) -> None:
+        """Make every Sentinel forget the master, so that there is none."""
+        for sentinel in self.sentinels:
+            with redis.Redis(port=sentinel.port, protocol=2) as client:
+                client.execute_command("SENTINEL", "REMOVE", MASTER)
+
+    def promote_by_hand(self) -> None:
+        """Make the replica the master, and tell the Sentinels that forgot theirs."""
+        with redis.Redis(port=self.replica.port, protocol=2) as client:
+            client.execute_command("REPLICAOF", "NO", "ONE")
+        for sentinel in self.sentinels:
+            with redis.Redis(port=sentinel.port, protocol=2) as client:
+                client.execute_command("SENTINEL", "MONITOR", MASTER, "127.0.0.1", str(self.replica.port), "2")
+
     def replica_is_master(self) -> bool:
         """Whether the former replica is the master, also according to every Sentinel."""
         with redis.Redis(port=self.replica.port, protocol=2) as client:

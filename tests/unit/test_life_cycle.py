@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2
 from dedup_service.api.endpoint import Admission
 from dedup_service.api.errors import ServerStopping, TooManyCalls
 from dedup_service.api.servicer import SERVICE_NAME
-from dedup_service.claims import Applied, Reason, StoreNotice, StoreRefused, StoreUnavailable
+from dedup_service.claims import Applied, CheckFailed, Reason, StoreNotice, StoreRefused, StoreUnavailable
 from dedup_service.config.errors import BadSettings, FatalError
 from dedup_service.observability.logs import Logger
 from dedup_service.server import health
@@ -249,6 +249,33 @@ async def test_notices_of_the_store_are_logged_and_counted() -> None:
     metadata = dict(state.history.metadata())
     assert (metadata["dedup-store-forgotten"], metadata["dedup-store-restarts"]) == ("2", "2")
     assert "dedup-store-last-forgotten" in metadata
+
+
+async def test_notices_of_a_failed_check_are_reported_too() -> None:
+    """Lost claims are reported at once, although the store refuses claims now.
+
+    Protection: CheckFailed carries the notices.
+    """
+    store = CheckedStore()
+    refused = StoreUnavailable(Reason.STORE_NOT_REPLICATED, "no replica", Applied.UNKNOWN)
+    store.failure = CheckFailed(refused, [StoreNotice("claims_forgotten", "gone", forgot=True)])
+    state = Health(store, 1_000, logger())
+    with structlog.testing.capture_logs() as lines:
+        await state.check()
+    assert [line["event"] for line in lines] == ["claims_forgotten", "store_became_unavailable"]
+    assert lines[1]["reason"] == "STORE_NOT_REPLICATED"
+    assert state.history.forgotten == 1
+    assert await statuses(state) == all_but_liveness(NOT_SERVING)
+
+
+@pytest.mark.parametrize(("reason", "answered"), [("STORE_OUT_OF_MEMORY", True), ("STORE_UNREACHABLE", False)])
+async def test_a_store_that_refuses_claims_has_answered(reason: str, *, answered: bool) -> None:
+    """A store that refuses claims can be examined, and one that is out of reach cannot."""
+    store = CheckedStore()
+    store.failure = StoreUnavailable(Reason(reason), "refused", Applied.NO)
+    state = Health(store, 1_000, logger())
+    await state.check()
+    assert state.store_answered.is_set() is answered
 
 
 async def test_admission_limits_calls_in_flight() -> None:

@@ -15,6 +15,7 @@ from opentelemetry.trace import StatusCode
 from dedup_service.claims import (
     Applied,
     Caller,
+    CheckFailed,
     ClaimAnswer,
     ClaimOutcome,
     ClaimStore,
@@ -198,10 +199,11 @@ async def test_metrics_follow_the_checks(metrics: Metrics) -> None:
     await wrapped.check()
     assert sample(metrics, "dedup_store_ready") == 1
     assert sample(metrics, "dedup_store_forgotten_total") == sample(metrics, "dedup_store_restarts_total") == 1
-    store.failure = DOWN
+    store.failure = CheckFailed(DOWN, [StoreNotice("store_moved", "moved", restarted=True)])
     with pytest.raises(StoreUnavailable):
         await wrapped.check()
     assert sample(metrics, "dedup_store_ready") == 0
+    assert (sample(metrics, "dedup_store_forgotten_total"), sample(metrics, "dedup_store_restarts_total")) == (1, 2)
 
 
 def finished_call(code: str = "OK", failure: Failure | None = None, method: str = METHOD) -> Call:

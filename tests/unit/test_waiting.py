@@ -21,6 +21,7 @@ from dedup_service.claims import (
     Policy,
     Reason,
     RequestedExpiry,
+    StoreRefused,
     StoreUnavailable,
     TooManyWaits,
     Transaction,
@@ -202,11 +203,16 @@ async def test_every_transaction_gets_its_turn_beyond_the_limit_of_one_poll(
     await finished(*tasks)
 
 
-async def test_nobody_wakes_while_the_store_is_unavailable(store: CountingStore, waiters: Waiters) -> None:
+@pytest.mark.parametrize(
+    "failure", [StoreUnavailable(Reason.STORE_UNREACHABLE, "down", Applied.NO), StoreRefused("no such master")]
+)
+async def test_nobody_wakes_while_the_store_is_unavailable(
+    store: CountingStore, waiters: Waiters, failure: Exception
+) -> None:
     """An outage is no news about the work; when the store is back, the poller finds what happened."""
     hold(store)
     task = wait(waiters)
-    store.failure = StoreUnavailable(Reason.STORE_UNREACHABLE, "down", Applied.NO)
+    store.failure = failure
     await until_read(store, times=5)
     assert not task.done()
     store.failure = None

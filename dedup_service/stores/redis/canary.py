@@ -1,19 +1,16 @@
 """Detects that Redis lost data: a counter grows there, and this process remembers the last acknowledged count.
 
 Each process has its own counter on each server. A flush and an empty restart remove it; a restart from an older state
-and a failover with losses set it back. A loss between two looks can go undetected.
+and a failover with losses set it back. A loss between two increments can go undetected.
 """
 
-import asyncio
 import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 from dedup_service.claims import StoreNotice
-from dedup_service.stores.redis.channel import RedisChannel
+from dedup_service.stores.redis.channel import Command
 from dedup_service.stores.redis.link import RedisLink
 
 _LIFE_MS = 3_600_000
@@ -46,36 +43,39 @@ class RedisCanary:
         notices, self._notices = self._notices, []
         return notices
 
-    def look(self, hash_tag: bytes, link: RedisLink, channel: RedisChannel) -> None:
-        """Increment the counter of the server with this hash tag, without awaiting the reply; see `take_notices`."""
+    def next_count(self, hash_tag: bytes, link: RedisLink) -> tuple[bytes, Command, int]:
+        """Return the key of the server with this hash tag, the command that increments it, and the new count."""
         memory = self._memories.setdefault(hash_tag, _Memory())
         self._notices += _changed(memory, link)
         memory.sent += 1
-        answer = channel.send("SET", self._prefix + hash_tag, str(memory.sent), "GET", "PX", _LIFE_MS)
-        answer.add_done_callback(partial(self._compare, memory, memory.sent))
+        key = self._prefix + hash_tag
+        return key, ("SET", key, str(memory.sent), "GET", "PX", _LIFE_MS), memory.sent
 
-    def _compare(self, memory: _Memory, count: int, answer: asyncio.Future[Any]) -> None:
-        if answer.cancelled() or answer.exception() is not None:
-            # An unreachable server has not necessarily lost data.
+    def compare(self, hash_tag: bytes, previous: bytes | None) -> None:
+        """Compare the previous count of the server with the acknowledged one."""
+        memory = self._memories[hash_tag]
+        if previous is not None and not (previous.isdigit() and len(previous) < _MAX_DIGITS):
             return
-        reply = answer.result()
-        if reply is not None and not (isinstance(reply, bytes) and reply.isdigit() and len(reply) < _MAX_DIGITS):
-            # Out of memory, read-only and the like are temporary; a missing right is reported once.
-            if str(reply).startswith("NOPERM") and not memory.refused:
-                memory.refused = True
-                self._notices.append(
-                    StoreNotice(
-                        "canary_write_refused",
-                        f"lost claims cannot be detected, since Redis refused ({reply}): allow SET on "
-                        f"{self._prefix.decode(errors='replace')}*",
-                    )
-                )
-            return
-        found, now = int(reply or 0), self._monotonic()
-        age_s = now - memory.acknowledged_at
+        found, age_s = int(previous or 0), self._monotonic() - memory.acknowledged_at
         if found < memory.acknowledged and age_s < _SURELY_KEPT_S:
             self._notices.append(_forgotten(memory, found, age_s))
-        memory.acknowledged, memory.acknowledged_at = count, now
+
+    def acknowledge(self, hash_tag: bytes, count: int) -> None:
+        """Expect this count from now on: the server has it and, in durable mode, so have its replicas."""
+        memory = self._memories[hash_tag]
+        memory.acknowledged, memory.acknowledged_at = count, self._monotonic()
+
+    def refuse(self, hash_tag: bytes, refusal: Exception) -> None:
+        """Report, once for each server, that the user may not write the counter."""
+        memory = self._memories[hash_tag]
+        if not memory.refused:
+            memory.refused = True
+            self._notices.append(
+                StoreNotice(
+                    "canary_write_refused",
+                    f"lost claims cannot be detected: {refusal}; allow SET on {self._prefix.decode(errors='replace')}*",
+                )
+            )
 
 
 def _forgotten(memory: _Memory, found: int, age_s: float) -> StoreNotice:

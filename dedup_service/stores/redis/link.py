@@ -7,7 +7,8 @@ failover needs no help.
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, Protocol, cast
 
 from redis.asyncio.connection import AbstractConnection
@@ -173,7 +174,7 @@ class RedisLink:
             while True:
                 try:
                     target = await self._locator.locate()
-                    self.channel = await self._connect(target)
+                    self.channel = await self._connect_unless_moved(target)
                 except (StoreUnavailable, StoreRefused) as failure:
                     self._failure = failure
                 except Exception as error:  # noqa: BLE001 - without its keeper the link would never connect again
@@ -198,14 +199,31 @@ class RedisLink:
                 self.channel = self.quorum = None
 
     async def _until_lost(self, channel: RedisChannel, target: RedisTarget) -> StoreUnavailable:
-        watch = asyncio.get_running_loop().create_task(self._leave_when_moved(channel, target))
-        try:
+        # Not drained first: replies of a deposed server are doubt, since what it stores is lost.
+        deposed = ConnectionError(f"{target} is not the master any more")
+        async with self._noticing_moves(target, lambda: channel.connection_lost(deposed)):
             return await channel.lost
+
+    async def _connect_unless_moved(self, target: RedisTarget) -> RedisChannel:
+        """Connect, and give up a server that hangs as soon as another one is the master."""
+        try:
+            async with asyncio.timeout(None) as attempt, self._noticing_moves(target, lambda: attempt.reschedule(0)):
+                return await self._connect(target)
+        except TimeoutError as error:
+            raise StoreUnavailable(
+                Reason.STORE_UNREACHABLE, f"Redis at {target} did not answer and is not the master any more", Applied.NO
+            ) from error
+
+    @asynccontextmanager
+    async def _noticing_moves(self, target: RedisTarget, leave: Callable[[], None]) -> AsyncIterator[None]:
+        watch = asyncio.get_running_loop().create_task(self._leave_when_moved(target, leave))
+        try:
+            yield
         finally:
             watch.cancel()
             await asyncio.wait({watch})
 
-    async def _leave_when_moved(self, channel: RedisChannel, target: RedisTarget) -> None:
+    async def _leave_when_moved(self, target: RedisTarget, leave: Callable[[], None]) -> None:
         while self._locator.recheck_s is not None:
             await asyncio.sleep(self._locator.recheck_s)
             try:
@@ -213,8 +231,7 @@ class RedisLink:
             except Exception:  # noqa: BLE001, S112 - the server may still answer
                 continue
             if moved:
-                # Not drained first: replies of a deposed server are doubt, since what it stores is lost.
-                channel.connection_lost(ConnectionError(f"{target} is not the master any more"))
+                leave()
                 return
 
     async def _connect(self, target: RedisTarget) -> RedisChannel:

@@ -46,6 +46,10 @@ class ScriptForgotten(StoreUnavailable):
     """Redis forgot the script: it restarted, or flushed its scripts."""
 
 
+class KeyForbidden(Exception):
+    """The cause of a failure: the Redis user may run the command, but not with this key."""
+
+
 def checked(reply: Any, channel: RedisChannel) -> Any:  # noqa: ANN401 - any reply of Redis
     """Return the reply; raise an error reply as a ClaimError."""
     if type(reply) is not hiredis.ReplyError:
@@ -110,7 +114,10 @@ def error_of_reply(text: str) -> StoreUnavailable | UnreadableValue | InvalidReq
         return UnreadableValue(reason, stored_value.UNREADABLE[reason])
     if word in _REFUSALS:
         reason, sentence = _REFUSALS[word]
-        return StoreUnavailable(reason, f"{sentence} ({word})", Applied.NO)
+        failure = StoreUnavailable(reason, f"{sentence} ({word})", Applied.NO)
+        if word == "NOPERM" and " key" in text:
+            failure.__cause__ = KeyForbidden()
+        return failure
     # UNKNOWN: a proxy may have passed the command on. The rest of the text may quote the token.
     return StoreUnavailable(
         Reason.STORE_ERROR, f"Redis answered with the error {word}: see the log of Redis", Applied.UNKNOWN

@@ -29,7 +29,10 @@ class SentinelLocator:
         """Implement RedisLocator. Each Sentinel has the store timeout."""
         unknown_to = None
         failures: list[str] = []
-        for number, sentinel in enumerate(self._order):
+        for sentinel in self._order:
+            # Last until it answers: one that hangs does not cost its timeout again, also if this call is cancelled.
+            others = [one for one in self._order if one is not sentinel]
+            self._order = (*others, sentinel)
             try:
                 address = await self._ask(sentinel)
             # ValueError: an invalid host name, or a reply without an address.
@@ -40,7 +43,7 @@ class SentinelLocator:
                 # It may have lost its state; others may have theirs.
                 unknown_to = unknown_to or sentinel
                 continue
-            self._order = (*self._order[number:], *self._order[:number])
+            self._order = (sentinel, *others)
             host, port = address
             return replace(self._target.server, host=host, port=port)
         if unknown_to is not None:

@@ -9,6 +9,7 @@ import hiredis
 
 from dedup_service.claims import (
     Applied,
+    CheckFailed,
     ClaimError,
     Completion,
     Expiry,
@@ -25,11 +26,11 @@ from dedup_service.stores.redis.canary import RedisCanary
 from dedup_service.stores.redis.channel import Command, RedisChannel
 from dedup_service.stores.redis.link import RedisLink, RedisNodes, unexpected_failure
 from dedup_service.stores.redis.replies import (
+    KeyForbidden,
     ScriptForgotten,
     checked,
     error_of_reply,
     number_of,
-    time_ms_of,
     value_of,
 )
 from dedup_service.stores.redis.scripts import (
@@ -80,27 +81,47 @@ class RedisStore:
         await self._nodes.close()
 
     async def check(self) -> Sequence[StoreNotice]:
-        """Ask every server for its time and for its canary.
+        """Write to every server as a claim does.
 
-        A cluster serves while any of its servers answers: the others fail only the claims they hold.
+        A cluster serves while any of its servers takes claims: the others fail only the claims they hold.
         """
-        results = await asyncio.gather(
+        failures = await asyncio.gather(
             *(self._check(hash_tag, link) for hash_tag, link in self._nodes.masters()), return_exceptions=True
         )
-        answers = [result for result in results if isinstance(result, int)]
-        if not answers:
-            failure = next(result for result in results if isinstance(result, BaseException))
-            raise failure if isinstance(failure, ClaimError) else unexpected_failure("checking Redis", failure)
+        if all(failures):
+            failure = next(filter(None, failures))
+            if not isinstance(failure, ClaimError):
+                failure = unexpected_failure("checking Redis", failure)
+            if isinstance(failure, StoreUnavailable):
+                raise CheckFailed(failure, self._canary.take_notices())
+            raise failure
         return self._canary.take_notices()
 
-    async def _check(self, hash_tag: bytes, link: RedisLink) -> int:
-        channel = link.channel or await link.connected()
-        time = channel.send("TIME")
-        self._canary.look(hash_tag, link, channel)
+    async def _check(self, hash_tag: bytes, link: RedisLink) -> None:
+        """Write the canary: a server can answer reads and refuse every write."""
+        await link.connected()
         try:
-            return time_ms_of(checked(await time, channel))
+            await self._probe(hash_tag, link)
         except UnreadableValue as error:
             raise StoreUnavailable(error.reason, str(error), Applied.NO) from error
+
+    async def _probe(self, hash_tag: bytes, link: RedisLink) -> None:
+        key, command, count = self._canary.next_count(hash_tag, link)
+        try:
+            reply, acknowledged = await self._write(key, *command)
+        except StoreUnavailable as refusal:
+            if not isinstance(refusal.__cause__, KeyForbidden):
+                raise
+            self._canary.refuse(hash_tag, refusal)
+            # The user may have the right to claims alone.
+            if (other := stored_value.probe_key(self._key, hash_tag)) is not None:
+                _, acknowledged = await self._write(other, "SET", other, b"", "NX", "GET", "PX", 1)
+                self._require_replicas(acknowledged)
+            return
+        self._canary.compare(hash_tag, None if reply is None else value_of(reply))
+        # Without the replicas a failover loses the count, and no claim that was acknowledged.
+        self._require_replicas(acknowledged)
+        self._canary.acknowledge(hash_tag, count)
 
     async def claim(self, claim: Transaction, expiry: Expiry) -> Transaction | None:
         """Implement ClaimStore."""

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.polling import wait_until
 from tests.support.processes import RedisProcess, ServiceProcess, free_port, run_command
-from tests.support.scripted_redis import ScriptedRedis
+from tests.support.scripted_redis import ScriptedRedis, says
 
 pytestmark = pytest.mark.one_store
 
@@ -92,6 +92,17 @@ def test_strict_prevents_start_up_on_a_critical_finding(start_redis: StartRedis)
     assert "CONFIG SET maxmemory-policy noeviction" in sentence
 
 
+def test_strict_prevents_start_up_while_redis_refuses_claims(start_redis: StartRedis) -> None:
+    """A Redis that answers and refuses claims is examined at start-up, although the service is not ready.
+
+    Protection: the examination does not wait for readiness.
+    """
+    full = start_redis(*SOUND, "--maxmemory", "1", "--maxmemory-policy", "noeviction")
+    ended = run_command("serve", "--listen", "127.0.0.1:0", "--strict", "--store-url", full.url)
+    assert ended.returncode == 1
+    assert "Redis refuses SET now" in ended.stderr
+
+
 def test_strict_allows_warnings(start_redis: StartRedis, start_service: StartService, tmp_path: Path) -> None:
     """With `DEDUP_STRICT`, a store with only warnings is served, and so is the embedded store."""
     strict = {"DEDUP_STRICT": "true"}
@@ -133,7 +144,7 @@ async def test_a_failed_examination_does_not_prevent_start_up(start_service: Sta
     async def silence(_: asyncio.StreamWriter) -> None:
         await never.wait()
 
-    async with ScriptedRedis(silence) as server:
+    async with ScriptedRedis(says(b"$-1\r\n"), config=silence) as server:
         arguments = ("--strict", "--store-timeout", "10s", "--store-url", server.url)
         service = await asyncio.to_thread(start_service, *arguments)
         (line,) = service.events("store_examination_failed")
@@ -141,6 +152,5 @@ async def test_a_failed_examination_does_not_prevent_start_up(start_service: Sta
             datetime.fromisoformat(service.events(name)[0]["time"]) for name in ("store_became_ready", "server_started")
         ]
         assert line["level"] == "warning"
-        assert server.sets
         assert 1.5 < (times[1] - times[0]).total_seconds() < 6
         assert await asyncio.to_thread(service.stop) == 0
