@@ -41,7 +41,8 @@ class Probe:
         assert self._status("") == self._status("dedup.v1.DedupService") == status
         assert self._status("liveness") == SERVING
         if reason:
-            assert self._service.events("store_became_unavailable")[-1]["reason"] == reason
+            # The line is written after the status, and read by a thread.
+            wait_until(lambda: self._reason() == reason, 60, f"the log line with {reason}")
 
     def is_claimed(self, transaction_id: str) -> bool:
         """Claim, and return whether the answer is CLAIMED."""
@@ -54,6 +55,10 @@ class Probe:
     def _claim(self, transaction_id: str) -> dedup_pb2.ClaimTransactionResponse:
         request = dedup_pb2.ClaimTransactionRequest(transaction_id=transaction_id)
         return self._stub.ClaimTransaction(request, timeout=30)
+
+    def _reason(self) -> str:
+        lines = self._service.events("store_became_unavailable")
+        return str(lines[-1]["reason"]) if lines else ""
 
     def _status(self, name: str) -> int:
         return int(self._health.Check(health_pb2.HealthCheckRequest(service=name), timeout=30).status)
