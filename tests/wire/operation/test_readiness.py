@@ -16,7 +16,7 @@ from tests.support.errors import refused
 from tests.support.polling import wait_until
 from tests.support.processes import RedisProcess, ServiceProcess
 from tests.support.refusals import APP, REFUSALS, allow_app
-from tests.support.scripted_redis import ScriptedRedis, says
+from tests.support.scripted_redis import ScriptedRedis
 
 pytestmark = pytest.mark.every_engine
 
@@ -154,7 +154,7 @@ async def test_readiness_survives_malformed_replies(start_service: StartService)
 
     Protections: the check of the reply, and a watch that survives every exception.
     """
-    replies = {"now": b"+OK\r\n"}
+    replies = {"now": b"*0\r\n"}
 
     async def reply(writer: asyncio.StreamWriter) -> None:
         writer.write(replies["now"])
@@ -163,7 +163,7 @@ async def test_readiness_survives_malformed_replies(start_service: StartService)
         service = await asyncio.to_thread(start_service, "--store-url", server.url)
         with probing(service) as probe:
             await asyncio.to_thread(probe.turns, NOT_SERVING, "STORE_PROTOCOL_ERROR")
-            for broken in (b"*1\r\n*0\r\n", b"+OK\r\n", b":1\r\n"):
+            for broken in (b"*1\r\n*0\r\n", b":1\r\n"):
                 replies["now"] = b"$-1\r\n"
                 await asyncio.to_thread(probe.turns, SERVING)
                 replies["now"] = broken
