@@ -4,7 +4,8 @@ import resource
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from http.client import HTTPConnection
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -205,6 +206,23 @@ def test_every_request_to_the_metrics_port_ends_its_connection(
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.partition(b" ")[2][:3] == status
     assert (b"dedup_build_info" in body) == (status == b"200" and request_head.startswith(b"GET"))
+
+
+def test_a_scraper_chooses_the_format(measured: ServiceProcess) -> None:
+    """A scraper that accepts OpenMetrics receives it, and others the text format."""
+    plain, _ = scraped(measured, "*/*")
+    assert plain.startswith("text/plain")
+    openmetrics, page = scraped(measured, "application/openmetrics-text; version=1.0.0")
+    assert openmetrics.startswith("application/openmetrics-text")
+    assert page.endswith(b"# EOF\n")
+
+
+def scraped(service: ServiceProcess, accept: str) -> tuple[str, bytes]:
+    """Return the content type and the body of a scrape."""
+    with closing(HTTPConnection(metrics_target(service), timeout=30)) as connection:
+        connection.request("GET", "/metrics", headers={"Accept": accept})
+        page = connection.getresponse()
+        return page.headers["Content-Type"], page.read()
 
 
 @pytest.fixture(scope="module")
