@@ -486,6 +486,27 @@ async def test_too_many_unanswered_commands_are_refused_unsent(
         assert await asyncio.gather(*waiting) == [None] * 10
 
 
+async def test_a_check_reaches_redis_past_a_full_queue(
+    open_store: OpenStore, redis_server: RedisProcess, unique: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A check is not refused because of waiting claims, and is answered once Redis answers.
+
+    Protection: the check may pass the limit of the queue.
+    """
+    monkeypatch.setattr(channel_module, "MAX_UNANSWERED", 10)
+    async with FaultProxy(redis_server.port) as proxy:
+        store = await open_store(proxy.url)
+        proxy.hold_replies.clear()
+        claims = [asyncio.create_task(store.claim(a_claim(f"{unique}-{n}"), MINUTE)) for n in range(10)]
+        await asyncio.sleep(0)
+        check = asyncio.create_task(store.check())
+        await asyncio.sleep(0)
+        assert not check.done()
+        proxy.hold_replies.set()
+        assert await check == []
+        assert await asyncio.gather(*claims) == [None] * 10
+
+
 async def test_a_redis_that_comes_later_is_used_by_itself(
     open_store: OpenStore, own_redis: RedisProcess, unique: str
 ) -> None:

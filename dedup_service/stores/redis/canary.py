@@ -51,7 +51,7 @@ class RedisCanary:
         memory = self._memories.setdefault(hash_tag, _Memory())
         self._notices += _changed(memory, link)
         memory.sent += 1
-        answer = channel.send("SET", self._prefix + hash_tag, str(memory.sent), "GET", "PX", _LIFE_MS)
+        answer = channel.send("SET", self._prefix + hash_tag, str(memory.sent), "GET", "PX", _LIFE_MS, past_limit=True)
         answer.add_done_callback(partial(self._compare, memory, memory.sent))
 
     def _compare(self, memory: _Memory, count: int, answer: asyncio.Future[Any]) -> None:

@@ -51,8 +51,10 @@ class RedisChannel(asyncio.Protocol):
         self.ended: asyncio.Future[None] = loop.create_future()
         """Resolved once, when every command was answered or failed and the connection is closed."""
 
-    def send(self, *command: bytes | str | float) -> asyncio.Future[Any]:
+    def send(self, *command: bytes | str | float, past_limit: bool = False) -> asyncio.Future[Any]:
         """Queue one command for this turn's write and return a future of its reply.
+
+        `past_limit` is for health checks, which must reach Redis also when the queue is full.
 
         The reply is bytes, int, list, None or a `hiredis.ReplyError` (returned, not raised). The future raises
         StoreUnavailable when the channel ends first: `applied` is NO for a command that was never written.
@@ -61,7 +63,7 @@ class RedisChannel(asyncio.Protocol):
         if self._failure is not None:
             future.set_exception(self._failure.with_applied(Applied.NO))
             return future
-        if len(self._unanswered) >= MAX_UNANSWERED:
+        if len(self._unanswered) >= MAX_UNANSWERED and not past_limit:
             future.set_exception(
                 StoreUnavailable(
                     Reason.STORE_QUEUE_FULL,

@@ -95,7 +95,7 @@ class RedisStore:
 
     async def _check(self, hash_tag: bytes, link: RedisLink) -> int:
         channel = link.channel or await link.connected()
-        time = channel.send("TIME")
+        time = channel.send("TIME", past_limit=True)
         self._canary.look(hash_tag, link, channel)
         try:
             return time_ms_of(checked(await time, channel))
