@@ -116,26 +116,29 @@ class RedisStore:
 
     async def claim_all(self, claims: Sequence[tuple[Transaction, Expiry]]) -> Sequence[Transaction | Exception | None]:
         """Implement ClaimStore. The claims leave in one write."""
-        begun = [self._begin_claim(*one) for one in claims]
+        begun: list[_Begun] = []
         try:
+            for one in claims:
+                begun.append(await self._begin_claim(*one))  # noqa: PERF401 - kept if cancelled
             # In turn: a task for each claim would add half as much again to its cost.
-            return [await self._end_claim(claim, one) for (claim, _), one in zip(claims, begun, strict=True)]
+            return [await self._end_claim(claim, sent) for (claim, _), sent in zip(claims, begun, strict=True)]
         except BaseException:
-            for one in begun:
-                if not isinstance(one, Exception):
-                    _abandon(one.reply if isinstance(one, _Sent) else one)
+            for sent in begun:
+                if not isinstance(sent, Exception):
+                    _abandon(sent.reply if isinstance(sent, _Sent) else sent)
             raise
 
-    def _begin_claim(self, claim: Transaction, expiry: Expiry) -> "_Begun":
-        """Send a claim at once if it needs neither a connection nor replicas, or else make it a task."""
+    async def _begin_claim(self, claim: Transaction, expiry: Expiry) -> "_Begun":
+        """Send a claim, or make it a task if it needs replicas."""
         try:
             key, command = self._claim_command(claim, expiry)
             link = self._nodes.link_of(key)
+            channel = link.channel or await link.connected()
         except Exception as error:  # noqa: BLE001 - a fault of one claim must not fail the others
             return error
-        if link.channel is None or link.quorum is not None:
+        if link.quorum is not None:
             return asyncio.ensure_future(self.claim(claim, expiry))
-        return _Sent(key, command, link, link.channel, link.channel.send(*command))
+        return _Sent(key, command, link, channel, channel.send(*command))
 
     async def _end_claim(self, claim: Transaction, begun: "_Begun") -> Transaction | Exception | None:
         if isinstance(begun, Exception):
