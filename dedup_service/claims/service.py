@@ -6,8 +6,10 @@ from base64 import urlsafe_b64encode
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import NamedTuple
 
+from dedup_service.claims.batches import Batches
 from dedup_service.claims.errors import (
     Applied,
     FieldViolation,
@@ -74,6 +76,7 @@ class ClaimService:
         self._max_result_bytes = max_result_bytes
         self._clock_ms = clock_ms
         self._waiters = Waiters(store, max_waits)
+        self._batches = Batches()
         self._tokens = claim_tokens()
         self.policies = policies
         """The rules in force. May be replaced at any time; calls in flight keep those they began with."""
@@ -95,30 +98,22 @@ class ClaimService:
         CLAIMED only if the store took this claim, or holds one in progress with the caller's own token (`replayed`), or
         if the namespace is in shadow mode (`shadow_duplicate`).
         """
-        admitted = self._admit(request, caller)
+        admitted = self._admit(request, caller, self.policies)
         answer = self._answer(admitted, await self._store.claim(admitted.claim, admitted.expiry))
         if request.wait_ms and _is_in_progress(answer):
             return await self._wait_and_claim(request, admitted, answer)
         return answer
 
     async def claim_all(
-        self, requests: Sequence[ClaimRequest], caller: Caller | None = None
+        self, requests: Sequence[ClaimRequest], caller: Caller | None = None, wait_s: float | None = None
     ) -> list[ClaimAnswer | Exception]:
-        """Claim many transactions in order, each independent of the others; none waits.
+        """Claim many transactions in order, each independent of the others; none waits for the end of work.
 
-        Returns for each the answer of `claim`, or the exception `claim` would have raised.
+        Returns for each the answer of `claim`, or the exception `claim` would have raised: STORE_QUEUE_FULL if other
+        batches keep it from the store for `wait_s` seconds.
         """
-        admitted = [self._admit_one_of_many(request, caller) for request in requests]
-        asked = [(one.claim, one.expiry) for one in admitted if isinstance(one, _Admitted)]
-        holders = iter(await self._store.claim_all(asked))
-        answers: list[ClaimAnswer | Exception] = []
-        for one in admitted:
-            if isinstance(one, Exception):
-                answers.append(one)
-                continue
-            holder = next(holders)
-            answers.append(holder if isinstance(holder, Exception) else self._answer(one, holder))
-        return answers
+        work = partial(self._claim_slice, caller=caller, policies=self.policies)
+        return [*await self._batches.carry_out(requests, work, wait_s)]
 
     async def complete(self, request: HolderRequest, caller: Caller | None = None) -> Transaction | None:
         """Complete a transaction and return it, or None if the token does not hold it.
@@ -178,8 +173,23 @@ class ClaimService:
             # A read changes nothing, whether or not it was carried out.
             raise error.with_applied(Applied.NO) from error
 
-    def _admit(self, request: ClaimRequest, caller: Caller | None) -> _Admitted:
-        policy = self.policies.of(request.namespace, caller)
+    async def _claim_slice(
+        self, requests: Sequence[ClaimRequest], *, caller: Caller | None, policies: Policies
+    ) -> list[ClaimAnswer | Exception]:
+        admitted = [self._admit_one_of_many(request, caller, policies) for request in requests]
+        asked = [(one.claim, one.expiry) for one in admitted if isinstance(one, _Admitted)]
+        holders = iter(await self._store.claim_all(asked))
+        answers: list[ClaimAnswer | Exception] = []
+        for one in admitted:
+            if isinstance(one, Exception):
+                answers.append(one)
+                continue
+            holder = next(holders)
+            answers.append(holder if isinstance(holder, Exception) else self._answer(one, holder))
+        return answers
+
+    def _admit(self, request: ClaimRequest, caller: Caller | None, policies: Policies) -> _Admitted:
+        policy = policies.of(request.namespace, caller)
         now_ms = self._clock_ms()
         if violations := tuple(claim_violations(request, policy)):
             raise InvalidRequest(*violations)
@@ -196,9 +206,11 @@ class ClaimService:
         )
         return _Admitted(claim, expiry, token, policy)
 
-    def _admit_one_of_many(self, request: ClaimRequest, caller: Caller | None) -> _Admitted | Exception:
+    def _admit_one_of_many(
+        self, request: ClaimRequest, caller: Caller | None, policies: Policies
+    ) -> _Admitted | Exception:
         try:
-            return self._admit(request, caller)
+            return self._admit(request, caller, policies)
         except Exception as error:  # noqa: BLE001 - a fault of one claim must not fail the others
             return error
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import random
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -484,6 +485,94 @@ async def test_too_many_unanswered_commands_are_refused_unsent(
         assert (error.reason, error.applied, len(waiting)) == ("STORE_QUEUE_FULL", Applied.NO, 10)
         proxy.hold_replies.set()
         assert await asyncio.gather(*waiting) == [None] * 10
+
+
+async def test_a_check_reaches_redis_past_a_full_queue(
+    open_store: OpenStore, redis_server: RedisProcess, unique: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A check is not refused because of waiting claims, and is answered once Redis answers.
+
+    Protection: the check may pass the limit of the queue.
+    """
+    monkeypatch.setattr(channel_module, "MAX_UNANSWERED", 10)
+    async with FaultProxy(redis_server.port) as proxy:
+        store = await open_store(proxy.url)
+        proxy.hold_replies.clear()
+        claims = [asyncio.create_task(store.claim(a_claim(f"{unique}-{n}"), MINUTE)) for n in range(10)]
+        await asyncio.sleep(0)
+        check = asyncio.create_task(store.check())
+        await asyncio.sleep(0)
+        assert not check.done()
+        proxy.hold_replies.set()
+        assert await check == []
+        assert await asyncio.gather(*claims) == [None] * 10
+
+
+def unanswered(store: RedisStore) -> int:
+    """Return the number of commands that wait for a reply from the only Redis of a store."""
+    [(_, link)] = store._nodes.masters()
+    assert link.channel is not None
+    return len(link.channel._unanswered)
+
+
+async def test_batches_leave_the_queue_to_single_claims(
+    open_store: OpenStore, own_redis: RedisProcess, unique: str
+) -> None:
+    """Of 30 batches of 1,000 claims a part waits for Redis, a single claim follows it at once, and all are claimed.
+
+    Protection: batches reach the store in slices, a few at a time.
+    """
+    own_redis.start()
+    async with FaultProxy(own_redis.port) as proxy:
+        store = await open_store(proxy.url, timeout_ms=60_000)
+        service = service_over(store)
+        proxy.hold_replies.clear()
+        batches = [
+            asyncio.create_task(service.claim_all([ClaimRequest(f"{unique}-{n}-{k}") for k in range(1_000)]))
+            for n in range(30)
+        ]
+
+        async def sent() -> bool:
+            return unanswered(store) == 1_000
+
+        await eventually(sent, what="the first slices")
+        single = asyncio.create_task(service.claim(ClaimRequest(f"{unique}-single")))
+        await asyncio.sleep(0)
+        assert unanswered(store) == 1_001
+        proxy.hold_replies.set()
+        answer = await single
+        assert answer.outcome is ClaimOutcome.CLAIMED
+        assert sum(batch.done() for batch in batches) < 30
+        outcomes = {
+            one.outcome if isinstance(one, ClaimAnswer) else one
+            for answers in await asyncio.gather(*batches)
+            for one in answers
+        }
+        assert outcomes == {ClaimOutcome.CLAIMED}
+
+
+async def test_waiting_batches_end_with_the_store(open_store: OpenStore, own_redis: RedisProcess, unique: str) -> None:
+    """When the store closes, the slices at Redis are unknown, and the waiting ones are refused and never sent."""
+    own_redis.start()
+    async with FaultProxy(own_redis.port) as proxy:
+        store = await open_store(proxy.url, timeout_ms=60_000)
+        service = service_over(store)
+        proxy.hold_replies.clear()
+        batches = [
+            asyncio.create_task(service.claim_all([ClaimRequest(f"{unique}-{n}-{k}") for k in range(1_000)]))
+            for n in range(3)
+        ]
+
+        async def sent() -> bool:
+            return proxy.sent_upstream.count(b"\r\nSET\r\n") == 1_000
+
+        await eventually(sent, what="the first slices")
+        await store.close()
+        answers = [one for answers in await asyncio.gather(*batches) for one in answers]
+        ends = Counter(one.applied for one in answers if isinstance(one, StoreUnavailable))
+        assert ends == {Applied.UNKNOWN: 1_000, Applied.NO: 2_000}
+    with redis.Redis(port=own_redis.port) as client:
+        assert client.dbsize() <= 1_000
 
 
 async def test_a_redis_that_comes_later_is_used_by_itself(

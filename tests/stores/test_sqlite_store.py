@@ -557,7 +557,7 @@ async def test_a_stalled_disk_does_not_hold_callers(path: Path, clock: Clock) ->
 
 
 async def test_a_full_queue_refuses_at_once(path: Path, clock: Clock) -> None:
-    """A call beyond the queue limit fails with STORE_QUEUE_FULL, and those before it are answered."""
+    """A call beyond the queue limit fails with STORE_QUEUE_FULL; those before it are answered, and so is a check."""
     store = SqliteStore(path, LAYOUT, timeout_ms=TIMEOUT_MS, clock_ms=clock, queue_limit=3)
     await store.open()
     stalled = await clock.stall(store)
@@ -565,7 +565,11 @@ async def test_a_full_queue_refuses_at_once(path: Path, clock: Clock) -> None:
     await asyncio.sleep(0)
     refused = asyncio.create_task(claim_to_end(store, claim_for(3)))
     assert await unavailable(refused) == ("STORE_QUEUE_FULL", Applied.NO)
+    check = asyncio.create_task(store.check())
+    await asyncio.sleep(0)
+    assert not check.done()
     clock.running.set()
+    await check
     await stalled
     assert await waiting == [None] * 3
     assert len(rows(path)) == 3

@@ -28,7 +28,7 @@ class FakeredisLink(RedisLink):
         await super().close()
         await self._client.aclose()
 
-    def send(self, *command: bytes | str | float) -> asyncio.Task[Any]:
+    def send(self, *command: bytes | str | float, past_limit: bool = False) -> asyncio.Task[Any]:  # noqa: ARG002
         """Run one command and return its raw reply, errors included."""
         return asyncio.get_running_loop().create_task(self._run(command))
 

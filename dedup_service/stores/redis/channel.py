@@ -6,7 +6,7 @@ channel is finished. No command is ever sent twice.
 
 import asyncio
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
 import hiredis
 
@@ -51,8 +51,10 @@ class RedisChannel(asyncio.Protocol):
         self.ended: asyncio.Future[None] = loop.create_future()
         """Resolved once, when every command was answered or failed and the connection is closed."""
 
-    def send(self, *command: bytes | str | float) -> asyncio.Future[Any]:
+    def send(self, *command: bytes | str | float, past_limit: bool = False) -> asyncio.Future[Any]:
         """Queue one command for this turn's write and return a future of its reply.
+
+        `past_limit`: also when the queue is full, for health checks and for the WAIT after a write.
 
         The reply is bytes, int, list, None or a `hiredis.ReplyError` (returned, not raised). The future raises
         StoreUnavailable when the channel ends first: `applied` is NO for a command that was never written.
@@ -61,7 +63,7 @@ class RedisChannel(asyncio.Protocol):
         if self._failure is not None:
             future.set_exception(self._failure.with_applied(Applied.NO))
             return future
-        if len(self._unanswered) >= MAX_UNANSWERED:
+        if len(self._unanswered) >= MAX_UNANSWERED and not past_limit:
             future.set_exception(
                 StoreUnavailable(
                     Reason.STORE_QUEUE_FULL,
@@ -190,16 +192,16 @@ class ReplicaQuorum:
         self._channel = channel
         self._replicas = replicas
         self._wait_ms = wait_ms
-        self._gathered: list[tuple[Command, asyncio.Future[tuple[Any, Any]]]] = []
+        self._gathered: list[_Write] = []
         self._rounds: asyncio.Task[None] | None = None
 
-    async def send(self, *command: bytes | str | int) -> tuple[Any, Any]:
+    async def send(self, *command: bytes | str | int, past_limit: bool = False) -> tuple[Any, Any]:
         """Return the reply to the command, and the reply to the WAIT after it: the number of replicas that have it.
 
         Raises StoreUnavailable as `RedisChannel.send` does; `applied` is UNKNOWN if only the WAIT stayed unanswered.
         """
         answer: asyncio.Future[tuple[Any, Any]] = asyncio.get_running_loop().create_future()
-        self._gathered.append((command, answer))
+        self._gathered.append(_Write(command, past_limit, answer))
         if self._rounds is None:
             self._rounds = asyncio.get_running_loop().create_task(self._send_rounds())
         return await answer
@@ -208,22 +210,23 @@ class ReplicaQuorum:
         try:
             while self._gathered:
                 # A cancelled caller cannot know the outcome, so its command need not be sent.
-                together = [(command, answer) for command, answer in self._gathered if not answer.done()]
+                together = [write for write in self._gathered if not write.answer.done()]
                 self._gathered = []
                 if together:
                     await self._send_round(together)
         finally:
             self._rounds = None
 
-    async def _send_round(self, together: list[tuple[Command, asyncio.Future[tuple[Any, Any]]]]) -> None:
+    async def _send_round(self, together: "list[_Write]") -> None:
         try:
             # Without an await between them they leave in one write, in this order.
-            replies = [self._channel.send(*command) for command, _ in together]
-            waited = self._channel.send("WAIT", self._replicas, self._wait_ms)
+            replies = [self._channel.send(*write.command, past_limit=write.past_limit) for write in together]
+            waited = self._channel.send("WAIT", self._replicas, self._wait_ms, past_limit=True)
             acknowledged, *results = await asyncio.gather(waited, *replies, return_exceptions=True)
         except Exception as error:  # noqa: BLE001 - callers of a round that failed would wait for ever
             acknowledged, results = None, [_unexpected(error)] * len(together)
-        for (_, answer), result in zip(together, results, strict=True):
+        for write, result in zip(together, results, strict=True):
+            answer = write.answer
             if answer.done():
                 continue
             if isinstance(result, StoreUnavailable):
@@ -235,6 +238,12 @@ class ReplicaQuorum:
                 answer.set_exception(acknowledged.with_applied(Applied.UNKNOWN))
             else:
                 answer.set_result((result, acknowledged))
+
+
+class _Write(NamedTuple):
+    command: Command
+    past_limit: bool
+    answer: asyncio.Future[tuple[Any, Any]]
 
 
 def _unexpected(error: Exception) -> StoreUnavailable:

@@ -108,14 +108,14 @@ class RedisStore:
     async def _probe(self, hash_tag: bytes, link: RedisLink) -> None:
         key, command, count = self._canary.next_count(hash_tag, link)
         try:
-            reply, acknowledged = await self._write(key, *command)
+            reply, acknowledged = await self._write(key, *command, past_limit=True)
         except StoreUnavailable as refusal:
             if not isinstance(refusal.__cause__, KeyForbidden):
                 raise
             self._canary.refuse(hash_tag, refusal)
             # The user may have the right to claims alone.
             if (other := stored_value.probe_key(self._key, hash_tag)) is not None:
-                _, acknowledged = await self._write(other, "SET", other, b"", "NX", "GET", "PX", 1)
+                _, acknowledged = await self._write(other, "SET", other, b"", "NX", "GET", "PX", 1, past_limit=True)
                 self._require_replicas(acknowledged)
             return
         self._canary.compare(hash_tag, None if reply is None else value_of(reply))
@@ -137,26 +137,29 @@ class RedisStore:
 
     async def claim_all(self, claims: Sequence[tuple[Transaction, Expiry]]) -> Sequence[Transaction | Exception | None]:
         """Implement ClaimStore. The claims leave in one write."""
-        begun = [self._begin_claim(*one) for one in claims]
+        begun: list[_Begun] = []
         try:
+            for one in claims:
+                begun.append(await self._begin_claim(*one))  # noqa: PERF401 - kept if cancelled
             # In turn: a task for each claim would add half as much again to its cost.
-            return [await self._end_claim(claim, one) for (claim, _), one in zip(claims, begun, strict=True)]
+            return [await self._end_claim(claim, sent) for (claim, _), sent in zip(claims, begun, strict=True)]
         except BaseException:
-            for one in begun:
-                if not isinstance(one, Exception):
-                    _abandon(one.reply if isinstance(one, _Sent) else one)
+            for sent in begun:
+                if not isinstance(sent, Exception):
+                    _abandon(sent.reply if isinstance(sent, _Sent) else sent)
             raise
 
-    def _begin_claim(self, claim: Transaction, expiry: Expiry) -> "_Begun":
-        """Send a claim at once if it needs neither a connection nor replicas, or else make it a task."""
+    async def _begin_claim(self, claim: Transaction, expiry: Expiry) -> "_Begun":
+        """Send a claim, or make it a task if it needs replicas."""
         try:
             key, command = self._claim_command(claim, expiry)
             link = self._nodes.link_of(key)
+            channel = link.channel or await link.connected()
         except Exception as error:  # noqa: BLE001 - a fault of one claim must not fail the others
             return error
-        if link.channel is None or link.quorum is not None:
+        if link.quorum is not None:
             return asyncio.ensure_future(self.claim(claim, expiry))
-        return _Sent(key, command, link, link.channel, link.channel.send(*command))
+        return _Sent(key, command, link, channel, channel.send(*command))
 
     async def _end_claim(self, claim: Transaction, begun: "_Begun") -> Transaction | Exception | None:
         if isinstance(begun, Exception):
@@ -257,15 +260,15 @@ class RedisStore:
             # Redis did not run it, so this repeats nothing; EVAL also caches the script again.
             return await self._write(key, "EVAL", script.text, 1, key, *arguments)
 
-    async def _write(self, key: bytes, *command: bytes | str | int) -> tuple[Any, Any]:
+    async def _write(self, key: bytes, *command: bytes | str | int, past_limit: bool = False) -> tuple[Any, Any]:
         """Return the reply, and with DEDUP_MIN_REPLICAS the reply to WAIT."""
         link = self._nodes.link_of(key)
         channel = link.channel or await link.connected()
         acknowledged = None
         if link.quorum is None:
-            reply = await channel.send(*command)
+            reply = await channel.send(*command, past_limit=past_limit)
         else:
-            reply, acknowledged = await link.quorum.send(*command)
+            reply, acknowledged = await link.quorum.send(*command, past_limit=past_limit)
         if type(reply) is not hiredis.ReplyError:
             return reply, acknowledged
         return await self._follow(key, link, channel, reply, command)

@@ -109,7 +109,8 @@ class BatchThread:
         with self._changed:
             if self._closing:
                 raise self._closed_failure()
-            if len(self._queue) >= self._queue_limit:
+            # A check must reach the file also when the queue is full.
+            if len(self._queue) >= self._queue_limit and key is not None:
                 raise StoreUnavailable(
                     Reason.STORE_QUEUE_FULL,
                     f"{self._queue_limit} calls already wait for {self._subject}: send fewer, or use a faster disk",

@@ -1,4 +1,4 @@
-"""In-flight limit, deadlines and cancelled calls: errors arrive in time, and each caller gets its own reply."""
+"""In-flight limit, large batches, deadlines and cancelled calls: errors arrive in time, each caller gets its reply."""
 
 import asyncio
 import io
@@ -135,6 +135,116 @@ async def first_with_reason(call: Callable[[], Awaitable[object]]) -> tuple[str,
         if (found := error_fields(caught.value)[1:]) != ("", ""):
             return found
     raise AssertionError("every call ended by its own deadline")
+
+
+Batch = dedup_pb2.BatchClaimTransactionsRequest
+
+
+def a_batch(name: str, size: int = 1_000) -> dedup_pb2.BatchClaimTransactionsRequest:
+    """Return a batch of fresh ids."""
+    return Batch(requests=[Claim(transaction_id=f"{name}-{number}") for number in range(size)])
+
+
+def entry_ends(reply: dedup_pb2.BatchClaimTransactionsResponse) -> Counter[tuple[str, str]]:
+    """Count the entries of a reply by outcome, or by reason and applied."""
+    ends: Counter[tuple[str, str]] = Counter()
+    for entry in reply.entries:
+        if entry.HasField("error"):
+            info = error_details_pb2.ErrorInfo()
+            assert entry.error.details[0].Unpack(info)
+            ends[info.reason, info.metadata["applied"]] += 1
+        else:
+            ends[dedup_pb2.ClaimOutcome.Name(entry.response.outcome), ""] += 1
+    return ends
+
+
+async def test_thirty_large_batches_at_once_are_all_claimed(
+    start_service: StartService, start_redis: Callable[..., RedisProcess], unique: str
+) -> None:
+    """30 callers with 1,000 claims a batch, in a loop: every claim is CLAIMED, also single ones, and health is SERVING.
+
+    Protection: batches wait for the store in slices, where their claims filled its queue and were refused.
+    """
+    redis = await asyncio.to_thread(start_redis)
+    service = await asyncio.to_thread(start_service, "--store-url", redis.url, "--store-timeout", "20s")
+    async with grpc.aio.insecure_channel(service.target) as channel:
+        stub = dedup_pb2_grpc.DedupServiceStub(channel)
+
+        async def caller(number: int) -> Counter[tuple[str, str]]:
+            ends: Counter[tuple[str, str]] = Counter()
+            for turn in range(2):
+                ends += entry_ends(await stub.BatchClaimTransactions(a_batch(f"{unique}-{number}-{turn}")))
+            return ends
+
+        batches = asyncio.gather(*(caller(number) for number in range(30)))
+        health, singles = health_pb2_grpc.HealthStub(channel), 0
+        while not batches.done():
+            singles += 1
+            single = await stub.ClaimTransaction(Claim(transaction_id=f"{unique}-single-{singles}"))
+            assert single.outcome == dedup_pb2.CLAIM_OUTCOME_CLAIMED
+            check = await health.Check(health_pb2.HealthCheckRequest())
+            assert check.status == health_pb2.HealthCheckResponse.SERVING
+        assert sum(await batches, Counter[tuple[str, str]]()) == {("CLAIM_OUTCOME_CLAIMED", ""): 60_000}
+        assert singles > 1
+    assert service.events("store_became_unavailable") == []
+
+
+async def test_large_batches_over_a_frozen_redis_are_refused(
+    start_service: StartService, start_redis: Callable[..., RedisProcess], unique: str
+) -> None:
+    """Of 30,000 claims over a suspended Redis only the first slices are unknown, and the memory stays bounded.
+
+    Protection: a slice that waits for Redis holds back the others, and its timeout ends it.
+    """
+    redis = await asyncio.to_thread(start_redis)
+    service = await asyncio.to_thread(start_service, "--store-url", redis.url)
+    async with grpc.aio.insecure_channel(service.target) as channel:
+        stub = dedup_pb2_grpc.DedupServiceStub(channel)
+        before = memory_kib(service.pid) if sys.platform == "linux" else 0
+        redis.pause()
+        batches = [stub.BatchClaimTransactions(a_batch(f"{unique}-{number}")) for number in range(30)]
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.ClaimTransaction(Claim(transaction_id=unique))
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        ends = sum([entry_ends(await batch) for batch in batches], Counter[tuple[str, str]]())
+        unknown = sum(count for (_, applied), count in ends.items() if applied == "unknown")
+        refused = sum(count for (_, applied), count in ends.items() if applied == "no")
+        assert unknown + refused == 30_000
+        assert unknown <= 1_000
+        if sys.platform == "linux":
+            assert memory_kib(service.pid) - before < 120_000
+        redis.resume()
+
+        async def claimed_again() -> bool:
+            ends = entry_ends(await stub.BatchClaimTransactions(a_batch(unique, 10)))
+            return ends == {("CLAIM_OUTCOME_CLAIMED", ""): 10}
+
+        await eventually(claimed_again, what="a batch after the pause")
+
+
+async def test_a_batch_that_waits_too_long_is_refused_before_its_deadline(
+    redis_server: RedisProcess, unique: str, engine: EngineName
+) -> None:
+    """Behind a full batch over a slow Redis, a batch ends shortly before its deadline: certainly not applied.
+
+    Protection: a batch waits for the store until its caller's deadline minus the time for its answers.
+    """
+    async with FaultProxy(redis_server.port) as proxy:
+        store = make_store(StoreConfig(proxy.url, timeout_ms=60_000))
+        await store.open()
+        async with serving(store, io.StringIO(), engine) as stub:
+            proxy.hold_replies.clear()
+            first = stub.BatchClaimTransactions(a_batch(unique))
+
+            async def sent() -> bool:
+                return proxy.sent_upstream.count(b"\r\nSET\r\n") == 1_000
+
+            await eventually(sent, what="the first batch")
+            late = await stub.BatchClaimTransactions(a_batch(f"{unique}-late", 10), timeout=4)
+            assert entry_ends(late) == {("STORE_QUEUE_FULL", "no"): 10}
+            proxy.hold_replies.set()
+            assert entry_ends(await first) == {("CLAIM_OUTCOME_CLAIMED", ""): 1_000}
+        await store.close()
 
 
 def memory_kib(pid: int) -> int:
