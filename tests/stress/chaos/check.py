@@ -117,7 +117,7 @@ class _Search:
         relevant = [call for call in calls if call.applied != "no" and _can_matter(call, calls)]
         if relevant:
             first = min(call.begin_ns for call in relevant)
-            # A failover before the first call, or one after the last answer, changes nothing.
+            # A failover before the first call changes nothing.
             relevant += (failover for failover in failovers if failover.end_ns >= first)
         self._calls = sorted(relevant, key=lambda call: (call.latest_ns, call.begin_ns))
         self._answered = sum(1 << number for number, call in enumerate(self._calls) if call.answer is not None)

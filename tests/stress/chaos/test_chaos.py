@@ -4,20 +4,21 @@ import shutil
 
 import pytest
 
+from tests.stress.chaos.check import NOT_LINEARIZABLE
 from tests.stress.chaos.deployments import DEPLOYMENTS
 from tests.stress.chaos.mutants import MUTATIONS
 from tests.stress.chaos.run import Plan, rotation, run
 
 # Seconds until each removed protection shows on a fast machine, where, and the faults. Most need contention only.
 _LOST_REPLIES = ("drop-replies", "delay-replies")
-CAUGHT_IN: dict[str, tuple[float, str, tuple[str, ...]]] = dict.fromkeys(MUTATIONS, (5, "redis", ())) | {
+CAUGHT_IN: dict[str, tuple[float, str, tuple[str, ...]]] = dict.fromkeys(MUTATIONS, (3, "redis", ())) | {
     "client-retries": (12, "redis", _LOST_REPLIES),
     "no-replicas": (15, "sentinel", ("kill-master-ahead-of-replica",)),
-    "file-overwritten": (5, "sqlite", ()),
+    "file-overwritten": (3, "sqlite", ()),
 }
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("deployment", DEPLOYMENTS)
 def test_the_promises_hold_under_faults(deployment: str) -> None:
     """No answer contradicts the history of its transaction, whatever is dropped, paused, killed or failed over."""
@@ -38,7 +39,7 @@ def test_every_deployment_has_its_turn(seed: int) -> None:
     assert rotation(5, seed) == [(list(DEPLOYMENTS)[seed], 5)]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_lost_protection_is_found(mutation: str) -> None:
     """Servers with one protection removed fail the check."""
@@ -49,5 +50,5 @@ def test_a_lost_protection_is_found(mutation: str) -> None:
         report = run(plan)
         if report.findings:
             break
-    assert report.findings, str(report)
+    assert NOT_LINEARIZABLE in {finding.kind for finding in report.findings}, str(report)
     shutil.rmtree(report.history)
