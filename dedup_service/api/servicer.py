@@ -8,7 +8,8 @@ import grpc
 
 from dedup.v1 import dedup_pb2
 from dedup_service.api.authorization import Authorization
-from dedup_service.api.endpoint import Admission, Endpoint, Handler
+from dedup_service.api.decoding import batch_violation
+from dedup_service.api.endpoint import MAX_REQUEST_BYTES, Admission, Endpoint, Handler
 from dedup_service.api.errors import error_reply
 from dedup_service.api.messages import (
     batched_claim_request,
@@ -25,12 +26,13 @@ from dedup_service.claims import (
     ClaimAnswer,
     ClaimRequest,
     ClaimService,
-    FieldViolation,
     InvalidRequest,
+    in_turns,
 )
 from dedup_service.observability.calls import Call, CallObserver, Failure
 
-MAX_BATCH = 1_000
+# 1,000 claims with every field at its limit have 988 kB.
+_MAX_BATCH_BYTES = 1024 * 1024 + MAX_REQUEST_BYTES
 
 # Part of the caller's time that is kept for the claim at the end of a wait: a tenth of it, at most a second.
 _LAST_CLAIM_SHARE = 0.1
@@ -47,6 +49,11 @@ class DedupServicer:
 
     def __init__(self, claims: ClaimService) -> None:
         self._claims = claims
+        self.max_bytes = {
+            "BatchClaimTransactions": _MAX_BATCH_BYTES,
+            "CompleteTransaction": claims.max_result_bytes + MAX_REQUEST_BYTES,
+        }
+        """The limit on a request, by method; MAX_REQUEST_BYTES for the others."""
 
     async def claim_transaction(
         self, request: dedup_pb2.ClaimTransactionRequest, call: Call, budget_s: float | None
@@ -113,12 +120,10 @@ class DedupServicer:
     async def batch_claim_transactions(
         self, request: dedup_pb2.BatchClaimTransactionsRequest, call: Call, _: float | None
     ) -> dedup_pb2.BatchClaimTransactionsResponse:
-        """Serve BatchClaimTransactions: all entries reach the store in one turn of the loop, in their order."""
-        if not 1 <= len(request.requests) <= MAX_BATCH:
-            raise InvalidRequest(
-                FieldViolation("requests", f"has {len(request.requests)} claims: send 1 to {MAX_BATCH} in one batch")
-            )
-        read = [_read(entry) for entry in request.requests]
+        """Serve BatchClaimTransactions: all entries reach the store together, in their order."""
+        if not request.requests:
+            raise InvalidRequest(batch_violation("requests", 0))
+        read = [_read(entry) async for entry in in_turns(request.requests)]
         asked = [one for one in read if isinstance(one, ClaimRequest)]
         call.claims = [(claim.namespace, None) for claim in asked]
         answers = await self._claims.claim_all(asked, call.caller)
@@ -131,7 +136,7 @@ class DedupServicer:
         call.outcome = _outcomes(entries)
         reply = dedup_pb2.BatchClaimTransactionsResponse()
         failures: list[Failure] = []
-        for answer in entries:
+        async for answer in in_turns(entries):
             entry = reply.entries.add()
             if isinstance(answer, ClaimAnswer):
                 fill_claim_response(entry.response, answer)
@@ -205,6 +210,7 @@ def add_to_server(
             authorization=authorization,
             may_change=method.name != "GetTransaction",
             holder=method.name in _HOLDER_METHODS,
+            max_bytes=servicer.max_bytes.get(method.name, MAX_REQUEST_BYTES),
         )
         methods[method.name] = grpc.unary_unary_rpc_method_handler(endpoint.serve)
     # In both ways, as generated code does: grpcio serves the first, and the native engine is fast with the second.

@@ -15,7 +15,7 @@ from dedup_service.claims.errors import (
     UnreadableValue,
 )
 from dedup_service.claims.policies import Caller, Policies, Policy
-from dedup_service.claims.service import DEFAULT_MAX_RESULT_BYTES, ClaimService, system_clock_ms
+from dedup_service.claims.service import DEFAULT_MAX_RESULT_BYTES, ClaimService, in_turns, system_clock_ms
 from dedup_service.claims.store import ClaimStore, ConnectionObserver, Finding, Severity, StoreNotice, worst
 from dedup_service.claims.transaction import (
     DEFAULT_NAMESPACE,
@@ -67,6 +67,7 @@ __all__ = [
     "TransactionNotFound",
     "TransactionState",
     "UnreadableValue",
+    "in_turns",
     "system_clock_ms",
     "worst",
 ]

@@ -10,7 +10,7 @@ from dedup_service.config.errors import FatalError
 from dedup_service.config.settings import EngineName
 from dedup_service.server.listeners import add_listener
 
-# The largest honest message is a batch of 1,000 claims with every field at its limit, or a result of 1 MiB.
+# Above the limits of the rpcs, whose errors are clearer.
 MAX_MESSAGE_BYTES = 2 * 1024 * 1024
 # One limit for both of grpcio's, between which it would reject at random.
 MAX_METADATA_BYTES = 8 * 1024
