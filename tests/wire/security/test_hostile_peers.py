@@ -219,6 +219,32 @@ def test_an_invalid_claim_claims_nothing(attacked: ServiceProcess, unique: str, 
     assert claim_succeeds(attacked)
 
 
+def test_a_second_path_does_not_evade_authorization(engine: EngineName, tmp_path: Path, unique: str) -> None:
+    """A caller that may only look up cannot claim by a call with both paths, whichever comes first.
+
+    Protection: the endpoint that serves the call authorizes its own method. `grpcio` serves the last path.
+    """
+    (tmp_path / "tokens.toml").write_text('support = "a-token-of-twenty-21"')
+    (tmp_path / "policy.toml").write_text('[callers.support]\nrpcs = ["GetTransaction"]')
+    files = ("--auth-tokens", str(tmp_path / "tokens.toml"), "--policy-file", str(tmp_path / "policy.toml"))
+    service = ServiceProcess("--engine", engine, "--store-url", f"sqlite://{tmp_path / 'c.db'}", *files).start()
+    token = ("authorization", "Bearer a-token-of-twenty-21")
+    paths = (CLAIM_PATH, CLAIM_PATH.replace("ClaimTransaction", "GetTransaction"))
+    try:
+        for first, last in (paths, paths[::-1]):
+            with HostilePeer(service.target).shake_hands() as peer:
+                peer.send(peer.headers(1, (":path", last), token, path=first))
+                peer.send(data(1, grpc_message(a_claim(unique)), end_stream=True))
+                assert "status 0" not in peer.answer()
+        with grpc.insecure_channel(service.target) as channel:
+            stub = dedup_pb2_grpc.DedupServiceStub(channel)
+            request = dedup_pb2.GetTransactionRequest(transaction_id=unique)
+            missing = refused(lambda: stub.GetTransaction(request, metadata=(token,)))
+        assert missing.code is grpc.StatusCode.NOT_FOUND
+    finally:
+        assert service.stop() == 0
+
+
 @pytest.mark.parametrize("greeting", [b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"?"])
 def test_other_protocols_do_not_disturb_the_service(attacked: ServiceProcess, greeting: bytes) -> None:
     """Other callers are served during and after a connection that sends HTTP/1.1, TLS or noise."""
