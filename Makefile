@@ -2,8 +2,8 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test test-clients demo chaos fuzz soak bench nightly check audit deploy-tools deploy-check smoke \
-	docs docs-reference format protos stubs-current lock redis h2load clean no-environment
+.PHONY: help run test test-clients demo chaos fuzz soak bench h2spec nightly check audit deploy-tools deploy-check \
+	smoke docs docs-reference format protos stubs-current lock redis h2load clean no-environment
 
 # The lock has wheels for these versions; a newer Python would compile grpcio for half an hour. Each candidate is run,
 # since version managers put names on PATH that do not work.
@@ -77,9 +77,15 @@ soak: .venv/dev.stamp redis ## Run mixed load for 10 minutes and check for memor
 bench: .venv/dev.stamp redis h2load ## Measure performance for 10 minutes; Linux (ARGS="--quick" for a 1-minute trial)
 	@.venv/bin/python -m benchmarks.run $(ARGS)
 
+# Needs Go, which builds it from source.
+h2spec: .venv/dev.stamp ## Check each engine's conformance to HTTP/2 for 3 minutes; needs Go
+	@mkdir -p build/bin
+	@GOBIN="$(CURDIR)/build/bin" go install github.com/summerwind/h2spec/cmd/h2spec@v2.2.1+incompatible
+	@PYTHONPATH=. .venv/bin/python scripts/h2spec.py
+
 # About half an hour. A failure does not stop the later steps.
-nightly: ## Run the long checks in turn: chaos, fuzz, soak, bench
-	@failed=""; for step in chaos fuzz soak bench; do \
+nightly: ## Run the long checks in turn: chaos, fuzz, soak, bench, h2spec
+	@failed=""; for step in chaos fuzz soak bench $(if $(GO),h2spec); do \
 		echo "=== $$(date '+%H:%M:%S') $$step ==="; \
 		$(MAKE) --no-print-directory $$step ARGS= || failed="$$failed $$step"; \
 	done; echo "=== $$(date '+%H:%M:%S') failed:$${failed:- none} ==="; [ -z "$$failed" ]

@@ -1,14 +1,16 @@
 """The rpcs of the contract over the claim service."""
 
+import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import grpc
 
 from dedup.v1 import dedup_pb2
 from dedup_service.api.authorization import Authorization
-from dedup_service.api.endpoint import Admission, Endpoint, Handler
+from dedup_service.api.decoding import batch_violation
+from dedup_service.api.endpoint import MAX_REQUEST_BYTES, Admission, Endpoint, Handler
 from dedup_service.api.errors import error_reply
 from dedup_service.api.messages import (
     batched_claim_request,
@@ -25,12 +27,12 @@ from dedup_service.claims import (
     ClaimAnswer,
     ClaimRequest,
     ClaimService,
-    FieldViolation,
     InvalidRequest,
 )
 from dedup_service.observability.calls import Call, CallObserver, Failure
 
-MAX_BATCH = 1_000
+# 1,000 claims with every field at its limit have 988 kB.
+_MAX_BATCH_BYTES = 1024 * 1024 + MAX_REQUEST_BYTES
 
 # Part of the caller's time that is kept for the claim at the end of a wait: a tenth of it, at most a second.
 _LAST_CLAIM_SHARE = 0.1
@@ -39,6 +41,11 @@ _LAST_CLAIM_MAX_S = 1.0
 # ... and for the answers to the claims of a batch that have reached the store: a quarter of it, at most a second.
 _ANSWERS_SHARE = 0.25
 _ANSWERS_MAX_S = 1.0
+
+# A rejected claim of a batch takes about 50 µs.
+_ITEMS_A_TURN = 100
+
+T = TypeVar("T")
 
 _SERVICE = dedup_pb2.DESCRIPTOR.services_by_name["DedupService"]
 SERVICE_NAME = _SERVICE.full_name
@@ -51,6 +58,11 @@ class DedupServicer:
 
     def __init__(self, claims: ClaimService) -> None:
         self._claims = claims
+        self.max_bytes = {
+            "BatchClaimTransactions": _MAX_BATCH_BYTES,
+            "CompleteTransaction": claims.max_result_bytes + MAX_REQUEST_BYTES,
+        }
+        """The limit on a request, by method; MAX_REQUEST_BYTES for the others."""
 
     async def claim_transaction(
         self, request: dedup_pb2.ClaimTransactionRequest, call: Call, budget_s: float | None
@@ -118,11 +130,9 @@ class DedupServicer:
         self, request: dedup_pb2.BatchClaimTransactionsRequest, call: Call, budget_s: float | None
     ) -> dedup_pb2.BatchClaimTransactionsResponse:
         """Serve BatchClaimTransactions: the entries reach the store in their order."""
-        if not 1 <= len(request.requests) <= MAX_BATCH:
-            raise InvalidRequest(
-                FieldViolation("requests", f"has {len(request.requests)} claims: send 1 to {MAX_BATCH} in one batch")
-            )
-        read = [_read(entry) for entry in request.requests]
+        if not request.requests:
+            raise InvalidRequest(batch_violation("requests", 0))
+        read = [_read(entry) async for entry in _in_turns(request.requests)]
         asked = [one for one in read if isinstance(one, ClaimRequest)]
         call.claims = [(claim.namespace, None) for claim in asked]
         wait_s = None if budget_s is None else budget_s - min(budget_s * _ANSWERS_SHARE, _ANSWERS_MAX_S)
@@ -136,7 +146,7 @@ class DedupServicer:
         call.outcome = _outcomes(entries)
         reply = dedup_pb2.BatchClaimTransactionsResponse()
         failures: list[Failure] = []
-        for answer in entries:
+        async for answer in _in_turns(entries):
             entry = reply.entries.add()
             if isinstance(answer, ClaimAnswer):
                 fill_claim_response(entry.response, answer)
@@ -210,8 +220,17 @@ def add_to_server(
             authorization=authorization,
             may_change=method.name != "GetTransaction",
             holder=method.name in _HOLDER_METHODS,
+            max_bytes=servicer.max_bytes.get(method.name, MAX_REQUEST_BYTES),
         )
         methods[method.name] = grpc.unary_unary_rpc_method_handler(endpoint.serve)
     # In both ways, as generated code does: grpcio serves the first, and the native engine is fast with the second.
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, methods),))
     server.add_registered_method_handlers(SERVICE_NAME, methods)
+
+
+async def _in_turns(items: Iterable[T]) -> AsyncIterator[T]:
+    """Yield the items, and let the event loop serve others after every hundredth."""
+    for number, item in enumerate(items, 1):
+        yield item
+        if number % _ITEMS_A_TURN == 0:
+            await asyncio.sleep(0)

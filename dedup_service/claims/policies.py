@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 
 from dedup_service.claims.errors import CallerNotAllowed, FieldViolation, InvalidRequest
 
+# Errors travel in metadata, which has narrow limits. No valid namespace is longer.
+_SHOWN = 63
+
 
 @dataclass(frozen=True, slots=True)
 class Caller:
@@ -23,7 +26,8 @@ class Caller:
         """Raise CallerNotAllowed for a namespace this caller may not use."""
         if self.namespaces is not None and namespace not in self.namespaces:
             raise CallerNotAllowed(
-                f"{self.name!r} may not use the namespace {namespace!r}: allow it in the policy file of the service"
+                f"{self.name!r} may not use the namespace {namespace[:_SHOWN]!r}: allow it in the policy file of the "
+                "service"
             )
 
 
@@ -66,6 +70,5 @@ class Policies:
             return policy
         if self.allow_unknown:
             return self.default
-        raise InvalidRequest(
-            FieldViolation("namespace", f"{namespace!r} is not known here: add it to the policy file of the service")
-        )
+        unknown = f"{namespace[:_SHOWN]!r} is not known here: add it to the policy file of the service"
+        raise InvalidRequest(FieldViolation("namespace", unknown))

@@ -73,7 +73,7 @@ class ClaimService:
         clock_ms: Callable[[], int] = system_clock_ms,
     ) -> None:
         self._store = store
-        self._max_result_bytes = max_result_bytes
+        self.max_result_bytes = max_result_bytes
         self._clock_ms = clock_ms
         self._waiters = Waiters(store, max_waits)
         self._batches = Batches()
@@ -256,7 +256,7 @@ class ClaimService:
 
     def _check_holder(self, request: HolderRequest, caller: Caller | None) -> tuple[Policy, int]:
         policy, now_ms = self.policies.of(request.namespace, caller), self._clock_ms()
-        if violations := tuple(holder_violations(request, policy, self._max_result_bytes)):
+        if violations := tuple(holder_violations(request, policy, self.max_result_bytes)):
             raise InvalidRequest(*violations)
         return policy, now_ms
 

@@ -19,6 +19,7 @@ from dedup_service.claims import (
 )
 from dedup_service.config.errors import FatalError
 from dedup_service.observability.logs import Logger
+from dedup_service.server.engines import NO_COMPRESSION
 from dedup_service.server.listeners import add_listener
 from dedup_service.stores.registry import StoreConfig, examine_store
 
@@ -50,6 +51,7 @@ _LISTENER_OPTIONS = (
     ("grpc.max_concurrent_streams", 10),
     ("grpc.max_allowed_incoming_connections", MAX_PROBE_CONNECTIONS),
     ("grpc.max_receive_message_length", 4_096),
+    NO_COMPRESSION,
     ("grpc.max_connection_idle_ms", _MAX_IDLE_MS),
     ("grpc.max_connection_age_ms", _MAX_AGE_MS),
     ("grpc.max_connection_age_grace_ms", _MAX_IDLE_MS),

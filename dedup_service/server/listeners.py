@@ -87,6 +87,13 @@ def warn_of_exposure(settings: Settings, addresses: Sequence[str], log: Logger) 
             message="without TLS here or in a proxy, the network can read the tokens: set DEDUP_TLS_CERT and "
             "DEDUP_TLS_KEY",
         )
+    if exposed and settings.engine == "native":
+        log.warning(
+            "unbounded_decompression_exposed",
+            addresses=exposed,
+            message="the engine 'native' unpacks compressed requests of any size before it authenticates their peer: "
+            "admit only trusted peers, or set DEDUP_ENGINE=grpcio",
+        )
     for path in (settings.tls_key, settings.auth_tokens, settings.store_url_file):
         if path is not None and _readable_by_everybody(path):
             log.warning(

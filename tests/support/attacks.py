@@ -6,6 +6,7 @@ It yields the counted answers of the server, and keeps its connections open unti
 import resource
 import socket
 import struct
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -21,7 +22,7 @@ from hyperframe.frame import (
 )
 
 from dedup.v1 import dedup_pb2
-from tests.support.hostile_peer import FRAME_BYTES, PREFACE, HostilePeer, data, grpc_message, streams
+from tests.support.hostile_peer import CLAIM_PATH, FRAME_BYTES, PREFACE, HostilePeer, data, grpc_message, streams
 
 Answers = Counter[str]
 Attack = Callable[[str, int], AbstractContextManager[Answers]]
@@ -32,6 +33,7 @@ _NOT_ENOUGH_MEMORY = 0xFFFFFFFF
 # Frames in one write: enough for the answers to fill the socket before the server has read the last frame.
 _CHUNK = 2_000
 _STREAMS_EACH = 500
+BOMB_MIB = 62
 _CANCEL = 8
 
 
@@ -178,6 +180,19 @@ def hang_ups(target: str, size: int) -> Iterator[Answers]:
         with HostilePeer(target) as peer:
             peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     yield Counter()
+
+
+def compressed_bomb(target: str, encoding: str, path: str = CLAIM_PATH) -> Counter[str]:
+    """Send one message of 62 MiB that is 63 kB compressed, and return the answers."""
+    packer = zlib.compressobj(wbits={"gzip": 31, "deflate": 15}[encoding])
+    bomb = grpc_message(packer.compress(bytes(BOMB_MIB * 1024 * 1024)) + packer.flush(), flag=1)
+    # The flow-control window before the server has enlarged it.
+    assert len(bomb) < 65_535
+    with HostilePeer(target).shake_hands() as peer:
+        chunks = [bomb[start : start + FRAME_BYTES] for start in range(0, len(bomb), FRAME_BYTES)]
+        peer.send(peer.headers(1, ("grpc-encoding", encoding), path=path))
+        peer.send(*(data(1, chunk, end_stream=chunk is chunks[-1]) for chunk in chunks))
+        return peer.answer()
 
 
 ATTACKS: dict[str, Attack] = {

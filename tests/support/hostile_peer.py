@@ -9,6 +9,8 @@ from typing import Self
 from hpack import Decoder, Encoder
 from hyperframe.frame import DataFrame, Frame, GoAwayFrame, HeadersFrame, RstStreamFrame, SettingsFrame
 
+from tests.support.polling import wait_until
+
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 CLAIM_PATH = "/dedup.v1.DedupService/ClaimTransaction"
 # The default maximum frame size of HTTP/2.
@@ -26,6 +28,8 @@ class HostilePeer:
         host, _, port = target.rpartition(":")
         self.socket = socket.create_connection((host.strip("[]"), int(port)), _WRITE_TIMEOUT_S)
         self._encoder = Encoder()
+        # grpcio's rejection of a header list that is too long names every header.
+        self._decoder = Decoder(max_header_list_size=2**24)
         self._received = b""
         self.messages: list[str] = []
         """The grpc-message of each status."""
@@ -79,11 +83,9 @@ class HostilePeer:
     def answers(self, silence_s: float) -> Counter[str]:
         """Count the answers by code until the server closes the connection or sends nothing for `silence_s`."""
         answers: Counter[str] = Counter()
-        # grpcio's rejection of a header list that is too long names every header.
-        decoder = Decoder(max_header_list_size=2**24)
         for frame in self.frames(silence_s):
             if isinstance(frame, HeadersFrame):
-                fields = {name.decode(): value.decode() for name, value in decoder.decode(frame.data, raw=True)}
+                fields = {name.decode(): value.decode() for name, value in self._decoder.decode(frame.data, raw=True)}
                 if (status := fields.get(":status", "200")) != "200":
                     answers[f"http {status}"] += 1
                 if "grpc-status" in fields:
@@ -93,6 +95,12 @@ class HostilePeer:
                 answers[f"reset {frame.error_code}"] += 1
             elif isinstance(frame, GoAwayFrame):
                 answers[f"goaway {frame.error_code}"] += 1
+        return answers
+
+    def answer(self) -> Counter[str]:
+        """Wait for an answer, and return the answers."""
+        answers: Counter[str] = Counter()
+        wait_until(lambda: answers.update(self.answers(0.1)) or answers, what="an answer")
         return answers
 
     def _buffer(self, length: int, silence_s: float) -> bool:

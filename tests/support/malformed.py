@@ -91,6 +91,42 @@ def odd(good: Message) -> dict[str, bytes]:
     return cases | {"all of it twice": raw + raw} if not good.DESCRIPTOR.name.startswith("Batch") else cases
 
 
+def heavy(size: int) -> dict[str, tuple[str, bytes]]:
+    """Return requests of about this many bytes that are as much work as possible, with their rpc, by their content."""
+    claim, complete, batch = "ClaimTransaction", "CompleteTransaction", "BatchClaimTransactions"
+    a_field, a_group = tag(_NEWER, _VARINT) + b"\x01", tag(_NEWER, _GROUP) + tag(_NEWER, _END_GROUP)
+    an_id, ttl, expire_time = nested(1, b"x"), nested(3, b""), nested(4, b"")
+    faults = (
+        nested(1, b"\x01") + nested(2, b"A" * 63) + nested(5, b"x") + nested(6, b"\x01" * 300) + nested(7, bytes(65))
+    )
+    repeated = {
+        "newer fields before an id": (claim, a_field, an_id),
+        "one long id": (claim, b"", nested(1, b"x" * size)),
+        "newer fields before the id of a completion": (complete, a_field, an_id),
+        "newer groups": (complete, a_group, an_id),
+        "many ids": (complete, an_id, b""),
+        "many invalid ids": (complete, nested(1, b"\xff"), b""),
+        "many results": (complete, nested(4, b""), an_id),
+        "many ttls": (complete, nested(5, b""), an_id),
+        "ttl and expire time in turn": (complete, nested(5, b"") + nested(6, b""), an_id),
+        "newer fields before an entry": (batch, a_field, nested(1, an_id)),
+        "empty entries": (batch, nested(1, b""), b""),
+        "empty entries, cut short": (batch, nested(1, b""), b"\x0a"),
+    }
+    cases = {
+        name: (rpc, part * (size // len(part) if part else 0) + end) for name, (rpc, part, end) in repeated.items()
+    }
+    cases["empty entries after a newer field"] = (batch, a_field + cases["empty entries"][1])
+    entries = {
+        "1,000 entries with newer fields": a_field * (size // 2_010) + an_id,
+        "1,000 entries with ttl and expire time": ttl + expire_time,
+        "1,000 invalid ids": nested(1, b"\xff"),
+        "1,000 entries with every fault": faults + ttl,
+        "1,000 entries in an unusual order": nested(5, b"t" * 20) + an_id,
+    }
+    return cases | {name: (batch, nested(1, entry) * 1_000) for name, entry in entries.items()}
+
+
 def _around(raw: bytes, tail: bytes) -> Iterator[tuple[str, bytes]]:
     yield "first", tail + raw
     yield "last", raw + tail

@@ -10,12 +10,14 @@ from dedup_service.config.errors import FatalError
 from dedup_service.config.settings import EngineName
 from dedup_service.server.listeners import add_listener
 
-# The largest honest message is a batch of 1,000 claims with every field at its limit, or a result of 1 MiB.
+# Above the limits of the rpcs, whose errors are clearer.
 MAX_MESSAGE_BYTES = 2 * 1024 * 1024
 # One limit for both of grpcio's, between which it would reject at random.
 MAX_METADATA_BYTES = 8 * 1024
 # Per address; the process raises its limit of open files to match. The engine native cannot count connections.
 MAX_CONNECTIONS = 1_000
+# Identity alone. Otherwise 0.4 MB of gzip becomes 400 MiB before the call is authenticated.
+NO_COMPRESSION = ("grpc.compression_enabled_algorithms_bitset", 1)
 # Load balancers that drop idle connections send pings. The server closes a connection that sends many more.
 MIN_PING_INTERVAL_MS = 10_000
 # The server closes a connection whose peer has not answered a ping for 80 seconds.
@@ -50,6 +52,7 @@ class EngineOptions:
             # grpcio sets no limit by default: 100,000 calls that one peer opened and reset cost 800 MB.
             ("grpc.max_concurrent_streams", self.max_streams),
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            NO_COMPRESSION,
             ("grpc.max_metadata_size", MAX_METADATA_BYTES),
             ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
             ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),

@@ -13,6 +13,7 @@ import pytest
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
+from dedup_service.config.settings import EngineName
 from tests.support.certificates import Authority
 from tests.support.errors import refused
 from tests.support.polling import wait_until
@@ -66,6 +67,17 @@ def test_tokens_without_tls_are_logged(start_service: Start, store: tuple[str, s
     service = start_service("--listen", ANYWHERE, "--auth-tokens", str(tokens), *store)
     wait_until(lambda: service.events("tokens_sent_in_plaintext"), what="the warning")
     assert not service.events("unauthenticated_listener_opened")
+
+
+@pytest.mark.every_engine
+def test_the_native_engine_beyond_this_host_is_logged(
+    start_service: Start, store: tuple[str, str], engine: EngineName
+) -> None:
+    """A warning says that the engine `native` unpacks what every peer sends; `grpcio` does not."""
+    service = start_service("--listen", ANYWHERE, "--allow-unauthenticated", *store)
+    assert service.stop() == 0
+    warned = [line["addresses"] for line in service.events("unbounded_decompression_exposed")]
+    assert warned == ([service.addresses] if engine == "native" else [])
 
 
 def reflects(service: ServiceProcess) -> bool:

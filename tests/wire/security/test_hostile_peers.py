@@ -14,13 +14,23 @@ from hyperframe.frame import ContinuationFrame, HeadersFrame
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
 from dedup_service.config.settings import EngineName
-from tests.support.attacks import ATTACKS, a_claim
+from dedup_service.server.engines import MAX_MESSAGE_BYTES
+from tests.support.attacks import ATTACKS, BOMB_MIB, a_claim, compressed_bomb
 from tests.support.errors import refused
 from tests.support.hostile_peer import CLAIM_PATH, PREFACE, HostilePeer, data, grpc_message
+from tests.support.malformed import heavy
 from tests.support.polling import wait_until
 from tests.support.processes import ServiceProcess
 
 pytestmark = pytest.mark.every_engine
+
+HEALTH_PATH = "/grpc.health.v1.Health/Check"
+REFLECTION_PATH = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+LIMITS = {
+    "ClaimTransaction": 65_536,
+    "CompleteTransaction": 65_536 + 4_096,
+    "BatchClaimTransactions": 65_536 + 1_048_576,
+}
 
 # The size of each attack and its memory limit in MiB, far above the measured cost. Without a limit on streams grpcio
 # needs 300 MiB for these resets. docs/engines.md has the cost of each engine at larger sizes.
@@ -63,11 +73,11 @@ def claim_succeeds(service: ServiceProcess) -> bool:
     return reply.outcome == dedup_pb2.CLAIM_OUTCOME_CLAIMED
 
 
-def memory_mib(service: ServiceProcess) -> int:
-    """Return the resident memory of a service in MiB, or 0 if the platform does not report it."""
+def memory_mib(service: ServiceProcess, kind: str = "VmRSS") -> int:
+    """Return the resident memory of a service in MiB, or its peak, VmHWM; 0 if the platform does not report it."""
     if sys.platform != "linux":
         return 0
-    return int(Path(f"/proc/{service.pid}/status").read_text().split("VmRSS:")[1].split()[0]) // 1024
+    return int(Path(f"/proc/{service.pid}/status").read_text().split(f"{kind}:")[1].split()[0]) // 1024
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -106,6 +116,55 @@ def test_messages_and_metadata_over_the_limits_are_rejected(attacked: ServicePro
         assert refused(lambda: claim(message, metadata=metadata)).code in codes
     assert not held(attacked, unique)
     assert claim_succeeds(attacked)
+
+
+@pytest.mark.parametrize("case", heavy(MAX_MESSAGE_BYTES - 4_096))
+def test_a_heavy_request_is_answered(attacked: ServiceProcess, case: str) -> None:
+    """A request that is as much work as 2 MiB can be is answered, in few words, and the next caller is served.
+
+    Protections: the limits on the bytes of a request and the claims of a batch, which their errors name.
+    tests/unit/test_heavy_requests.py counts the work.
+    """
+    rpc, raw = heavy(MAX_MESSAGE_BYTES - 4_096)[case]
+    with attacked.channel() as channel:
+        call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(f"/dedup.v1.DedupService/{rpc}")
+        if len(raw) > 1024 * 1024:
+            assert f"bytes, at most {LIMITS[rpc]} are allowed for {rpc}" in refused(lambda: call(raw)).message
+        else:
+            with suppress(grpc.RpcError):
+                call(raw)
+    assert claim_succeeds(attacked)
+
+
+@pytest.fixture
+def fresh(engine: EngineName, tmp_path: Path) -> Iterator[ServiceProcess]:
+    """A service for one test, whose peak of memory is not that of other tests."""
+    process = ServiceProcess(
+        "--engine", engine, "--store-url", f"sqlite://{tmp_path / 'c.db'}", "--health-listen", "127.0.0.1:0"
+    ).start()
+    yield process
+    assert process.stop() == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports the peak memory of another process")
+def test_compressed_messages_are_refused_before_they_are_unpacked(fresh: ServiceProcess) -> None:
+    """A message of 63 kB that unpacks to 62 MiB is refused, on every service, without memory for it.
+
+    Protection: grpcio knows no compression. `native` unpacks gzip on its own services, which docs/engines.md says: the
+    day this test fails for it, the limitation is gone.
+    """
+    health = fresh.events("health_listener_started")[0]["addresses"][0]
+    unpacks = fresh.events("server_started")[0]["engine"] == "native"
+    before = memory_mib(fresh, "VmHWM")
+    assert compressed_bomb(fresh.target, "deflate")["status 12"] == 1
+    assert compressed_bomb(fresh.target, "gzip", REFLECTION_PATH)["status 12"] == 1
+    assert compressed_bomb(health, "gzip", HEALTH_PATH)["status 12"] == 1
+    assert memory_mib(fresh, "VmHWM") - before < BOMB_MIB // 2
+    for path in (CLAIM_PATH, HEALTH_PATH):
+        answers = compressed_bomb(fresh.target, "gzip", path)
+        assert answers["status 8" if unpacks else "status 12"] == 1, answers
+    assert (memory_mib(fresh, "VmHWM") - before < BOMB_MIB // 2) is not unpacks
+    assert claim_succeeds(fresh)
 
 
 def raw_headers(stream: int, block: bytes, *flags: str) -> bytes:
@@ -158,6 +217,32 @@ def test_an_invalid_claim_claims_nothing(attacked: ServiceProcess, unique: str, 
         assert "status 0" not in peer.answers(0.1)
     assert not held(attacked, unique)
     assert claim_succeeds(attacked)
+
+
+def test_a_second_path_does_not_evade_authorization(engine: EngineName, tmp_path: Path, unique: str) -> None:
+    """A caller that may only look up cannot claim by a call with both paths, whichever comes first.
+
+    Protection: the endpoint that serves the call authorizes its own method. `grpcio` serves the last path.
+    """
+    (tmp_path / "tokens.toml").write_text('support = "a-token-of-twenty-21"')
+    (tmp_path / "policy.toml").write_text('[callers.support]\nrpcs = ["GetTransaction"]')
+    files = ("--auth-tokens", str(tmp_path / "tokens.toml"), "--policy-file", str(tmp_path / "policy.toml"))
+    service = ServiceProcess("--engine", engine, "--store-url", f"sqlite://{tmp_path / 'c.db'}", *files).start()
+    token = ("authorization", "Bearer a-token-of-twenty-21")
+    paths = (CLAIM_PATH, CLAIM_PATH.replace("ClaimTransaction", "GetTransaction"))
+    try:
+        for first, last in (paths, paths[::-1]):
+            with HostilePeer(service.target).shake_hands() as peer:
+                peer.send(peer.headers(1, (":path", last), token, path=first))
+                peer.send(data(1, grpc_message(a_claim(unique)), end_stream=True))
+                assert "status 0" not in peer.answer()
+        with grpc.insecure_channel(service.target) as channel:
+            stub = dedup_pb2_grpc.DedupServiceStub(channel)
+            request = dedup_pb2.GetTransactionRequest(transaction_id=unique)
+            missing = refused(lambda: stub.GetTransaction(request, metadata=(token,)))
+        assert missing.code is grpc.StatusCode.NOT_FOUND
+    finally:
+        assert service.stop() == 0
 
 
 @pytest.mark.parametrize("greeting", [b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"?"])

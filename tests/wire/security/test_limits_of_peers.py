@@ -10,7 +10,7 @@ import pytest
 from hyperframe.frame import PingFrame
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
-from dedup_service.api.servicer import MAX_BATCH
+from dedup_service.api.decoding import MAX_BATCH
 from dedup_service.claims.limits import MAX_CLAIMANT_BYTES, MAX_FINGERPRINT_BYTES, MAX_TRANSACTION_ID_BYTES
 from dedup_service.config.settings import EngineName
 from dedup_service.server import engines
