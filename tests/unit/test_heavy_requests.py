@@ -12,7 +12,7 @@ import pytest
 from dedup.v1 import dedup_pb2
 from dedup_service.api.endpoint import Admission, Context
 from dedup_service.api.servicer import DedupServicer, add_to_server
-from dedup_service.claims import ClaimService, Policies, Policy
+from dedup_service.claims import Caller, CallerNotAllowed, ClaimService, InvalidRequest, Policies, Policy
 from tests.support.dict_store import DictStore
 from tests.support.malformed import heavy
 
@@ -143,6 +143,16 @@ def test_entries_are_counted_before_they_are_parsed(monkeypatch: pytest.MonkeyPa
         steps_per_turn(*CASES[name], context)
         assert context.code is grpc.StatusCode.INVALID_ARGUMENT
     assert not parsed
+
+
+def test_a_rejected_namespace_is_shown_in_part() -> None:
+    """The error about a namespace of 60 kB fits into the metadata of a reply, on which clients have a limit."""
+    caller = Caller("box", namespaces=frozenset())
+    policies = Policies(Policy(60_000, 60_000, 60_000), allow_unknown=False, callers={"box": caller})
+    for who, error in ((caller, CallerNotAllowed), (None, InvalidRequest)):
+        with pytest.raises(error) as caught:
+            policies.of("n" * 60_000, who)
+        assert len(str(caught.value)) < 200
 
 
 class _Spy:
