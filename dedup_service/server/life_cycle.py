@@ -26,7 +26,7 @@ from dedup_service.observability.logs import Logger, logger
 from dedup_service.observability.observers import Observers, WorkerMetricFiles, observing
 from dedup_service.server.engines import Engine, EngineOptions, make_engine
 from dedup_service.server.health import Health, examine, listen_for_probes
-from dedup_service.server.listeners import warn_of_exposure
+from dedup_service.server.listeners import remove_sockets, warn_of_exposure
 from dedup_service.server.policies import (
     load_policies,
     log_policies,
@@ -109,6 +109,8 @@ async def serve(settings: Settings, announce: Announce, worker: WorkerMetricFile
 async def _serve(settings: Settings, announce: Announce, worker: WorkerMetricFiles | None, signals: _Signals) -> bool:
     log = logger()
     async with AsyncExitStack() as undo:
+        # Also after a start that failed.
+        undo.callback(remove_sockets)
         observers = undo.enter_context(observing(settings, log, SERVICE_NAME, METHODS, worker=worker))
         policies = load_policies(settings)
         observers.bind_namespaces(list(policies.namespaces))
@@ -152,6 +154,7 @@ async def _serve(settings: Settings, announce: Announce, worker: WorkerMetricFil
         await engine.start()
         drain = _Drain(state, admission, claims, store)
         undo.push_async_callback(drain.stop, engine)
+        undo.callback(remove_sockets)
         signals.started()
         undo.push_async_callback(drain.run, settings.shutdown_grace, signals.stop, log)
 
