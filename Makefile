@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test test-clients demo chaos fuzz soak bench h2spec nightly check audit deploy-tools deploy-check \
+.PHONY: help run test test-nightly test-clients demo chaos fuzz soak bench h2spec nightly check audit deploy-tools deploy-check \
 	smoke docs docs-reference format protos stubs-current lock redis h2load clean no-environment
 
 # The lock has wheels for these versions; a newer Python would compile grpcio for half an hour. Each candidate is run,
@@ -50,6 +50,9 @@ run: .venv/run.stamp ## Start the service (ARGS="--store-url redis://127.0.0.1:6
 test: .venv/dev.stamp redis ## Run all tests (ARGS="-k claim" selects)
 	.venv/bin/pytest -n $$((2 * $$(getconf _NPROCESSORS_ONLN))) --dist worksteal $(ARGS)
 
+test-nightly: .venv/dev.stamp redis
+	.venv/bin/pytest -m nightly -n $$(getconf _NPROCESSORS_ONLN) --dist worksteal
+
 # Without Go or Node their client is skipped, and the last line says so.
 test-clients: .venv/dev.stamp redis ## Test the Python, Go and Node clients against the live service
 	.venv/bin/pytest -c clients/python/pyproject.toml clients/python/tests -n auto --dist worksteal $(ARGS)
@@ -84,8 +87,8 @@ h2spec: .venv/dev.stamp ## Check each engine's conformance to HTTP/2 for 3 minut
 	@PYTHONPATH=. .venv/bin/python scripts/h2spec.py
 
 # About half an hour. A failure does not stop the later steps.
-nightly: ## Run the long checks in turn: chaos, fuzz, soak, bench, h2spec
-	@failed=""; for step in chaos fuzz soak bench $(if $(GO),h2spec); do \
+nightly: ## Run the long checks in turn: the rest of the tests, chaos, fuzz, soak, bench, h2spec
+	@failed=""; for step in test-nightly chaos fuzz soak bench $(if $(GO),h2spec); do \
 		echo "=== $$(date '+%H:%M:%S') $$step ==="; \
 		$(MAKE) --no-print-directory $$step ARGS= || failed="$$failed $$step"; \
 	done; echo "=== $$(date '+%H:%M:%S') failed:$${failed:- none} ==="; [ -z "$$failed" ]

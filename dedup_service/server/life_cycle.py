@@ -4,9 +4,11 @@ import asyncio
 import contextlib
 import gc
 import signal
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
@@ -25,7 +27,7 @@ from dedup_service.observability.observers import Observers, WorkerMetricFiles, 
 from dedup_service.server.descriptors import allow_descriptors
 from dedup_service.server.engines import Engine, EngineOptions, make_engine
 from dedup_service.server.health import Health, examine, listen_for_probes
-from dedup_service.server.listeners import warn_of_exposure
+from dedup_service.server.listeners import remove_sockets, warn_of_exposure
 from dedup_service.server.policies import (
     load_policies,
     log_policies,
@@ -45,10 +47,12 @@ _COLLECTION_THRESHOLD = 10_000
 
 # New calls are rejected with a reason at least this long before the listeners close.
 LAME_DUCK_S = 0.25
-# ... and until no call has arrived for a while, since gRPC cancels calls that arrive while it stops. Callers that keep
-# calling do not hold up the shutdown for longer than the second figure.
-_QUIET_S = 0.5
+# ... and until no call has arrived for a while, since gRPC cancels the calls it holds while it stops. Callers that keep
+# calling, and calls that do not end, hold up the shutdown for at most the second figure.
+_QUIET_S = 0.25
 _QUIET_TIMEOUT_S = 2.0
+# A pause that ends later than this shows that the process is short of CPU time, and gRPC may hold calls nobody saw.
+_LATE_S = 0.1
 
 # Timeout of gRPC's own stop.
 _STOP_SLACK_S = 0.5
@@ -84,8 +88,10 @@ class _Signals:
             self._starting = None
 
 
-async def serve(settings: Settings, announce: Announce, worker: WorkerMetricFiles | None = None) -> None:
-    """Serve until SIGTERM or SIGINT, then drain and return. `worker` is set for one of several workers.
+async def serve(settings: Settings, announce: Announce, worker: WorkerMetricFiles | None = None) -> bool:
+    """Serve until SIGTERM or SIGINT, then drain, and return whether that ended every call and connection.
+
+    `worker` is set for one of several workers.
 
     `announce` is called once with the bound addresses, when calls are accepted. SIGHUP reloads policies and tokens. At
     the shutdown health reports NOT_SERVING, new calls are rejected, waiting calls are answered, and in-flight calls get
@@ -93,17 +99,20 @@ async def serve(settings: Settings, announce: Announce, worker: WorkerMetricFile
     """
     signals = _Signals()
     try:
-        await _serve(settings, announce, worker, signals)
+        return await _serve(settings, announce, worker, signals)
     except asyncio.CancelledError:
         if signals.stop.empty():
             raise
         logger().info("server_stopped", message="a signal ended the start")
+        return True
 
 
-async def _serve(settings: Settings, announce: Announce, worker: WorkerMetricFiles | None, signals: _Signals) -> None:
+async def _serve(settings: Settings, announce: Announce, worker: WorkerMetricFiles | None, signals: _Signals) -> bool:
     log = logger()
     async with AsyncExitStack() as undo:
         allow_descriptors(settings, log)
+        # Also after a start that failed.
+        undo.callback(remove_sockets)
         observers = undo.enter_context(observing(settings, log, SERVICE_NAME, METHODS, worker=worker))
         policies = load_policies(settings)
         observers.bind_namespaces(list(policies.namespaces))
@@ -145,9 +154,10 @@ async def _serve(settings: Settings, announce: Announce, worker: WorkerMetricFil
             probes = await listen_for_probes(settings.health_listen, state.servicer, log, reuse_port=worker is not None)
             undo.push_async_callback(probes.stop, None)
         await engine.start()
-        undo.push_async_callback(_stop, engine)
-        signals.started()
         drain = _Drain(state, admission, claims, store)
+        undo.push_async_callback(drain.stop, engine)
+        undo.callback(remove_sockets)
+        signals.started()
         undo.push_async_callback(drain.run, settings.shutdown_grace, signals.stop, log)
 
         _tune_garbage_collection()
@@ -163,6 +173,7 @@ async def _serve(settings: Settings, announce: Announce, worker: WorkerMetricFil
             background["examination"] = _examine_later(state, location, log, strict=settings.strict)
         await _run_until(signals.stop, background, log)
     log.info("server_stopped", shadow_duplicates=dict(claims.shadow_duplicates))
+    return drain.complete
 
 
 async def _run_until(
@@ -235,13 +246,16 @@ def _log_started(
         log.warning("embedded_store_used", message="no store URL is set: only this host sees these claims")
 
 
-class _Drain(NamedTuple):
+@dataclass
+class _Drain:
     """The shutdown: reject new calls, and give those in flight the grace period; a second signal ends it."""
 
     state: Health
     admission: Admission
     claims: ClaimService
     store: ClaimStore
+    complete: bool = True
+    """Whether every call has ended, and the process had the CPU time to receive them all."""
 
     async def run(self, grace_ms: int, stop: asyncio.Queue[signal.Signals], log: Logger) -> None:
         log.info("shutdown_started", grace_ms=grace_ms)
@@ -251,31 +265,46 @@ class _Drain(NamedTuple):
         self.admission.close()
         # Waiting calls would otherwise use up the grace period and then be cancelled.
         await self.claims.close()
-        grace = asyncio.create_task(_until_idle(self.admission, grace_ms / 1000))
+        grace = asyncio.create_task(self._until_idle(grace_ms / 1000))
         second_signal = asyncio.create_task(stop.get())
         await asyncio.wait((grace, second_signal), return_when=asyncio.FIRST_COMPLETED)
         for task in (grace, second_signal):
             task.cancel()
         # Calls the store still owes an answer end with doubt, where gRPC would only cancel them.
         await self.store.close()
+        await self._until_quiet()
+
+    async def stop(self, engine: Engine) -> None:
+        """Stop the engine, unless that might cancel calls."""
+        if not self.complete and engine.cancels_unseen_calls:
+            return
+        try:
+            async with asyncio.timeout(2 * _STOP_SLACK_S):
+                await engine.stop(_STOP_SLACK_S)
+            self.complete = True
+        except TimeoutError:
+            self.complete = False
+
+    async def _until_idle(self, grace_s: float) -> None:
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_STOP_SLACK_S):
+            async with asyncio.timeout(grace_s):
+                await self._pause(LAME_DUCK_S)
                 await self.admission.idle()
 
-
-async def _until_idle(admission: Admission, grace_s: float) -> None:
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(grace_s):
-            await asyncio.sleep(LAME_DUCK_S)
-            await admission.idle()
+    async def _until_quiet(self) -> None:
+        try:
             async with asyncio.timeout(_QUIET_TIMEOUT_S):
-                seen = 0
+                rejected = -1
                 # No event says that calls stay away.
-                while seen != (seen := admission.rejected):  # noqa: ASYNC110
-                    await asyncio.sleep(_QUIET_S)
+                while rejected != self.admission.rejected:
+                    await self.admission.idle()
+                    rejected = self.admission.rejected
+                    await self._pause(_QUIET_S)
+        except TimeoutError:
+            self.complete = False
 
-
-async def _stop(engine: Engine) -> None:
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(2 * _STOP_SLACK_S):
-            await engine.stop(_STOP_SLACK_S)
+    async def _pause(self, seconds: float) -> None:
+        begun = time.monotonic()
+        await asyncio.sleep(seconds)
+        if time.monotonic() - begun > seconds + _LATE_S:
+            self.complete = False

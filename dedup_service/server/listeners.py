@@ -1,10 +1,11 @@
 """Binding TCP addresses and Unix sockets through gRPC, and the warnings about exposed ones and readable secrets."""
 
 import os
+import secrets
 import socket
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dedup_service.config.addresses import Address, reachable_from_other_hosts
@@ -18,6 +19,9 @@ _SOCKET_UMASK = 0o117
 # Binds a target of gRPC and returns its port, or raises RuntimeError.
 AddPort = Callable[[str], int]
 
+# The Unix sockets of this process, each with its device and inode.
+_sockets: dict[Path, tuple[int, int]] = {}
+
 
 def add_listener(add_port: AddPort, address: str, *, reuse_port: bool = False) -> str:
     """Bind one address and return it; port 0 has become a free port.
@@ -27,13 +31,41 @@ def add_listener(add_port: AddPort, address: str, *, reuse_port: bool = False) -
     """
     parsed = Address.parse(address)
     if parsed.socket_path:
-        path = Path(parsed.socket_path)
-        _remove_stale_socket(path)
-        with _umask(_SOCKET_UMASK):
-            _bind(add_port, f"unix:{path}", address)
+        _add_socket(add_port, Path(parsed.socket_path), address)
         return address
     parsed.probe(reuse_port=reuse_port)
     return str(parsed.with_port(_bind(add_port, address, address)))
+
+
+def remove_sockets() -> None:
+    """Remove the Unix sockets of this process, except where another file has their place.
+
+    Called while they still listen: a server that starts meanwhile takes no path over that has a live listener.
+    """
+    while _sockets:
+        path, own = _sockets.popitem()
+        with suppress(OSError):
+            if _identity(path) == own:
+                path.unlink()
+
+
+def _add_socket(add_port: AddPort, path: Path, address: str) -> None:
+    _remove_stale_socket(path)
+    # The engines remove any file at the path they bound when they stop, even the socket of another server. So they bind
+    # a name that nobody else uses, and the socket is renamed.
+    bound = path.with_name(f".{secrets.token_hex(3)}")
+    with _umask(_SOCKET_UMASK):
+        _bind(add_port, f"unix:{bound}", address)
+    try:
+        _sockets[path] = _identity(bound)
+        bound.rename(path)
+    except OSError as error:
+        raise AddressUnavailable(f"cannot listen on {address}: {error.strerror}") from None
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.lstat()
+    return status.st_dev, status.st_ino
 
 
 def _bind(add_port: AddPort, target: str, address: str) -> int:

@@ -36,7 +36,10 @@ def run_server(settings: Settings, *, show_banner: bool = False) -> None:
 
 async def _serve(settings: Settings, announce: Announce, worker: WorkerMetricFiles | None = None) -> None:
     try:
-        await serve(settings, announce, worker)
+        if not await serve(settings, announce, worker):
+            # gRPC would cancel the calls it has not handed over. Without it, their connections end: UNAVAILABLE.
+            sys.stdout.flush()
+            os._exit(0)
     finally:
         ignore_signals()
 

@@ -12,18 +12,30 @@ from grpc_health.v1 import health_pb2
 from dedup_service.api.endpoint import Admission
 from dedup_service.api.errors import ServerStopping, TooManyCalls
 from dedup_service.api.servicer import SERVICE_NAME
-from dedup_service.claims import Applied, CheckFailed, Reason, StoreNotice, StoreRefused, StoreUnavailable
+from dedup_service.claims import (
+    Applied,
+    CheckFailed,
+    ClaimService,
+    Policies,
+    Policy,
+    Reason,
+    StoreNotice,
+    StoreRefused,
+    StoreUnavailable,
+)
 from dedup_service.config.errors import BadSettings, FatalError
 from dedup_service.observability.logs import Logger
-from dedup_service.server import health
+from dedup_service.server import health, life_cycle
+from dedup_service.server.engines import Engine
 from dedup_service.server.health import LIVENESS, READINESS, Health
-from dedup_service.server.life_cycle import _run_until
+from dedup_service.server.life_cycle import _Drain, _run_until
 from tests.support.dict_store import DictStore
 from tests.support.polling import eventually
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 OVERALL = ""
+POLICIES = Policies(Policy(60_000, 60_000, 60_000))
 
 
 def logger() -> Logger:
@@ -347,3 +359,65 @@ async def test_idle_waits_for_the_last_call() -> None:
     admission.enter()
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(admission.idle(), 0.01)
+
+
+class StoppedEngine:
+    """Notes whether it was stopped."""
+
+    def __init__(self, *, cancels_unseen_calls: bool) -> None:
+        self.cancels_unseen_calls = cancels_unseen_calls
+        self.stopped = False
+
+    async def stop(self, _: float | None) -> None:
+        """Note it."""
+        self.stopped = True
+
+
+def a_drain(admission: Admission) -> _Drain:
+    """Return a drain over a dict store."""
+    store = DictStore()
+    return _Drain(Health(store, 1_000, logger()), admission, ClaimService(store, POLICIES), store)
+
+
+@pytest.mark.parametrize("cancels", [True, False])
+@pytest.mark.parametrize("trouble", ["none", "no CPU time", "a call that does not end"])
+async def test_an_engine_is_not_stopped_if_it_might_cancel_calls(
+    monkeypatch: pytest.MonkeyPatch,
+    cancels: bool,  # noqa: FBT001
+    trouble: str,
+) -> None:
+    """After a drain that was late or has left calls, an engine that would cancel calls is left alone.
+
+    Protections: the drain notes pauses that end late, and calls that do not end.
+    """
+    monkeypatch.setattr(life_cycle, "_LATE_S", -1.0 if trouble == "no CPU time" else 1_000.0)
+    monkeypatch.setattr(life_cycle, "_QUIET_TIMEOUT_S", 0.01 if trouble.startswith("a call") else 1_000.0)
+    admission = Admission(1)
+    if trouble.startswith("a call"):
+        admission.enter()
+    drain = a_drain(admission)
+    engine = StoppedEngine(cancels_unseen_calls=cancels)
+    with structlog.testing.capture_logs():
+        await drain.run(10, asyncio.Queue(), logger())
+    await drain.stop(cast("Engine", engine))
+    assert engine.stopped is drain.complete is (trouble == "none" or not cancels)
+
+
+async def test_the_drain_waits_for_calls_that_come_late() -> None:
+    """The engine is stopped only after a while in which no call was rejected.
+
+    Protection: the drain pauses once more after each rejection, and at least once.
+    """
+    admission = Admission(1)
+    drain = a_drain(admission)
+
+    async def call() -> None:
+        for _ in range(3):
+            await asyncio.sleep(life_cycle._QUIET_S / 2)
+            with pytest.raises(ServerStopping):
+                admission.enter()
+
+    admission.close()
+    calls = asyncio.create_task(call())
+    await drain._until_quiet()
+    assert calls.done()

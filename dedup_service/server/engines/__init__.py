@@ -67,6 +67,9 @@ class EngineOptions:
 class Engine(Protocol):
     """Serves the registered services on every address it was given."""
 
+    cancels_unseen_calls: bool
+    """Whether `stop` answers calls that were received and not yet handed over with CANCELLED."""
+
     def listen(self, address: str) -> str:
         """Bind an address before `start`, and return the bound address. Raises AddressUnavailable."""
 
@@ -79,6 +82,8 @@ class Engine(Protocol):
 
 class GrpcioEngine:
     """One server of grpcio for every address."""
+
+    cancels_unseen_calls = True
 
     def __init__(self, register: Register, options: EngineOptions) -> None:
         self._options = options

@@ -37,6 +37,8 @@ class NativeEngine:
     for that limit.
     """
 
+    cancels_unseen_calls = False
+
     def __init__(self, register: Register, options: EngineOptions) -> None:
         self._register = register
         self._options = options

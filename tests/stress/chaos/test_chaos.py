@@ -39,8 +39,21 @@ def test_every_deployment_has_its_turn(seed: int) -> None:
     assert rotation(5, seed) == [(list(DEPLOYMENTS)[seed], 5)]
 
 
+# In `make test`; `make nightly` runs the others too.
+_QUICK = (
+    "any-token-ends",
+    "batch-shifted",
+    "check-then-set",
+    "file-overwritten",
+    "fingerprint-ignored",
+    "wait-claims-nothing",
+)
+
+
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("mutation", MUTATIONS)
+@pytest.mark.parametrize(
+    "mutation", [pytest.param(one, marks=[] if one in _QUICK else pytest.mark.nightly) for one in MUTATIONS]
+)
 def test_a_lost_protection_is_found(mutation: str) -> None:
     """Servers with one protection removed fail the check."""
     seconds, deployment, faults = CAUGHT_IN[mutation]

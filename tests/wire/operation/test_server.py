@@ -126,6 +126,24 @@ def test_a_unix_socket_has_mode_0660_and_is_not_taken_from_a_running_server(
     claim(start_service("--listen", f"unix://{path}", *store), f"{unique}-again")
 
 
+@pytest.mark.parametrize("option", ["--listen", "--health-listen"])
+def test_a_server_removes_its_own_socket_alone(start_service: StartService, tmp_path: Path, option: str) -> None:
+    """At its end a server removes its socket, unless another server has taken over the path.
+
+    Protections: gRPC, which removes any file at the path it bound, binds another one; and the inode is compared.
+    """
+    path = tmp_path / "dedup.sock"
+    arguments = (option, f"unix://{path}", "--store-url", f"sqlite://{tmp_path / 'claims.db'}")
+    first = start_service(*arguments)
+    path.unlink()
+    second = start_service(*arguments)
+    assert first.stop() == 0
+    with grpc.insecure_channel(f"unix://{path}") as channel:
+        health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=60, wait_for_ready=True)
+    assert second.stop() == 0
+    assert list(tmp_path.glob("*sock*")) == list(tmp_path.glob(".*")) == []
+
+
 def test_a_file_at_the_socket_path_is_not_removed(tmp_path: Path, engine: EngineName) -> None:
     """A server does not start if a regular file has the path of its socket."""
     path = tmp_path / "precious"
