@@ -442,7 +442,8 @@ async def test_over_tls(open_store: OpenStore, tmp_path: Path, unique: str) -> N
     deployment = ClusterDeployment(tmp_path, *arguments, replicas=False, tls=True)
     try:
         await asyncio.to_thread(deployment.start)
-        store = await open_store(f"{deployment.url}?ssl_ca_certs={authority_file}")
+        # A handshake takes its time on a loaded machine.
+        store = await open_store(f"{deployment.url}?ssl_ca_certs={authority_file}", timeout_ms=20_000)
         for transaction_id in ids_of(unique):
             assert await store.claim(a_claim(transaction_id), MINUTE) is None
         untrusting = await open_store(deployment.url)

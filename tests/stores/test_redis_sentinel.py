@@ -505,7 +505,8 @@ async def test_sentinels_and_servers_are_asked_over_tls(
     server = start_redis(*(part for name, value in options.items() for part in (f"--{name}", value)), tls=True)
     sentinel = start_sentinel(server.tls_port, *(f"{name} {value}" for name, value in options.items()), tls=True)
     rest = f"/mymaster?ssl_ca_certs={authority_file}"
-    store = await open_store(sentinel_url(sentinel.tls_port, scheme="rediss+sentinel", rest=rest))
+    # A handshake takes its time on a loaded machine.
+    store = await open_store(sentinel_url(sentinel.tls_port, scheme="rediss+sentinel", rest=rest), timeout_ms=20_000)
     assert await store.claim(a_claim(unique), MINUTE) is None
     untrusting = await open_store(sentinel_url(sentinel.tls_port, scheme="rediss+sentinel"))
     assert (await reason_of(untrusting.check()))[0] == "SENTINEL_UNREACHABLE"

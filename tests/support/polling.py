@@ -5,7 +5,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 POLL_S = 0.01
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 
 
 def wait_until(condition: Callable[[], object], deadline_s: float = DEADLINE_S, what: str = "the condition") -> None:

@@ -171,29 +171,29 @@ def with_a_hanging_redis(stage: Stage) -> Generator[None, None, None]:
 
 
 def at_the_in_flight_limit(stage: Stage) -> Generator[None, None, None]:
-    """A service whose in-flight limit of 1 is used up by a waiting call."""
-    service = stage.start("--max-in-flight", "1")
-    assert stage.ask("claim", "order-1234", "--ttl", "1h").returncode == 0
+    """A service whose in-flight limit of 1 is used up by a claim that waits for a hanging Redis."""
+    service = stage.start("--max-in-flight", "1", "--store-timeout", "10m")
+    stage.redis.pause()
     with service.channel() as channel:
         stub = dedup_pb2_grpc.DedupServiceStub(channel)
         request = dedup_pb2.ClaimTransactionRequest(transaction_id="order-1234")
-        request.wait.FromSeconds(100)
-        waiting = stub.ClaimTransaction.future(request, timeout=110)
+        hanging = stub.ClaimTransaction.future(request)
 
         def refused() -> bool:
-            nonlocal waiting
-            if waiting.done():
-                # The waiting call collided with the look-up below and was itself rejected.
-                waiting = stub.ClaimTransaction.future(request, timeout=110)
+            nonlocal hanging
+            if hanging.done():
+                # The claim collided with the look-up below and was itself rejected.
+                hanging = stub.ClaimTransaction.future(request)
             try:
-                stub.GetTransaction(dedup_pb2.GetTransactionRequest(transaction_id="order-1234"), timeout=10)
+                stub.GetTransaction(dedup_pb2.GetTransactionRequest(transaction_id="order-1234"), timeout=1)
             except grpc.RpcError as error:
                 return error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             return False
 
-        wait_until(refused, what="the waiting call to be in flight")
+        wait_until(refused, what="the claim to be in flight")
         yield
-        waiting.cancel()
+        hanging.cancel()
+    stage.redis.resume()
 
 
 def with_a_hot_id(stage: Stage) -> Generator[None, None, None]:

@@ -134,7 +134,7 @@ def test_a_refused_canary_write_is_logged_once(start_redis: StartRedis, start_se
     service = start_service("--store-url", f"redis://limited:pw@127.0.0.1:{redis_server.port}")
     wait_until(lambda: service.events("canary_write_refused"), what="the canary_write_refused event")
     with redis.Redis(port=redis_server.port, protocol=2) as admin:
-        calls = admin.info("commandstats")["cmdstat_time"]["calls"]
-        wait_until(lambda: admin.info("commandstats")["cmdstat_time"]["calls"] >= calls + 3, what="further checks")
+        calls = admin.info("commandstats")["cmdstat_set"]["calls"]
+        wait_until(lambda: admin.info("commandstats")["cmdstat_set"]["calls"] >= calls + 3, what="further checks")
     assert len(service.events("canary_write_refused")) == 1
     assert health_of(service)["status"] == "SERVING"
