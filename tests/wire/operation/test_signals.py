@@ -146,6 +146,21 @@ def test_sighup_during_the_start_is_remembered(start: Start, process: str, sende
     server.ends_well()
 
 
+def test_sighup_reaches_workers_that_have_not_run_a_line_yet(start: Start) -> None:
+    """A worker that receives SIGHUP while its interpreter starts remembers it.
+
+    Protection: workers begin with their signals blocked.
+    """
+    server = start("supervisor")
+    server.until_logged("worker_spawned")
+    while "worker_ready" not in server.text():
+        server.signal(signal.SIGHUP)
+        time.sleep(0.01)
+    server.until_logged("server_started")
+    server.signal(signal.SIGTERM)
+    server.ends_well()
+
+
 def test_sigusr2_during_the_start_of_the_supervisor_is_remembered(start: Start) -> None:
     """The workers are replaced once they are ready."""
     server = start("supervisor", signal_at=f"serve pydantic {signal.SIGUSR2}")
