@@ -125,7 +125,9 @@ func TestCancelledClaimsAreReleased(t *testing.T) {
 			var all sync.WaitGroup
 			for range 50 {
 				id := newID()
-				leaving, leave := context.WithTimeout(ctx, time.Duration(random.IntN(5000))*time.Microsecond)
+				// Not a deadline, which the service would see and refuse as too near.
+				leaving, leave := context.WithCancel(ctx)
+				time.AfterFunc(time.Duration(random.IntN(20_000))*time.Microsecond, leave)
 				all.Add(1)
 				go func() {
 					defer all.Done()
@@ -150,18 +152,51 @@ func TestCancelledClaimsAreReleased(t *testing.T) {
 	})
 }
 
-func TestCancelledClaimIsReleasedOnceAndOnlyIfItMayHold(t *testing.T) {
+// The claim is made, its reply is lost, and its caller leaves.
+func TestClaimWithALostReplyIsReleasedOnceItsCallerLeaves(t *testing.T) {
+	onEachStore(t, func(t *testing.T, server *servertest.Server) {
+		proxy := servertest.StartProxy(t, server.Target)
+		client, direct := newClient(t, proxy.Target), newClient(t, server.Target)
+		mustClaim(t, client, newID()) // Connect.
+		id := newID()
+		leaving, leave := context.WithCancel(ctx)
+		proxy.SwallowReplies(true)
+		failure := make(chan error, 1)
+		go func() {
+			_, err := client.Claim(leaving, id)
+			failure <- err
+		}()
+		held(t, direct, id)
+		leave()
+		if err := <-failure; !errors.Is(err, context.Canceled) {
+			t.Errorf("%v", err)
+		}
+		proxy.SwallowReplies(false)
+		proxy.Cut() // The connection lost bytes and is unusable.
+		servertest.Eventually(t, "the transaction is free", func() bool {
+			_, err := direct.Get(ctx, id)
+			return errors.Is(err, dedup.ErrNotFound)
+		})
+	})
+}
+
+func TestCancelledClaimIsReleasedOnlyIfItMayHold(t *testing.T) {
+	released := func(int) (*dedupv1.ReleaseTransactionResponse, error) {
+		return &dedupv1.ReleaseTransactionResponse{Outcome: dedupv1.ReleaseOutcome_RELEASE_OUTCOME_RELEASED}, nil
+	}
 	for name, c := range map[string]struct {
 		failure  error
 		opts     []dedup.CallOption
+		release  func(int) (*dedupv1.ReleaseTransactionResponse, error) // nil: NOT_HELD
 		released int
 	}{
-		"unknown":        {status.Error(codes.Canceled, "cancelled"), nil, 1},
-		"not applied":    {serviceError(codes.Unavailable, "STORE_REFUSED", "no"), nil, 0},
-		"caller's token": {status.Error(codes.Canceled, "cancelled"), []dedup.CallOption{dedup.Token("shared-0123456789")}, 0},
+		"held":           {status.Error(codes.Canceled, "cancelled"), nil, released, 1},
+		"not held yet":   {status.Error(codes.Canceled, "cancelled"), nil, nil, 2},
+		"not applied":    {serviceError(codes.Unavailable, "STORE_REFUSED", "no"), nil, released, 0},
+		"caller's token": {status.Error(codes.Canceled, "cancelled"), []dedup.CallOption{dedup.Token("shared-0123456789")}, released, 0},
 	} {
 		leaving, leave := context.WithCancel(ctx)
-		s := &script{claim: func(context.Context, int) (*dedupv1.ClaimTransactionResponse, error) {
+		s := &script{release: c.release, claim: func(context.Context, int) (*dedupv1.ClaimTransactionResponse, error) {
 			leave()
 			return nil, c.failure
 		}}

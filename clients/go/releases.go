@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"sync"
+	"time"
 
 	"github.com/dedup-service/dedup-service/clients/go/dedupv1"
 )
@@ -44,7 +45,13 @@ func (c *Client) abandon(ctx context.Context, r *dedupv1.ClaimTransactionRequest
 	// The budget is the default, not the rest of the caller's deadline.
 	ctx = context.WithoutCancel(ctx)
 	if !c.releases.start(func() {
-		if err := claim.Release(ctx); err != nil && !errors.Is(err, ErrNotHeld) {
+		err := claim.Release(ctx)
+		if errors.Is(err, ErrNotHeld) {
+			// The service may receive the claim after its release.
+			time.Sleep(c.settings.backoffBase)
+			err = claim.Release(ctx)
+		}
+		if err != nil && !errors.Is(err, ErrNotHeld) {
 			c.notReleased(ctx, claim, err)
 		}
 	}) {
