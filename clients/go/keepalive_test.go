@@ -190,7 +190,9 @@ func TestNotHeldIsLostAtOnce(t *testing.T) {
 			return dedupv1.ExtendOutcome_EXTEND_OUTCOME_NOT_HELD, nil
 		}}
 		claim := s.claim(t, s.client(t, 0), time.Minute)
-		ctx, stop := claim.KeepAlive(t.Context())
+		limited, cancel := context.WithTimeout(t.Context(), time.Hour)
+		defer cancel()
+		ctx, stop := claim.KeepAlive(limited)
 		defer stop()
 		<-ctx.Done()
 		if context.Cause(ctx) != ErrClaimLost || s.elapsed() != 20*time.Second {
@@ -217,7 +219,9 @@ func TestReplayedClaimIsExtendedAtOnce(t *testing.T) {
 func TestMaxHoldEndsTheExtensions(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &leased{}
-		ctx, stop := s.claim(t, s.client(t, 0), time.Minute).KeepAlive(t.Context(), MaxHold(90*time.Second))
+		limited, cancel := context.WithTimeout(t.Context(), time.Hour)
+		defer cancel()
+		ctx, stop := s.claim(t, s.client(t, 0), time.Minute).KeepAlive(limited, MaxHold(90*time.Second))
 		defer stop()
 		<-ctx.Done()
 		// Extensions at 20 s (to 80 s) and at 40 s (to 90 s); the last tenth of the lease remains.

@@ -133,12 +133,11 @@ func idOf(t *testing.T, g *guard, method, sent string, keys ...string) (string, 
 	r := httptest.NewRequest(method, "/", nil)
 	r.RequestURI = sent
 	r.URL.Path = "/changed/by/a/mount"
-	r.Header[KeyHeader] = keys
-	target, err := targetOf(r)
-	if err != nil {
-		return "", err
+	if len(keys) > 0 {
+		r.Header[KeyHeader] = keys
 	}
-	return g.idOf(r, target)
+	id, _, err := g.identify(r)
+	return id, err
 }
 
 func TestIdentitiesMatchTheSharedFile(t *testing.T) {
@@ -155,6 +154,9 @@ func TestIdentitiesMatchTheSharedFile(t *testing.T) {
 	for _, c := range golden.InvalidIdentities {
 		if id, err := idOf(t, g, c.Method, c.Target, c.Header); err == nil {
 			t.Errorf("%s %s (%s): %q", c.Method, c.Target, c.Why, id)
+		}
+		if id, err := idOf(t, g, c.Method, c.Target); err != nil || id != "" {
+			t.Errorf("%s %s without a key: %q, %v", c.Method, c.Target, id, err)
 		}
 	}
 }

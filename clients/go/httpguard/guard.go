@@ -174,12 +174,7 @@ func (g *guard) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		g.next.ServeHTTP(w, r)
 		return
 	}
-	target, err := targetOf(r)
-	if err != nil {
-		write(w, keyInvalid)
-		return
-	}
-	id, err := g.idOf(r, target)
+	id, target, err := g.identify(r)
 	switch {
 	case err != nil, id == "" && g.requireKey:
 		write(w, keyInvalid)
@@ -228,20 +223,27 @@ func targetOf(r *http.Request) (target, error) {
 	return target{path, query}, nil
 }
 
-// idOf returns the transaction id, or an empty one for a request without a key.
-func (g *guard) idOf(r *http.Request, t target) (string, error) {
+// identify returns the transaction id and the target. The id of a request without a key is empty.
+func (g *guard) identify(r *http.Request) (id string, t target, err error) {
 	if g.key != nil {
-		return g.key(r)
+		if id, err = g.key(r); id != "" && err == nil {
+			t, err = targetOf(r)
+		}
+		return id, t, err
 	}
 	values := r.Header.Values(KeyHeader)
 	if len(values) == 0 {
-		return "", nil
+		return "", t, nil
 	}
 	key, err := identity.Key(values)
 	if err != nil {
-		return "", err
+		return "", t, err
 	}
-	return dedup.TransactionID("http", g.caller(r), r.Method, t.path, key)
+	if t, err = targetOf(r); err != nil {
+		return "", t, err
+	}
+	id, err = dedup.TransactionID("http", g.caller(r), r.Method, t.path, key)
+	return id, t, err
 }
 
 // run runs the handler and records its response. A panic continues and keeps the claim.
