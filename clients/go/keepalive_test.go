@@ -175,6 +175,7 @@ func TestClaimIsExtendedUntilItsEnd(t *testing.T) {
 			if errors.Is(context.Cause(ctx), ErrClaimLost) {
 				t.Errorf("%s: lost", name)
 			}
+			time.Sleep(time.Hour)
 			stop()
 			time.Sleep(time.Hour)
 			if got := s.extensions(); len(got) != 7 || !errors.Is(context.Cause(ctx), context.Canceled) {

@@ -293,7 +293,10 @@ func TestHandlerHearsOfTheLostClaim(t *testing.T) {
 	cause := make(chan error, 1)
 	server := serve(t, guard, func(_ http.ResponseWriter, r *http.Request) {
 		guard.Service.Advance(time.Hour) // The claim expires.
-		<-r.Context().Done()
+		select {
+		case <-r.Context().Done():
+		case <-time.After(30 * time.Second):
+		}
 		cause <- context.Cause(r.Context())
 	}, httpguard.WithCallOptions(dedup.TTL(300*time.Millisecond)))
 	wantProblem(t, post(t, server, "k", ""), http.StatusConflict)
