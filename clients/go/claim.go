@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/dedup-service/dedup-service/clients/go/dedupv1"
@@ -31,6 +32,23 @@ type Claim struct {
 	client        *Client
 	id, namespace string
 	lease         *lease // nil for a claim that cannot be kept alive
+	ended         *atomic.Bool
+}
+
+// Ended reports whether Complete or Release was called. Guards leave such a claim alone.
+func (c *Claim) Ended() bool { return c.ended.Load() }
+
+type claimKey struct{}
+
+// NewContext returns a copy of ctx with the claim. The guards call it for their handlers.
+func NewContext(ctx context.Context, c *Claim) context.Context {
+	return context.WithValue(ctx, claimKey{}, c)
+}
+
+// FromContext returns the claim of a guarded handler, or nil.
+func FromContext(ctx context.Context) *Claim {
+	c, _ := ctx.Value(claimKey{}).(*Claim)
+	return c
 }
 
 // Complete marks the work as done and stores the result for later duplicates. It ends [Claim.KeepAlive] and, within one
@@ -39,11 +57,11 @@ type Claim struct {
 // The error matches ErrNotHeld if the claim is no longer held, and ErrResultNotStored if the transaction is completed
 // but the service rejected the result. Repeating Complete with the same result is safe.
 func (c *Claim) Complete(ctx context.Context, result []byte, opts ...CompleteOption) error {
+	c.end()
 	if c.FailOpen {
 		c.skipped(ctx, "complete")
 		return nil
 	}
-	c.endKeepAlive()
 	ctx, cancel := c.client.finishing(ctx)
 	defer cancel()
 	request := &dedupv1.CompleteTransactionRequest{
@@ -99,11 +117,11 @@ func (c *Claim) complete(ctx context.Context, request *dedupv1.CompleteTransacti
 // The error matches ErrNotHeld if the claim is no longer held, but is nil if the reply of an earlier attempt was lost,
 // because that attempt may have released the claim.
 func (c *Claim) Release(ctx context.Context) error {
+	c.end()
 	if c.FailOpen {
 		c.skipped(ctx, "release")
 		return nil
 	}
-	c.endKeepAlive()
 	ctx, cancel := c.client.finishing(ctx)
 	defer cancel()
 	request := &dedupv1.ReleaseTransactionRequest{TransactionId: c.id, Namespace: c.namespace, ClaimToken: c.Token}
@@ -163,7 +181,8 @@ func (c *Claim) Extend(ctx context.Context, ttl time.Duration) (time.Time, error
 	}
 }
 
-func (c *Claim) endKeepAlive() {
+func (c *Claim) end() {
+	c.ended.Store(true)
 	if c.lease != nil {
 		c.client.keeper.end(c.lease)
 	}

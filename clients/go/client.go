@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"log/slog"
+	"sync/atomic"
 	"time"
 	"unicode/utf8"
 
@@ -131,6 +132,7 @@ func (c *Client) Claim(ctx context.Context, id string, opts ...CallOption) (*Cla
 			client:          c,
 			id:              id,
 			namespace:       request.GetNamespace(),
+			ended:           &atomic.Bool{},
 		}
 		if claim.Replayed {
 			sent = first
@@ -193,6 +195,7 @@ func (c *Client) failOpen(ctx context.Context, r *dedupv1.ClaimTransactionReques
 		client:      c,
 		id:          r.GetTransactionId(),
 		namespace:   r.GetNamespace(),
+		ended:       &atomic.Bool{},
 	}
 	c.settings.logger.LogAttrs(ctx, slog.LevelWarn, "dedup: service unavailable, claim granted without it (fail open)",
 		slog.String("transaction", hashed(claim.id)), slog.String("code", cause.Code.String()),

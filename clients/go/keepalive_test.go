@@ -9,6 +9,7 @@ import (
 	"math"
 	"os"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -332,7 +333,7 @@ func TestClaimsWithAFixedEndOrWithoutAClaimAreNotExtended(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for name, claim := range map[string]*Claim{"expire time": fixed, "fail open": {FailOpen: true, client: client}} {
+		for name, claim := range map[string]*Claim{"expire time": fixed, "fail open": {FailOpen: true, client: client, ended: &atomic.Bool{}}} {
 			ctx, stop := claim.KeepAlive(t.Context())
 			time.Sleep(2 * time.Minute)
 			if got := s.extensions(); len(got) != 0 || ctx.Err() != nil {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/dedup-service/dedup-service/clients/go/dedupv1"
@@ -41,7 +42,9 @@ func (r *releases) close() {
 
 // abandon releases, in the background, what a cancelled call may have claimed.
 func (c *Client) abandon(ctx context.Context, r *dedupv1.ClaimTransactionRequest) {
-	claim := &Claim{Token: r.GetClaimToken(), client: c, id: r.GetTransactionId(), namespace: r.GetNamespace()}
+	claim := &Claim{
+		Token: r.GetClaimToken(), client: c, id: r.GetTransactionId(), namespace: r.GetNamespace(), ended: &atomic.Bool{},
+	}
 	// The budget is the default, not the rest of the caller's deadline.
 	ctx = context.WithoutCancel(ctx)
 	if !c.releases.start(func() {

@@ -14,7 +14,8 @@
 //   - While the dedup service is unavailable, calls receive UNAVAILABLE.
 //
 // Calls without the metadata are not guarded. The claim is kept alive while the handler runs. If it is lost, the
-// handler's context ends and context.Cause returns dedup.ErrClaimLost.
+// handler's context ends and context.Cause returns dedup.ErrClaimLost. dedup.FromContext returns the claim, such as to see
+// FailOpen; a claim the handler completes or releases is left alone.
 package grpcguard
 
 import (
@@ -188,13 +189,16 @@ func fingerprintOf(fullMethod string, request any) []byte {
 
 // run runs the handler and records its reply. A panic continues and keeps the claim.
 func (g *guard) run(ctx context.Context, request any, handler grpc.UnaryHandler, claim *dedup.Claim) (any, error) {
-	kept := ctx
+	work := dedup.NewContext(ctx, claim)
 	if !g.noKeepAlive {
 		var stop context.CancelFunc
-		kept, stop = claim.KeepAlive(ctx, g.maxHold)
+		work, stop = claim.KeepAlive(work, g.maxHold)
 		defer stop()
 	}
-	reply, err := handler(kept, request)
+	reply, err := handler(work, request)
+	if claim.Ended() { // By the handler.
+		return reply, err
+	}
 	var endErr error
 	switch g.outcome(status.Code(err)) {
 	case dedup.Complete:

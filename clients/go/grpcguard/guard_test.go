@@ -314,3 +314,14 @@ func TestUnavailableServiceNeverRunsTheHandler(t *testing.T) {
 		t.Errorf("fail open: %+v", got)
 	}
 }
+
+func TestClaimTheHandlerEndedIsLeftAlone(t *testing.T) {
+	client := serve(t, deduptest.NewGuard(), &handler{wait: func(ctx context.Context) error {
+		return dedup.FromContext(ctx).Release(ctx)
+	}})
+	for run := byte(1); run <= 2; run++ {
+		if got := call(client, "k", "a"); got.run != run || got.replayed {
+			t.Errorf("%+v, want run %d", got, run)
+		}
+	}
+}

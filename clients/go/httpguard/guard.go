@@ -14,7 +14,8 @@
 //   - While the dedup service is unavailable, requests receive 503.
 //
 // The claim is kept alive while the handler runs. If it is lost, the request's context ends and context.Cause returns
-// dedup.ErrClaimLost.
+// dedup.ErrClaimLost. dedup.FromContext returns the claim, such as to see FailOpen; a claim the handler completes or
+// releases is left alone.
 package httpguard
 
 import (
@@ -249,14 +250,20 @@ func (g *guard) identify(r *http.Request) (id string, t target, err error) {
 // run runs the handler and records its response. A panic continues and keeps the claim.
 func (g *guard) run(w http.ResponseWriter, r *http.Request, claim *dedup.Claim) {
 	ctx := r.Context()
+	work := dedup.NewContext(ctx, claim)
 	if !g.noKeepAlive {
-		kept, stop := claim.KeepAlive(ctx, g.maxHold)
+		var stop context.CancelFunc
+		work, stop = claim.KeepAlive(work, g.maxHold)
 		defer stop()
-		r = r.WithContext(kept)
 	}
+	r = r.WithContext(work)
 	recorder := &recorder{to: w, limit: g.maxResultBytes, stored: g.storedHeaders}
 	g.next.ServeHTTP(recorder, r)
-	if recorder.status == 0 && r.Context().Err() != nil {
+	if claim.Ended() { // By the handler.
+		recorder.flush()
+		return
+	}
+	if recorder.status == 0 && work.Err() != nil {
 		// The handler gave up without a response, which is not a success: its effect is unknown.
 		write(w, inProgress)
 		return

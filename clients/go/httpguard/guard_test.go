@@ -481,3 +481,33 @@ func TestCompletionByOtherCodeIsNotReplayed(t *testing.T) {
 		wantProblem(t, post(t, serve(t, guard, func(http.ResponseWriter, *http.Request) { t.Error("ran") }, key), "", ""), http.StatusGone)
 	}
 }
+
+func TestClaimTheHandlerEndedIsLeftAlone(t *testing.T) {
+	var runs atomic.Int32
+	server := serve(t, deduptest.NewGuard(), func(w http.ResponseWriter, r *http.Request) {
+		runs.Add(1)
+		if err := dedup.FromContext(r.Context()).Release(r.Context()); err != nil {
+			t.Error(err)
+		}
+		_, _ = w.Write([]byte("nothing was done"))
+	})
+	for range 2 {
+		if r := post(t, server, "k", ""); r.body != "nothing was done" || r.Header.Get(httpguard.ReplayedHeader) != "" {
+			t.Errorf("%d %s", r.StatusCode, r.body)
+		}
+	}
+	if runs.Load() != 2 {
+		t.Errorf("%d runs", runs.Load())
+	}
+}
+
+func TestFailOpenIsMarkedForTheHandler(t *testing.T) {
+	guard := deduptest.NewGuard(dedup.WithBudget(20 * time.Millisecond))
+	guard.Service.SetUnavailable(true)
+	server := serve(t, guard, func(w http.ResponseWriter, r *http.Request) {
+		_, _ = fmt.Fprint(w, dedup.FromContext(r.Context()).FailOpen)
+	}, httpguard.WithCallOptions(dedup.OnUnavailable(dedup.Allow)))
+	if r := post(t, server, "k", ""); r.body != "true" {
+		t.Errorf("%d %s", r.StatusCode, r.body)
+	}
+}
