@@ -5,6 +5,8 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"log/slog"
+	"sync/atomic"
+	"time"
 	"unicode/utf8"
 
 	"google.golang.org/grpc"
@@ -28,6 +30,8 @@ type Client struct {
 	stub      dedupv1.DedupServiceClient
 	conn      *grpc.ClientConn // nil for NewFromStub
 	coalescer *coalescer       // nil unless WithCoalescing is set
+	keeper    *keeper
+	releases  releases
 }
 
 // New returns a client for the service at target: "host:port", "unix:///path" or any other gRPC target.
@@ -42,7 +46,7 @@ func New(target string, opts ...Option) (*Client, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := newClient(dedupv1.NewDedupServiceClient(conn), s)
+	c := newClient(dedupv1.NewDedupServiceClient(tracked{conn}), s)
 	c.conn = conn
 	return c, nil
 }
@@ -58,15 +62,18 @@ func NewFromStub(stub dedupv1.DedupServiceClient, opts ...Option) (*Client, erro
 }
 
 func newClient(stub dedupv1.DedupServiceClient, s settings) *Client {
-	c := &Client{settings: s, stub: stub}
+	c := &Client{settings: s, stub: stub, keeper: newKeeper(stub, s.attemptTimeout)}
 	if s.maxBatch > 0 {
 		c.coalescer = &coalescer{stub: stub, maxBatch: s.maxBatch, maxDelay: s.maxDelay, expected: s.maxBatch}
 	}
 	return c
 }
 
-// Close closes the connection; in-flight calls fail.
+// Close closes the connection; in-flight calls fail, and contexts of [Claim.KeepAlive] end with [ErrClaimLost]. It first
+// waits, at most one budget, for the release of cancelled claims.
 func (c *Client) Close() error {
+	c.keeper.close()
+	c.releases.close()
 	if c.conn == nil {
 		return nil
 	}
@@ -82,7 +89,8 @@ func (c *Client) Claim(ctx context.Context, id string, opts ...CallOption) (*Cla
 	c.apply(&call, opts)
 	request := &call.request
 	request.TransactionId = id
-	if request.ClaimToken == "" {
+	ownToken := request.ClaimToken == ""
+	if ownToken {
 		request.ClaimToken = newToken()
 	}
 	if err := checkText(request); err != nil {
@@ -94,7 +102,12 @@ func (c *Client) Claim(ctx context.Context, id string, opts ...CallOption) (*Cla
 		send = c.coalescer.claim
 	}
 	var reply *dedupv1.ClaimTransactionResponse
+	var first, sent time.Time
 	_, failure := c.call(ctx, wait, func(ctx context.Context) (err error) {
+		sent = time.Now()
+		if first.IsZero() {
+			first = sent
+		}
 		reply, err = send(ctx, request)
 		return err
 	})
@@ -102,12 +115,16 @@ func (c *Client) Claim(ctx context.Context, id string, opts ...CallOption) (*Cla
 		if call.policy == Allow && failure.unavailable() {
 			return c.failOpen(ctx, request, failure), nil
 		}
+		// The caller of a cancelled claim does no work. A token of its own may hold the claim for it elsewhere.
+		if ctx.Err() != nil && failure.Applied != AppliedNo && ownToken {
+			c.abandon(ctx, request)
+		}
 		return nil, failure
 	}
 	transaction := fromProto(reply.GetTransaction())
 	switch outcome := reply.GetOutcome(); outcome {
 	case dedupv1.ClaimOutcome_CLAIM_OUTCOME_CLAIMED:
-		return &Claim{
+		claim := &Claim{
 			Transaction:     transaction,
 			Token:           request.GetClaimToken(),
 			Replayed:        reply.GetReplayed(),
@@ -115,7 +132,19 @@ func (c *Client) Claim(ctx context.Context, id string, opts ...CallOption) (*Cla
 			client:          c,
 			id:              id,
 			namespace:       request.GetNamespace(),
-		}, nil
+			ended:           &atomic.Bool{},
+		}
+		if claim.Replayed {
+			sent = first
+		}
+		if wait > 0 {
+			// The claim was made at the end of the wait; only the reply's way is unknown.
+			if latest := time.Now().Add(-c.settings.attemptTimeout); latest.After(sent) {
+				sent = latest
+			}
+		}
+		claim.lease = newLease(claim, request, sent)
+		return claim, nil
 	case dedupv1.ClaimOutcome_CLAIM_OUTCOME_DUPLICATE:
 		return nil, &DuplicateError{Transaction: transaction}
 	case dedupv1.ClaimOutcome_CLAIM_OUTCOME_PAYLOAD_MISMATCH:
@@ -166,6 +195,7 @@ func (c *Client) failOpen(ctx context.Context, r *dedupv1.ClaimTransactionReques
 		client:      c,
 		id:          r.GetTransactionId(),
 		namespace:   r.GetNamespace(),
+		ended:       &atomic.Bool{},
 	}
 	c.settings.logger.LogAttrs(ctx, slog.LevelWarn, "dedup: service unavailable, claim granted without it (fail open)",
 		slog.String("transaction", hashed(claim.id)), slog.String("code", cause.Code.String()),

@@ -53,6 +53,11 @@ func (b *batches) BatchClaimTransactions(ctx context.Context, r *dedupv1.BatchCl
 	return reply, nil
 }
 
+// ReleaseTransaction reports that nothing is held.
+func (*batches) ReleaseTransaction(context.Context, *dedupv1.ReleaseTransactionRequest, ...grpc.CallOption) (*dedupv1.ReleaseTransactionResponse, error) {
+	return &dedupv1.ReleaseTransactionResponse{Outcome: dedupv1.ReleaseOutcome_RELEASE_OUTCOME_NOT_HELD}, nil
+}
+
 func coalescing(t *testing.T, b *batches, maxBatch int, maxDelay time.Duration) *dedup.Client {
 	t.Helper()
 	client, err := dedup.NewFromStub(b, dedup.WithCoalescing(maxBatch, maxDelay),

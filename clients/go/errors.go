@@ -21,6 +21,10 @@ var (
 	ErrUnavailable = errors.New("dedup: service unavailable")
 	// ErrNotHeld means that the claim expired, or was released, completed or taken by another caller. Nothing changed.
 	ErrNotHeld = errors.New("dedup: the claim is not held")
+	// ErrClaimLost is the cause of a context of [Claim.KeepAlive] whose claim was lost: another caller may get it.
+	ErrClaimLost = errors.New("dedup: the claim was lost")
+	// ErrResultNotStored means that the transaction is completed, but without its result, which is too large.
+	ErrResultNotStored = errors.New("dedup: completed without the result")
 	// ErrNotFound matches the [*Error] of a Get of an unclaimed transaction.
 	ErrNotFound = errors.New("dedup: transaction not found")
 )
@@ -139,13 +143,18 @@ func (e *Error) retryable() bool {
 	return e.unavailable() && (e.Code == codes.DeadlineExceeded || e.Reason == "" || e.retryInfo)
 }
 
-// newError reads the details of a gRPC error. Without ErrorInfo the call may have been applied.
+// newError reads the details of a gRPC error. Without ErrorInfo a call that was sent may have been applied.
 func newError(err error) *Error {
+	applied := AppliedUnknown
+	var unsent *unsentError
+	if errors.As(err, &unsent) {
+		applied, err = AppliedNo, unsent.cause
+	}
 	s, ok := status.FromError(err)
 	if !ok {
 		s = status.FromContextError(err)
 	}
-	e := &Error{Code: s.Code(), Message: s.Message(), Applied: AppliedUnknown, status: s}
+	e := &Error{Code: s.Code(), Message: s.Message(), Applied: applied, status: s}
 	for _, detail := range s.Details() {
 		switch detail := detail.(type) {
 		case *errdetails.ErrorInfo:

@@ -97,13 +97,9 @@ func Example_middleware() {
 	}
 
 	mux := http.NewServeMux()
-	guarded := httpguard.New(client, httpguard.WithKey(func(r *http.Request) (string, error) {
-		key := r.Header.Get(httpguard.KeyHeader)
-		if key == "" {
-			return "", nil
-		}
-		// The account is part of the id, so no caller receives the response of another.
-		return dedup.TransactionID("pay", r.Header.Get("X-Account"), key)
+	guarded := httpguard.New(client, httpguard.WithCaller(func(r *http.Request) string {
+		// No caller receives the response of another.
+		return r.Header.Get("X-Account")
 	}))
 	mux.Handle("POST /pay", guarded(http.HandlerFunc(pay)))
 
@@ -117,6 +113,62 @@ func Example_middleware() {
 	// Output:
 	// 200 paid 5, replayed: ""
 	// 200 paid 5, replayed: "true"
+}
+
+func Example_outcome() {
+	guarded := httpguard.New(deduptest.NewGuard(),
+		httpguard.WithOutcome(func(status int) dedup.Outcome {
+			if status == http.StatusPaymentRequired {
+				return dedup.Keep
+			}
+			return httpguard.OutcomeOf(status)
+		}),
+	)(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusPaymentRequired) }))
+	for range 2 {
+		r := httptest.NewRequest(http.MethodPost, "/pay", nil)
+		r.Header.Set(httpguard.KeyHeader, "k1")
+		w := httptest.NewRecorder()
+		guarded.ServeHTTP(w, r)
+		fmt.Println(w.Code)
+	}
+	// Output:
+	// 402
+	// 409
+}
+
+func ExampleClaim_KeepAlive() {
+	fmt.Println(monthlyReport(context.Background(), deduptest.NewGuard()))
+	// Output: <nil>
+}
+
+func monthlyReport(ctx context.Context, guard dedup.Guard) error {
+	claim, err := guard.Claim(ctx, "report:2025-11", dedup.TTL(time.Minute))
+	if err != nil {
+		return err
+	}
+	ctx, stop := claim.KeepAlive(ctx, dedup.MaxHold(10*time.Minute))
+	defer stop()
+	result, err := report(ctx)
+	if errors.Is(context.Cause(ctx), dedup.ErrClaimLost) {
+		return context.Cause(ctx) // Another caller may do the work.
+	}
+	if err != nil {
+		return err // The effect is unknown: the claim expires.
+	}
+	return claim.Complete(ctx, result)
+}
+
+func report(context.Context) ([]byte, error) { return []byte("reports/2025-11.pdf"), nil }
+
+func Example_roundRobin() {
+	client, err := dedup.New("dns:///dedup:50051", dedup.WithDialOptions(
+		grpc.WithDefaultServiceConfig(`{"loadBalancingConfig": [{"round_robin": {}}]}`),
+	))
+	if err != nil {
+		log.Fatal(err)
+	}
+	_ = client.Close()
+	// Output:
 }
 
 func Example_correlationID() {

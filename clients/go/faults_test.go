@@ -196,7 +196,7 @@ func TestUnreachableServerIsUnavailable(t *testing.T) {
 	client := newClient(t, proxy.Target, dedup.WithBudget(300*time.Millisecond))
 	_, err := client.Claim(ctx, newID())
 	var e *dedup.Error
-	if !errors.Is(err, dedup.ErrUnavailable) || !errors.As(err, &e) || e.Applied != dedup.AppliedUnknown {
+	if !errors.Is(err, dedup.ErrUnavailable) || !errors.As(err, &e) || e.Applied != dedup.AppliedNo {
 		t.Errorf("denied: %v", err)
 	}
 	if claim := mustClaim(t, client, newID(), dedup.OnUnavailable(dedup.Allow)); !claim.FailOpen {

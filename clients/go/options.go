@@ -25,6 +25,8 @@ const (
 
 	// maxBatchEntries is the contract's limit for a batch.
 	maxBatchEntries = 1000
+	// maxResultBytes is the largest result that any service can be configured to keep.
+	maxResultBytes = 1 << 20
 )
 
 // Option configures a [Client].
@@ -77,6 +79,7 @@ func (s *settings) dial() []grpc.DialOption {
 			Backoff:           backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second},
 			MinConnectTimeout: 5 * time.Second,
 		}),
+		grpc.WithStatsHandler(progressHandler{}),
 		// 1,000 results exceed gRPC's default of 4 MiB.
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(math.MaxInt32)),
 	}, s.dialOptions...)

@@ -70,7 +70,22 @@ func (c *Client) withBudget(ctx context.Context, wait time.Duration) (context.Co
 	return context.WithTimeout(ctx, budget+wait)
 }
 
+// finishing returns a context for a call after the work, which must not be lost with its caller's context.
+func (c *Client) finishing(ctx context.Context) (context.Context, context.CancelFunc) {
+	budget := c.settings.budget
+	if budget == 0 {
+		budget = defaultBudget
+		if deadline, ok := ctx.Deadline(); ok {
+			budget = max(budget, time.Until(deadline))
+		}
+	}
+	return context.WithTimeout(context.WithoutCancel(ctx), budget)
+}
+
 func (c *Client) attempt(ctx context.Context, wait time.Duration, attempt func(context.Context) error) error {
+	if err := ctx.Err(); err != nil {
+		return &unsentError{status.FromContextError(err).Err()}
+	}
 	ctx, cancel := context.WithTimeout(ctx, c.settings.attemptTimeout+wait)
 	defer cancel()
 	return attempt(ctx)

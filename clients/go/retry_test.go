@@ -44,8 +44,14 @@ func (s *script) ClaimTransaction(ctx context.Context, r *dedupv1.ClaimTransacti
 }
 
 func (s *script) ReleaseTransaction(context.Context, *dedupv1.ReleaseTransactionRequest, ...grpc.CallOption) (*dedupv1.ReleaseTransactionResponse, error) {
+	s.mu.Lock()
 	s.released++
-	return s.release(s.released)
+	released := s.released
+	s.mu.Unlock()
+	if s.release == nil {
+		return &dedupv1.ReleaseTransactionResponse{Outcome: dedupv1.ReleaseOutcome_RELEASE_OUTCOME_NOT_HELD}, nil
+	}
+	return s.release(released)
 }
 
 func (s *script) CompleteTransaction(context.Context, *dedupv1.CompleteTransactionRequest, ...grpc.CallOption) (*dedupv1.CompleteTransactionResponse, error) {

@@ -1,6 +1,9 @@
 package dedup
 
 import (
+	"cmp"
+	"fmt"
+	"log/slog"
 	"time"
 
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -52,6 +55,20 @@ type Transaction struct {
 	CompletionTime time.Time
 	// Result is byte for byte the holder's.
 	Result []byte
+}
+
+// String returns the hashed id and the state, because an id may identify a user.
+func (t Transaction) String() string {
+	return fmt.Sprintf("transaction %s in %s, %v", hashed(t.ID), cmp.Or(t.Namespace, "default"), t.State)
+}
+
+// GoString returns the same text as String.
+func (t Transaction) GoString() string { return t.String() }
+
+// LogValue returns the hashed id, the namespace and the state.
+func (t Transaction) LogValue() slog.Value {
+	return slog.GroupValue(slog.String("transaction", hashed(t.ID)), slog.String("namespace", cmp.Or(t.Namespace, "default")),
+		slog.String("state", t.State.String()))
 }
 
 func fromProto(t *dedupv1.Transaction) Transaction {

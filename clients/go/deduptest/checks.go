@@ -83,7 +83,7 @@ func checkClaim(r *dedupv1.ClaimTransactionRequest) error {
 }
 
 // expiry returns the end of a claim, by ttl, by at, or by the default.
-func expiry(now time.Time, ttl *durationpb.Duration, at *timestamppb.Timestamp, byDefault time.Duration) (time.Time, error) {
+func expiry(now time.Time, ttl *durationpb.Duration, at *timestamppb.Timestamp, byDefault, longest time.Duration) (time.Time, error) {
 	field, d := "ttl", byDefault
 	switch {
 	case ttl != nil:
@@ -91,8 +91,8 @@ func expiry(now time.Time, ttl *durationpb.Duration, at *timestamppb.Timestamp, 
 	case at != nil:
 		field, d = "expire_time", at.AsTime().Sub(now)
 	}
-	if d < time.Millisecond || d > maxTTL || d%time.Millisecond != 0 {
-		return time.Time{}, errInvalid(field, "must be in whole milliseconds, in the future and at most 7 days away")
+	if d < time.Millisecond || d > longest || d%time.Millisecond != 0 {
+		return time.Time{}, errInvalid(field, "must be in whole milliseconds, in the future and at most "+longest.String()+" away")
 	}
 	return now.Add(d), nil
 }

@@ -2,6 +2,7 @@ package deduptest
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"sync"
 	"time"
@@ -34,6 +35,18 @@ type Service struct {
 	offset  time.Duration
 	down    bool
 	records map[key]*record
+	// policies has the rules of namespaces; of others, the defaults.
+	policies map[string]Policy
+}
+
+// Policy has the rules of a namespace. The service's default replaces a field that is 0.
+type Policy struct {
+	// TTL is the lifetime of a claim that requests none, MaxTTL the longest that a claim may request.
+	TTL, MaxTTL time.Duration
+	// Retention is how long a completed transaction is kept.
+	Retention time.Duration
+	// Shadow grants duplicates and marks them.
+	Shadow bool
 }
 
 type key struct{ namespace, id string }
@@ -47,7 +60,7 @@ type record struct {
 
 // NewService returns a service without claims that uses the system clock.
 func NewService() *Service {
-	return &Service{now: time.Now, records: map[key]*record{}}
+	return &Service{now: time.Now, records: map[key]*record{}, policies: map[string]Policy{}}
 }
 
 // SetClock replaces the clock and undoes earlier calls of Advance.
@@ -62,6 +75,19 @@ func (s *Service) Advance(d time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.offset += d
+}
+
+// SetPolicy sets the rules of a namespace, as the policy file of the real service does.
+func (s *Service) SetPolicy(namespace string, p Policy) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.policies[namespace] = p
+}
+
+// policy returns the rules for a request; the lock is held.
+func (s *Service) policy(r named) Policy {
+	p := s.policies[namespaceOf(r)]
+	return Policy{cmp.Or(p.TTL, defaultTTL), cmp.Or(p.MaxTTL, maxTTL), cmp.Or(p.Retention, defaultRetention), p.Shadow}
 }
 
 // SetUnavailable(true) makes every call fail with UNAVAILABLE and applied "no", until SetUnavailable(false).
@@ -107,7 +133,8 @@ func (s *Service) claim(r *dedupv1.ClaimTransactionRequest) (*dedupv1.ClaimTrans
 	if _, ok := r.GetExpiry().(*dedupv1.ClaimTransactionRequest_ExpireTime); ok {
 		at = r.GetExpireTime()
 	}
-	expires, err := expiry(now, r.GetTtl(), at, defaultTTL)
+	policy := s.policy(r)
+	expires, err := expiry(now, r.GetTtl(), at, policy.TTL, policy.MaxTTL)
 	if err != nil {
 		return nil, now, err
 	}
@@ -137,6 +164,12 @@ func (s *Service) claim(r *dedupv1.ClaimTransactionRequest) (*dedupv1.ClaimTrans
 	case token != "" && token == held.token && inProgress:
 		return claimed(held, true), now, nil
 	}
+	if policy.Shadow {
+		return &dedupv1.ClaimTransactionResponse{
+			Outcome:    dedupv1.ClaimOutcome_CLAIM_OUTCOME_CLAIMED,
+			ClaimToken: token, ShadowDuplicate: true, Transaction: held.shown,
+		}, now, nil
+	}
 	return &dedupv1.ClaimTransactionResponse{Outcome: outcome, Transaction: held.shown}, now, nil
 }
 
@@ -165,7 +198,8 @@ func (s *Service) CompleteTransaction(_ context.Context, r *dedupv1.CompleteTran
 	if _, ok := r.GetRetention().(*dedupv1.CompleteTransactionRequest_ExpireTime); ok {
 		at = r.GetExpireTime()
 	}
-	expires, err := expiry(now, r.GetTtl(), at, defaultRetention)
+	policy := s.policy(r)
+	expires, err := expiry(now, r.GetTtl(), at, policy.Retention, policy.MaxTTL)
 	if err != nil {
 		return nil, err
 	}
@@ -222,7 +256,8 @@ func (s *Service) ExtendTransaction(_ context.Context, r *dedupv1.ExtendTransact
 	if _, ok := r.GetExpiry().(*dedupv1.ExtendTransactionRequest_ExpireTime); ok {
 		at = r.GetExpireTime()
 	}
-	expires, err := expiry(s.time(), r.GetTtl(), at, defaultTTL)
+	policy := s.policy(r)
+	expires, err := expiry(s.time(), r.GetTtl(), at, policy.TTL, policy.MaxTTL)
 	if err != nil {
 		return nil, err
 	}

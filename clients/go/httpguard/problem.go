@@ -1,91 +1,95 @@
 package httpguard
 
 import (
-	"context"
+	"bytes"
 	"encoding/json"
 	"errors"
+	"fmt"
+	"log/slog"
 	"net/http"
-	"time"
 
 	dedup "github.com/dedup-service/dedup-service/clients/go"
 )
 
-// problem is a problem-details body (RFC 9457).
+// problem is a problem-details body (RFC 9457). Its type is the address of its heading in the client contract.
 type problem struct {
-	Status      int          `json:"status"`
-	Title       string       `json:"title"`
-	Detail      string       `json:"detail,omitempty"`
-	Transaction *transaction `json:"transaction,omitempty"`
+	Type   string `json:"type"`
+	Title  string `json:"title"`
+	Status int    `json:"status"`
+	Detail string `json:"detail"`
 }
 
-// transaction is the holder as shown to duplicates, without the token.
-type transaction struct {
-	ID             string     `json:"id"`
-	Namespace      string     `json:"namespace"`
-	State          string     `json:"state"`
-	Claimant       string     `json:"claimant,omitempty"`
-	ClaimTime      *time.Time `json:"claim_time,omitempty"`
-	ExpireTime     *time.Time `json:"expire_time,omitempty"`
-	CompletionTime *time.Time `json:"completion_time,omitempty"`
-}
+const contract = "https://github.com/dedup-service/dedup-service/blob/main/docs/client-contract.md#"
 
-func shown(t dedup.Transaction) *transaction {
-	return &transaction{
-		ID: t.ID, Namespace: t.Namespace, State: t.State.String(), Claimant: t.Claimant,
-		ClaimTime: known(t.ClaimTime), ExpireTime: known(t.ExpireTime), CompletionTime: known(t.CompletionTime),
+var (
+	inProgress = problem{
+		contract + "in-progress", "A request with this Idempotency-Key is in progress", http.StatusConflict,
+		"The first request with this key has not ended, or its effect is unknown. Send the same request again later.",
+	}
+	responseNotStored = problem{
+		contract + "response-not-stored", "The response is not stored", http.StatusGone,
+		"The first request with this key has ended, and is not run again. Its response is not stored.",
+	}
+	keyReused = problem{
+		contract + "key-reused", "The Idempotency-Key was used for another request", http.StatusUnprocessableEntity,
+		"Send a new key with a new request.",
+	}
+	keyInvalid = problem{
+		contract + "key-invalid", "The Idempotency-Key is missing or invalid", http.StatusBadRequest,
+		"Send one header Idempotency-Key with 1 or more visible ASCII characters, such as a UUID.",
+	}
+	unavailable = problem{
+		contract + "unavailable", "The check for duplicate requests is unavailable", http.StatusServiceUnavailable,
+		"The request was not run. Send it again with the same key.",
+	}
+)
+
+func bodyTooLarge(limit int64) problem {
+	return problem{
+		contract + "body-too-large", "The request body is too large", http.StatusRequestEntityTooLarge,
+		fmt.Sprintf("A request with an Idempotency-Key may have a body of up to %d bytes.", limit),
 	}
 }
 
-func known(t time.Time) *time.Time {
-	if t.IsZero() {
-		return nil
-	}
-	return &t
-}
-
-// refuse answers a request that must not run: 409 for a duplicate, 422 for a mismatch, never 409 for an error.
-func refuse(w http.ResponseWriter, err error) {
-	var (
-		duplicate *dedup.DuplicateError
-		mismatch  *dedup.PayloadMismatchError
-	)
+// refuse answers a request that must not run. Only a duplicate is a conflict, never an error.
+func (g *guard) refuse(w http.ResponseWriter, r *http.Request, err error) {
+	var duplicate *dedup.DuplicateError
 	switch {
 	case errors.As(err, &duplicate):
-		refuseDuplicate(w, duplicate.Transaction)
-	case errors.As(err, &mismatch):
-		writeProblem(w, problem{
-			Status: http.StatusUnprocessableEntity, Title: "The idempotency key was used for a different request",
-			Detail: "Send a new key with a new body.",
-		})
+		g.refuseDuplicate(w, duplicate.Transaction)
+	case errors.Is(err, dedup.ErrPayloadMismatch):
+		write(w, keyReused)
 	case invalidID(err):
-		writeProblem(w, problem{Status: http.StatusBadRequest, Title: "The idempotency key is invalid"})
-	case errors.Is(err, dedup.ErrUnavailable), errors.Is(err, context.Canceled):
-		w.Header().Set("Retry-After", "1")
-		writeProblem(w, problem{
-			Status: http.StatusServiceUnavailable, Title: "The dedup service is unavailable",
-			Detail: "The request was not run. Send it again with the same key.",
-		})
+		write(w, keyInvalid)
 	default:
-		writeProblem(w, problem{Status: http.StatusInternalServerError, Title: "The idempotency key could not be checked", Detail: "The request was not run."})
+		g.logger.WarnContext(r.Context(), "dedup: the request was not checked and not run", slog.Any("error", err))
+		write(w, unavailable)
 	}
 }
 
-func refuseDuplicate(w http.ResponseWriter, t dedup.Transaction) {
+func (g *guard) refuseDuplicate(w http.ResponseWriter, t dedup.Transaction) {
 	if t.State != dedup.StateCompleted {
-		writeProblem(w, problem{
-			Status: http.StatusConflict, Title: "A request with this idempotency key is in progress",
-			Detail: "Send it again later to get its response.", Transaction: shown(t),
-		})
+		write(w, inProgress)
 		return
 	}
-	if first, ok := decode(t.Result); ok {
-		first.replay(w)
-		return
+	first, ok := decode(t.Result)
+	if g.replayedHeader != "" {
+		w.Header().Set(g.replayedHeader, "true")
 	}
-	writeProblem(w, problem{
-		Status: http.StatusConflict, Title: "A request with this idempotency key is completed",
-		Detail: "Its response was not stored: it was too large, or other code completed the transaction.", Transaction: shown(t),
-	})
+	location := first.header.Get("Location")
+	switch {
+	case ok && first.replayable:
+		for name, values := range first.header {
+			w.Header()[name] = values
+		}
+		w.WriteHeader(first.status)
+		_, _ = w.Write(first.body)
+	case location != "":
+		w.Header().Set("Location", location)
+		w.WriteHeader(http.StatusSeeOther)
+	default:
+		write(w, responseNotStored)
+	}
 }
 
 // invalidID reports whether the service rejected the key, which the sender can correct.
@@ -102,12 +106,15 @@ func invalidID(err error) bool {
 	return false
 }
 
-func writeProblem(w http.ResponseWriter, p problem) {
-	body, err := json.Marshal(p)
-	if err != nil {
-		panic(err) // Strings, numbers and times before the year 10000 always encode.
+func write(w http.ResponseWriter, p problem) {
+	var body bytes.Buffer
+	if err := json.NewEncoder(&body).Encode(p); err != nil {
+		panic(err) // Strings and numbers always encode.
 	}
 	w.Header().Set("Content-Type", "application/problem+json")
+	if p.Status == http.StatusConflict || p.Status == http.StatusServiceUnavailable {
+		w.Header().Set("Retry-After", "1")
+	}
 	w.WriteHeader(p.Status)
-	_, _ = w.Write(append(body, '\n'))
+	_, _ = w.Write(body.Bytes())
 }

@@ -44,9 +44,7 @@ func (g sidecarGuard) admit(ctx context.Context, transactionID string) (func(con
 		return nil, err
 	}
 	return func(ctx context.Context, failure error) {
-		// Also if the caller has disconnected.
-		ctx = context.WithoutCancel(ctx)
-		if failure != nil {
+		if failure != nil { // Nothing was paid.
 			_ = claim.Release(ctx)
 			return
 		}
