@@ -23,7 +23,7 @@ SECTIONS: dict[str, Sequence[str]] = {
     "Start": ("README.md", "docs/index.md", "docs/concepts.md", "docs/faq.md", "docs/comparison.md"),
     "Clients": (
         *("clients/python/README.md", "clients/go/README.md", "clients/node/README.md"),
-        *("docs/other-languages.md", "examples"),
+        *("docs/client-contract.md", "docs/other-languages.md", "examples"),
     ),
     "Operate": (
         *("docs/stores.md", "deploy", "docs/observability.md"),
