@@ -105,7 +105,9 @@ def service(
     """The real service in a separate process, shared by the tests of one test worker."""
     engine, _, store = request.param.partition("-")
     url = store_url(store, redis_server, tmp_path_factory.mktemp("service"))
-    process = ServiceProcess("--engine", engine, "--store-url", url, "--log-level", "debug").start()
+    # A loaded disk may take seconds to sync.
+    arguments = ("--store-url", url, "--store-timeout", "20s", "--log-level", "debug")
+    process = ServiceProcess("--engine", engine, *arguments).start()
     yield process
     assert process.stop() == 0
     assert not [line for line in process.stderr_lines if not line.startswith("{")], "stderr has a line that is not JSON"
