@@ -79,7 +79,7 @@ export class Channel {
     this.#transport = transport;
     this.#clock = clock;
     this.timers = timers;
-    this.#coalescer = coalesce ? new Coalescer(transport, timers) : undefined;
+    this.#coalescer = coalesce ? new Coalescer(transport) : undefined;
   }
 
   /** Retry until a reply arrives or the budget ends; `request` makes the request of each attempt. */

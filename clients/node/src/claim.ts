@@ -1,4 +1,4 @@
-import { inspect } from "node:util";
+import { inspect, type InspectOptions } from "node:util";
 import type { Budget, Channel } from "./channel.js";
 import { encodeExpiry, encodeResult } from "./encoding.js";
 import { ClaimLostError, InvalidRequestError, NotHeldError, ResultNotStoredError } from "./errors.js";
@@ -185,8 +185,8 @@ export class Claim implements Grant {
     return { transactionId, namespace, replayed, failOpen, shadowDuplicate, ended, lost, transaction };
   }
 
-  [inspect.custom](): object {
-    return Object.assign(Object.create({ constructor: Claim }) as object, this.toJSON());
+  [inspect.custom](_depth: number, options: InspectOptions): string {
+    return `Claim ${inspect(this.toJSON(), options)}`;
   }
 
   async #extendOnce(ttlMs: number, leftMs: number): Promise<boolean> {

@@ -9,7 +9,6 @@ import {
   type BatchClaimTransactionsResponse,
   type ClaimTransactionRequest,
 } from "./gen/dedup/v1/dedup.js";
-import type { Timers } from "./keep-alive.js";
 
 const MAX_BATCH = 1000;
 /** How long a claim waits for the one in flight. */
@@ -33,14 +32,12 @@ interface Entry {
  */
 export class Coalescer {
   readonly #transport: Transport;
-  readonly #timers: Timers;
   #pending: Entry[] = [];
   #inFlight = 0;
-  #cancelTimer: (() => void) | undefined;
+  #timer: NodeJS.Timeout | undefined;
 
-  constructor(transport: Transport, timers: Timers) {
+  constructor(transport: Transport) {
     this.#transport = transport;
-    this.#timers = timers;
   }
 
   /** Make one attempt of a claim. */
@@ -54,14 +51,14 @@ export class Coalescer {
         entry.left();
       };
       const aborted = () => leave(signal!.reason);
-      const timeUp = this.#timers.after(limitMs, () => leave(timedOut(limitMs)));
+      const timer = setTimeout(() => leave(timedOut(limitMs)), limitMs);
       const settled = () => {
-        timeUp();
+        clearTimeout(timer);
         signal?.removeEventListener("abort", aborted);
       };
       const entry: Entry = {
         request,
-        endsAt: this.#timers.now() + limitMs,
+        endsAt: performance.now() + limitMs,
         waiting: true,
         settle: (answer) => {
           settled();
@@ -73,7 +70,7 @@ export class Coalescer {
       signal?.addEventListener("abort", aborted);
       this.#pending.push(entry);
       if (this.#pending.length >= MAX_BATCH) this.#flush();
-      else this.#cancelTimer ??= this.#timers.after(MAX_DELAY_MS, () => this.#flush());
+      else this.#timer ??= setTimeout(() => this.#flush(), MAX_DELAY_MS);
     });
   }
 
@@ -92,8 +89,8 @@ export class Coalescer {
   }
 
   #flush(): void {
-    this.#cancelTimer?.();
-    this.#cancelTimer = undefined;
+    clearTimeout(this.#timer);
+    this.#timer = undefined;
     // Nobody would hold the claim of a caller that has left.
     const batch = this.#pending.filter((entry) => entry.waiting);
     this.#pending = [];
@@ -114,7 +111,7 @@ export class Coalescer {
       const reply = await this.#transport.send(
         DedupServiceService.batchClaimTransactions,
         BatchClaimTransactionsRequest.fromPartial({ requests: batch.map(({ request }) => request) }),
-        { limitMs: latest - this.#timers.now(), signal: allLeft.signal },
+        { limitMs: latest - performance.now(), signal: allLeft.signal },
       );
       answers = answersOf(reply, batch.length);
     } catch (error) {
