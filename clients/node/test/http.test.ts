@@ -290,17 +290,25 @@ for (const [framework, start] of Object.entries(FRAMEWORKS)) {
       assert.deepEqual([again.status, await again.json(), app.runs], [201, { paid: { amount: 5 } }, 1]);
     });
 
-    test("a stream that is cut keeps the claim", async () => {
-      await using app = await start(client, ({ stream }) => {
+    test("a response that is cut keeps the claim until it expires", async () => {
+      const fake = new FakeClient();
+      await using app = await start(fake, ({ stream, res }) => {
         const endless = new Readable({ read() {} });
         endless.push("x".repeat(10_000));
         stream(200, { "Content-Type": "text/plain" }, endless);
+        res.once("close", () => void (closed = true));
       });
+      let closed = false;
       const key = randomUUID();
       const reader = (await post(app.url, { key })).body!.getReader();
       await reader.read();
-      await reader.cancel();
+      await fake.service.advance(600_000);
       assert.equal((await post(app.url, { key })).status, 409);
+      await reader.cancel();
+      await until(() => closed);
+      assert.equal((await post(app.url, { key })).status, 409);
+      await fake.service.advance(60_000);
+      assert.equal(await fake.get(`http::POST:/api/pay:${key}`), undefined);
     });
 
     test("bodies reach the application unchanged, in every transfer", async () => {
@@ -311,8 +319,10 @@ for (const [framework, start] of Object.entries(FRAMEWORKS)) {
         assert.equal(got.status, 200);
         assert.deepEqual(JSON.parse(got.text), { got: JSON.parse(body) });
       }
-      // Without a type, so that no parser runs.
-      assert.equal((await raw(app.url, "POST /api/pay HTTP/1.1", ["Idempotency-Key: " + randomUUID()], "")).slice(9, 12), "200");
+      for (const chunked of [false, true]) {
+        const [plain, guarded] = [await upload(app.url, "", chunked), await upload(app.url, "", chunked, randomUUID())];
+        assert.deepEqual(guarded, plain);
+      }
     });
 
     test("a body over the limit is refused with 413, and the connection stays usable", async () => {
@@ -402,9 +412,13 @@ async function raw(url: string, line: string, headers: string[], body: string): 
 }
 
 /** Send a JSON body in parts, with its length declared or not. */
-function upload(url: string, body: string, chunked: boolean, key: string): Promise<{ status: number; text: string }> {
+function upload(url: string, body: string, chunked: boolean, key?: string): Promise<{ status: number; text: string }> {
   return new Promise((resolve, reject) => {
-    const headers = { "content-type": "application/json", "idempotency-key": key, ...(chunked ? {} : { "content-length": body.length }) };
+    const headers = {
+      "content-type": "application/json",
+      ...(key && { "idempotency-key": key }),
+      ...(chunked ? { "transfer-encoding": "chunked" } : { "content-length": body.length }),
+    };
     const req = httpRequest(`${url}/api/pay`, { method: "POST", headers }, async (res) => {
       let text = "";
       for await (const chunk of res) text += String(chunk);

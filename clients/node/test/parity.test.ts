@@ -299,6 +299,27 @@ test("injected requests of Fastify are guarded, and keep the headers of earlier 
   await app.close();
 });
 
+test("a request whose client disconnects before it is admitted is not run, and its claim is released", async () => {
+  const transport = new ManualTransport();
+  const client = new Client(new Channel(transport), PATIENT);
+  const app = express();
+  app.use(expressIdempotency(client, { waitMs: 60_000 }), () => assert.fail("it ran"));
+  const server = createServer(app);
+  await new Promise<void>((resolve) => void server.listen(0, "127.0.0.1", resolve));
+  const controller = new AbortController();
+  const url = `http://127.0.0.1:${(server.address() as AddressInfo).port}/pay`;
+  const headers = { "idempotency-key": "k-1" };
+  const request = fetch(url, { method: "POST", headers, signal: controller.signal });
+  await until(() => transport.calls.length === 1);
+  controller.abort();
+  await assert.rejects(request);
+  await until(() => transport.calls.length === 2);
+  assert.deepEqual(transport.calls.map(({ method }) => method), ["ClaimTransaction", "ReleaseTransaction"]);
+  transport.calls[1]!.answer({ outcome: 1 });
+  server.closeAllConnections();
+  server.close();
+});
+
 test("a body that was read before the guard needs rawBody", async () => {
   const client = new FakeClient();
   for (const [verify, code] of [
