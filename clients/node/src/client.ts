@@ -1,81 +1,110 @@
 import { randomBytes } from "node:crypto";
 import { status } from "@grpc/grpc-js";
-import { Channel, type Budget } from "./channel.js";
+import { Channel, GrpcTransport, type Budget } from "./channel.js";
 import { Claim, type Grant } from "./claim.js";
 import { ATTEMPT_TIMEOUT_MS, BUDGET_MS } from "./defaults.js";
 import { encodeBytes, encodeDuration, encodeExpiry, encodeText } from "./encoding.js";
-import { InvalidRequestError, UnavailableError } from "./errors.js";
+import { ClientClosedError, InvalidRequestError, NotHeldError, UnavailableError } from "./errors.js";
 import { isOutage } from "./failure.js";
-import { ClaimTransactionRequest, DedupServiceService, GetTransactionRequest } from "./gen/dedup/v1/dedup.js";
-import type { CallOptions, ClaimOptions, ClientOptions, GetOptions, Logger } from "./options.js";
+import {
+  ClaimTransactionRequest,
+  DedupServiceService,
+  GetTransactionRequest,
+  type ClaimTransactionResponse,
+} from "./gen/dedup/v1/dedup.js";
+import { KeepAlive, MAX_HOLD_MS } from "./keep-alive.js";
+import type { CallMetadata, CallOptions, ClaimOptions, ClientOptions, GetOptions, OnceOptions } from "./options.js";
 import { requireClaimed } from "./outcome.js";
 import { loggedId } from "./transaction-id.js";
 import { transactionFrom, type Transaction } from "./transaction.js";
 
 /** A client of the dedup service. Use one per process. */
 export class Client {
-  private readonly channel: Channel;
-  private readonly logger: Logger;
+  readonly #channel: Channel;
+  readonly #options: ClientOptions;
+  readonly #keepAlive: KeepAlive;
 
   /** Create a client of `host:port` or `unix:///path`; it connects on the first call. */
-  constructor(
-    target: string,
-    private readonly options: ClientOptions = {},
-  ) {
-    this.channel = new Channel(target, options.credentials, options.channelOptions);
-    this.logger = options.logger ?? console;
+  constructor(target: string, options?: ClientOptions);
+  /** @internal */
+  constructor(target: string | Channel, options?: ClientOptions);
+  constructor(target: string | Channel, options: ClientOptions = {}) {
+    this.#channel =
+      target instanceof Channel
+        ? target
+        : new Channel(new GrpcTransport(target, options.credentials, options.channelOptions), options.coalesce);
+    this.#options = options;
+    this.#keepAlive = new KeepAlive(this.#channel.timers);
   }
 
   /**
    * Claim a transaction: exactly one caller gets a handle, until its claim expires or is released.
    *
-   * All attempts send one token, so a retry is never mistaken for a duplicate. Throws DuplicateTransactionError,
-   * PayloadMismatchError, InvalidRequestError, or UnavailableError if the outcome is unknown.
+   * All attempts send one token, so a retry is never mistaken for a duplicate. A claim that may have been made, but was
+   * aborted or not answered, is released in the background unless it has a `token` of the caller. Throws
+   * DuplicateTransactionError, PayloadMismatchError, InvalidRequestError, or UnavailableError if the outcome is unknown.
    */
   async claim(transactionId: string, options: ClaimOptions = {}): Promise<Claim> {
     // No other logical call sends this token.
     const token = options.token ?? newToken();
-    const namespace = options.namespace ?? this.options.namespace ?? "";
-    const request = this.claimRequest(transactionId, namespace, token, options);
+    const namespace = options.namespace ?? this.#options.namespace ?? "";
+    const request = this.#claimRequest(transactionId, namespace, token, options);
     const grant = { transactionId, namespace, token, replayed: false, failOpen: false, shadowDuplicate: false };
+    const handle = (grant: Grant) => new Claim(this.#channel, this.#budget({}, options.metadata), grant);
+    let sent = false;
+    let answer: { reply: ClaimTransactionResponse; sentAt: number };
     try {
-      const { reply } = await this.channel.call(
+      answer = await this.#channel.call(
         DedupServiceService.claimTransaction,
-        ({ waitMs }) => ({ ...request, wait: waitMs > 0 ? encodeDuration("wait", waitMs) : undefined }),
-        { ...this.budget(options), waitMs: options.waitMs ?? 0 },
+        ({ waitMs }) => {
+          sent = true;
+          return { ...request, wait: waitMs > 0 ? encodeDuration("wait", waitMs) : undefined };
+        },
+        { ...this.#budget(options, options.metadata), waitMs: options.waitMs ?? 0 },
       );
-      requireClaimed(reply);
-      const { replayed, shadowDuplicate } = reply;
-      const transaction = reply.transaction && transactionFrom(reply.transaction);
-      return this.handle({ ...grant, replayed, shadowDuplicate, transaction });
     } catch (error) {
-      if (!this.mayGoOn(error, options)) throw error;
-      const { code, reason, applied } = error;
-      const transaction = loggedId(transactionId);
-      this.logger.warn("dedup service unavailable: proceeding without a claim", { transaction, code, reason, applied });
-      return this.handle({ ...grant, failOpen: true, transaction: undefined });
+      const unavailable = error instanceof UnavailableError;
+      if (unavailable && this.#mayGoOn(error, options)) {
+        const { code, reason, applied } = error;
+        this.#log("dedup service unavailable: proceeding without a claim", transactionId, { code, reason, applied });
+        return handle({ ...grant, failOpen: true, transaction: undefined });
+      }
+      const doubt = unavailable ? error.applied === "unknown" : sent && options.signal?.aborted;
+      // A caller with a token of its own may repeat the claim with it.
+      if (doubt && options.token === undefined) void this.#giveUp(handle({ ...grant, transaction: undefined }));
+      throw error;
     }
+    const { reply, sentAt } = answer;
+    requireClaimed(reply);
+    const { replayed, shadowDuplicate } = reply;
+    const transaction = reply.transaction && transactionFrom(reply.transaction);
+    const claim = handle({ ...grant, replayed, shadowDuplicate, transaction });
+    if (options.keepAlive && options.expireTime === undefined) this.#hold(claim, sentAt, options);
+    return claim;
   }
 
   /**
-   * Claim a transaction, do the work and complete it; if the work throws, release it and rethrow the error.
+   * Claim a transaction, do the work and complete it.
    *
-   * The work may complete the claim itself, to keep a result. Use `claim` if work that throws may have taken effect.
-   * The signal applies to the claim only. Throws the errors of `claim`, `work` and `complete`; after the last, the work
-   * is done but not recorded.
+   * The claim is extended while the work runs; `claim.signal` aborts when it is lost. If the work throws, the claim is
+   * kept until it expires, because the effect is unknown; an error that matches `releaseOn` releases it. The work may
+   * complete the claim itself, to keep a result. The signal of the options applies to the claim only. Throws the errors
+   * of `claim`, `work` and `complete`; after the last, the work is done but not recorded.
    */
   async once<T>(
     transactionId: string,
-    options: ClaimOptions,
+    options: OnceOptions,
     work: (claim: Claim) => T | PromiseLike<T>,
   ): Promise<T> {
-    const claim = await this.claim(transactionId, options);
+    const claim = await this.claim(transactionId, { ...options, keepAlive: options.keepAlive ?? true });
     let value: T;
     try {
       value = await work(claim);
     } catch (error) {
-      // After a failed completion the work is done: do not release it.
-      if (!claim.ended) await this.giveBack(claim);
+      if (!claim.ended) {
+        if (matches(error, options.releaseOn)) await this.#giveBack(claim);
+        else claim.keep();
+      }
       throw error;
     }
     if (!claim.ended) await claim.complete();
@@ -86,10 +115,11 @@ export class Client {
   async get(transactionId: string, options: GetOptions = {}): Promise<Transaction | undefined> {
     const request = GetTransactionRequest.fromPartial({
       transactionId: encodeText("transaction_id", transactionId),
-      namespace: encodeText("namespace", options.namespace ?? this.options.namespace ?? ""),
+      namespace: encodeText("namespace", options.namespace ?? this.#options.namespace ?? ""),
     });
     try {
-      const { reply } = await this.channel.call(DedupServiceService.getTransaction, () => request, this.budget(options));
+      const budget = this.#budget(options, options.metadata);
+      const { reply } = await this.#channel.call(DedupServiceService.getTransaction, () => request, budget);
       return reply.transaction && transactionFrom(reply.transaction);
     } catch (error) {
       const absent = error instanceof UnavailableError && error.reason === "TRANSACTION_NOT_FOUND";
@@ -98,47 +128,77 @@ export class Client {
     }
   }
 
-  /** Close the connection; in-flight calls fail. */
+  /** Close the connection for good; in-flight and later calls throw ClientClosedError. */
   close(): void {
-    this.channel.close();
+    this.#keepAlive.close();
+    this.#channel.close();
   }
 
-  private claimRequest(transactionId: string, namespace: string, token: string, options: ClaimOptions) {
+  /** @internal Log a failure of a claim, without the transaction id. */
+  warn(message: string, claim: Claim, error: unknown): void {
+    this.#log(message, claim.transactionId, summary(error));
+  }
+
+  #log(message: string, transactionId: string, details: object): void {
+    (this.#options.logger ?? console).warn(message, { transaction: loggedId(transactionId), ...details });
+  }
+
+  #claimRequest(transactionId: string, namespace: string, token: string, options: ClaimOptions) {
     // The service would create a token per attempt, and a retry would be a duplicate.
     if (token === "") throw InvalidRequestError.of("claim_token", "must not be empty");
     if (options.waitMs !== undefined && options.waitMs < 0) throw InvalidRequestError.of("wait", "must not be negative");
+    if (options.maxHoldMs !== undefined && !(options.maxHoldMs > 0)) throw new RangeError("maxHoldMs must be positive");
     encodeDuration("wait", options.waitMs ?? 0);
     return ClaimTransactionRequest.fromPartial({
       transactionId: encodeText("transaction_id", transactionId),
       namespace: encodeText("namespace", namespace),
       claimToken: encodeText("claim_token", token),
-      claimant: encodeText("claimant", options.claimant ?? this.options.claimant ?? ""),
+      claimant: encodeText("claimant", options.claimant ?? this.#options.claimant ?? ""),
       payloadFingerprint: encodeBytes("payload_fingerprint", options.fingerprint ?? ""),
       ...encodeExpiry(options),
     });
   }
 
-  private mayGoOn(error: unknown, options: ClaimOptions): error is UnavailableError {
-    const policy = options.onUnavailable ?? this.options.onUnavailable ?? "deny";
-    return policy === "allow" && error instanceof UnavailableError && isOutage(error);
+  #mayGoOn(error: UnavailableError, options: ClaimOptions): boolean {
+    return (options.onUnavailable ?? this.#options.onUnavailable ?? "deny") === "allow" && isOutage(error);
   }
 
-  private async giveBack(claim: Claim): Promise<void> {
+  #hold(claim: Claim, sentAt: number, { ttlMs, waitMs, maxHoldMs = MAX_HOLD_MS }: ClaimOptions): void {
+    const { claimTime, expireTime } = claim.transaction ?? {};
+    const leaseMs = ttlMs ?? (claimTime && expireTime && expireTime.getTime() - claimTime.getTime());
+    // A claim that waited was made long after it was sent.
+    if (waitMs) sentAt = this.#channel.timers.now();
+    if (leaseMs !== undefined) claim.keepAlive(this.#keepAlive, { leaseMs, sentAt, maxHoldMs });
+  }
+
+  async #giveBack(claim: Claim): Promise<void> {
     try {
       await claim.release();
     } catch (error) {
       // The caller receives the work's error, and the claim expires.
-      this.logger.warn("dedup claim not released", { transaction: loggedId(claim.transactionId), ...summary(error) });
+      this.warn("dedup claim not released", claim, error);
     }
   }
 
-  private handle(grant: Grant): Claim {
-    return new Claim(this.channel, this.budget({}), grant);
+  /** Release a claim that may have been made. */
+  async #giveUp(claim: Claim): Promise<void> {
+    try {
+      await claim.release();
+    } catch (error) {
+      // "Not held" is the usual answer: the claim was not made.
+      if (!(error instanceof NotHeldError || error instanceof ClientClosedError)) {
+        this.warn("dedup claim not released", claim, error);
+      }
+    }
   }
 
-  private budget({ timeoutMs = this.options.timeoutMs ?? BUDGET_MS, signal }: CallOptions): Budget {
-    return { timeoutMs, attemptTimeoutMs: this.options.attemptTimeoutMs ?? ATTEMPT_TIMEOUT_MS, signal };
+  #budget({ timeoutMs = this.#options.timeoutMs ?? BUDGET_MS, signal }: CallOptions, metadata?: CallMetadata): Budget {
+    return { timeoutMs, attemptTimeoutMs: this.#options.attemptTimeoutMs ?? ATTEMPT_TIMEOUT_MS, signal, metadata };
   }
+}
+
+function matches(error: unknown, listed: OnceOptions["releaseOn"] = []): boolean {
+  return typeof listed === "function" ? listed(error) : listed.some((kind) => error instanceof kind);
 }
 
 /** The error's message may contain the transaction id. */

@@ -14,6 +14,19 @@ export function encodeBytes(field: string, value: string | Uint8Array): Buffer {
   return Buffer.from(typeof value === "string" ? encodeText(field, value) : value);
 }
 
+// The largest that the service can be configured to keep; more could not be sent.
+const MAX_RESULT_BYTES = 1_048_576;
+
+/** Encode a result; throws InvalidRequestError if no service keeps it. */
+export function encodeResult(result: unknown): Buffer {
+  if (typeof result !== "string" && !(result instanceof Uint8Array)) {
+    throw InvalidRequestError.of("result", `must be a string or bytes, not ${result === null ? "null" : typeof result}`);
+  }
+  const bytes = encodeBytes("result", result);
+  if (bytes.length <= MAX_RESULT_BYTES) return bytes;
+  throw InvalidRequestError.of("result", `has ${bytes.length} bytes; it must have at most ${MAX_RESULT_BYTES}`);
+}
+
 /** Encode whole milliseconds; throws InvalidRequestError for fractions. */
 export function encodeDuration(field: string, ms: number): Duration {
   if (!Number.isSafeInteger(ms)) throw InvalidRequestError.of(field, `must be whole milliseconds, not ${ms}`);

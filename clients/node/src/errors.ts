@@ -45,6 +45,31 @@ export class NotHeldError extends DedupError {
   }
 }
 
+/** The claim was lost while its work ran: it is no longer held, or its lease could not be extended. */
+export class ClaimLostError extends DedupError {
+  constructor(readonly transactionId: string) {
+    super(`the claim of transaction ${transactionId} is lost: another caller may do its work`);
+  }
+}
+
+/** The transaction was completed without its result, which cannot be stored; do not repeat the work. */
+export class ResultNotStoredError extends DedupError {
+  constructor(
+    readonly transactionId: string,
+    reason: string,
+    options?: ErrorOptions,
+  ) {
+    super(`transaction ${transactionId} is completed without its result: ${reason}`, options);
+  }
+}
+
+/** The client was closed before or during the call; a call in flight may have been applied. */
+export class ClientClosedError extends DedupError {
+  constructor() {
+    super("the client is closed: create another one");
+  }
+}
+
 /** The request violates the contract; repeating it fails again. */
 export class InvalidRequestError extends DedupError {
   constructor(

@@ -11,22 +11,42 @@ interface Details {
   retryInfo?: RetryInfo;
 }
 
+// How grpc-js words the errors of calls for which it had no connection; it has no other sign.
+const NOT_SENT = /^(\w+: )?No connection established|^Name resolution failed for target|,Waiting for LB pick$/;
+
 /** Convert a gRPC error. */
 export function errorFrom(error: ServiceError): InvalidRequestError | UnavailableError {
-  const { info, badRequest, retryInfo } = detailsOf(error);
-  if (error.code === status.INVALID_ARGUMENT) {
-    return new InvalidRequestError(error.details, badRequest?.fieldViolations ?? []);
-  }
+  const [raw] = error.metadata?.get("grpc-status-details-bin") ?? [];
+  const details = detailsOf(Buffer.isBuffer(raw) ? raw : Buffer.alloc(0));
+  return convert(error.code, error.details, details, error);
+}
+
+/** Convert the error of one claim of a batch. */
+export function errorFromStatus(error: Status): InvalidRequestError | UnavailableError {
+  return convert(error.code, error.message, detailsOf(Buffer.from(Status.encode(error).finish())), undefined);
+}
+
+function convert(
+  code: status,
+  text: string,
+  { info, badRequest, retryInfo }: Details,
+  cause: ServiceError | undefined,
+): InvalidRequestError | UnavailableError {
+  if (code === status.INVALID_ARGUMENT) return new InvalidRequestError(text, badRequest?.fieldViolations ?? []);
   const delay = retryInfo?.retryDelay;
   const failure = {
-    code: error.code,
+    code,
     reason: info?.reason ?? "",
-    // gRPC itself made an error without details, so the call may have been applied.
-    applied: info?.metadata["applied"] === "no" ? ("no" as const) : ("unknown" as const),
+    applied: nothingDone(info, text) ? ("no" as const) : ("unknown" as const),
     retryAfterMs: delay && delay.seconds * 1000 + delay.nanos / 1e6,
   };
-  const cause = failure.reason || status[error.code];
-  return new UnavailableError(`the dedup service did not answer: ${cause}: ${error.details}`, failure, { cause: error });
+  const why = failure.reason || status[code];
+  return new UnavailableError(`the dedup service did not answer: ${why}: ${text}`, failure, cause && { cause });
+}
+
+/** gRPC itself makes errors without details: their calls may have been applied, unless they were not sent. */
+function nothingDone(info: ErrorInfo | undefined, text: string): boolean {
+  return info === undefined ? NOT_SENT.test(text) : info.metadata["applied"] === "no";
 }
 
 /** Report whether the service was unavailable, not refusing; only then does "allow" apply. */
@@ -52,11 +72,10 @@ export function isRetryable(error: UnavailableError): boolean {
   return isOutage(error) && !final;
 }
 
-function detailsOf(error: ServiceError): Details {
+function detailsOf(raw: Buffer): Details {
   const details: Details = {};
   try {
-    const [raw] = error.metadata?.get("grpc-status-details-bin") ?? [];
-    for (const any of Buffer.isBuffer(raw) ? Status.decode(raw).details : []) {
+    for (const any of Status.decode(raw).details) {
       const type = any.typeUrl.slice(any.typeUrl.lastIndexOf("/") + 1);
       if (type === "google.rpc.ErrorInfo") {
         const info = ErrorInfo.decode(any.value);

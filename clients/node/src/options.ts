@@ -1,4 +1,4 @@
-import type { ChannelCredentials, ChannelOptions } from "@grpc/grpc-js";
+import type { ChannelCredentials, ChannelOptions, Metadata } from "@grpc/grpc-js";
 
 /** Receives warnings, for example `console`. */
 export interface Logger {
@@ -24,14 +24,23 @@ export interface ClientOptions {
   attemptTimeoutMs?: number | undefined;
   /** Default "deny". */
   onUnavailable?: OnUnavailable | undefined;
+  /** Send claims that find one in flight together in one call; default false. */
+  coalesce?: boolean | undefined;
   /** Receives warnings about fail-open grants and failed releases; default `console`. */
   logger?: Logger | undefined;
 }
 
-export interface CallOptions {
+/** Metadata of the calls; the service logs a call under its `x-correlation-id`. */
+export type CallMetadata = Metadata | Readonly<Record<string, string>>;
+
+/** Complete and release take no signal: they also run after the caller has gone. */
+export interface EndOptions {
   /** Default: the client's. */
   timeoutMs?: number | undefined;
-  /** Aborts the call with the signal's reason; requests already sent may still be applied. */
+}
+
+export interface CallOptions extends EndOptions {
+  /** Aborts the call with the signal's reason. */
   signal?: AbortSignal | undefined;
 }
 
@@ -56,12 +65,32 @@ export interface ClaimOptions extends CallOptions, Expiry {
   token?: string | undefined;
   /** Default: the client's. */
   onUnavailable?: OnUnavailable | undefined;
+  /** Extend the claim while its work runs, unless it has an `expireTime`; default false, in `once` true. */
+  keepAlive?: boolean | undefined;
+  /** No extension ends later than this long after the claim; default one hour. */
+  maxHoldMs?: number | undefined;
+  /** Sent with the claim, and with its completion, release and extensions. */
+  metadata?: CallMetadata | undefined;
+}
+
+/** A class of errors. */
+export type ErrorClass = abstract new (...args: any[]) => unknown;
+
+export interface OnceOptions extends ClaimOptions {
+  /** Errors of the work which mean that nothing was done: the claim is released. Others keep it until it expires. */
+  releaseOn?: readonly ErrorClass[] | ((error: unknown) => boolean) | undefined;
 }
 
 /** The expiry is that of the completed transaction. */
-export interface CompleteOptions extends CallOptions, Expiry {}
+export interface CompleteOptions extends EndOptions, Expiry {}
+
+export interface ExtendOptions extends CallOptions {
+  /** Permits an earlier end than the present one; default false. */
+  allowShortening?: boolean | undefined;
+}
 
 export interface GetOptions extends CallOptions {
+  metadata?: CallMetadata | undefined;
   /** Default: the client's. */
   namespace?: string | undefined;
 }

@@ -2,8 +2,8 @@ import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { after, before, suite, test } from "node:test";
-import { Client, DuplicateTransactionError, NotHeldError } from "../src/index.js";
-import { Live, PATIENT, uniqueId } from "./harness/live.js";
+import { Client, DuplicateTransactionError, NotHeldError, ResultNotStoredError } from "../src/index.js";
+import { Live, PATIENT, uniqueId, until } from "./harness/live.js";
 import { Service } from "./harness/service.js";
 import { STORES, sqliteStore, temporaryFolder } from "./harness/stores.js";
 
@@ -135,15 +135,29 @@ for (const store of Object.keys(STORES)) {
       assert.equal((await client.get(id))!.result.toString(), "paid 5");
     });
 
-    test("once releases failed work and rethrows its error", async () => {
+    test("once keeps the claim of failed work, since its effect is unknown, and rethrows the error", async () => {
       const id = uniqueId();
-      const broken = new Error("no money");
+      const broken = new Error("no answer from the bank");
       await assert.rejects(
-        client.once(id, {}, () => Promise.reject(broken)),
+        client.once(id, { releaseOn: [RangeError] }, () => Promise.reject(broken)),
         (error) => error === broken,
       );
-      assert.equal(await client.get(id), undefined);
+      assert.equal((await client.get(id))!.state, "in progress");
     });
+
+    for (const [how, releaseOn] of [
+      ["class", [TypeError, RangeError]],
+      ["predicate", (error: unknown) => (error as Error).message === "no money"],
+    ] as const) {
+      test(`once releases the claim of work that did nothing, by ${how}`, async () => {
+        const id = uniqueId();
+        await assert.rejects(
+          client.once(id, { releaseOn }, () => Promise.reject(new RangeError("no money"))),
+          RangeError,
+        );
+        assert.equal(await client.get(id), undefined);
+      });
+    }
 
     test("once reports a claim lost during the work", async () => {
       const id = uniqueId();
@@ -151,14 +165,60 @@ for (const store of Object.keys(STORES)) {
       await assert.rejects(client.once(id, { token: "the-same-token-16" }, work), NotHeldError);
     });
 
-    test("once does not release after a failed completion", async () => {
-      const id = uniqueId();
-      const tooLong = "x".repeat(1_000_000);
-      await assert.rejects(
-        client.once(id, {}, (claim) => claim.complete(tooLong)),
-        { name: "InvalidRequestError" },
+    for (const [what, result] of [
+      ["a number", 5],
+      ["an object", { paid: 5 }],
+      ["null", null],
+      ["a lone surrogate", "\ud800"],
+      ["too large for the service", "x".repeat(4097)],
+      ["too large for a message", "x".repeat(10_000_000)],
+    ] as const) {
+      test(`work whose result cannot be stored is completed once: ${what}`, async () => {
+        const id = uniqueId();
+        let error: unknown;
+        await assert.rejects(
+          client.once(id, {}, async (claim) => {
+            error = await claim.complete(result as string).catch((error: unknown) => error);
+            throw error;
+          }),
+          (thrown) => thrown === error,
+        );
+        assert.ok(error instanceof ResultNotStoredError, String(error));
+        assert.match(error.message, /completed without its result: result: /);
+        const holder = await duplicateOf(client, id);
+        assert.deepEqual([holder.state, holder.result.length], ["completed", 0]);
+      });
+    }
+
+    test("an extension shortens a claim only where that is permitted", async () => {
+      const claim = await client.claim(uniqueId(), { ttlMs: 3_600_000 });
+      const end = claim.transaction!.expireTime!;
+      await claim.extend(60_000);
+      assert.deepEqual(claim.transaction!.expireTime, end);
+      await claim.extend(60_000, { allowShortening: true });
+      assert.ok(claim.transaction!.expireTime! < end);
+    });
+
+    test("a claim that may have been made by an aborted call is released in the background", async () => {
+      const ids = Array.from({ length: 30 }, uniqueId);
+      await client.claim(uniqueId());
+      await Promise.all(
+        ids.map(async (id, index) => {
+          const controller = new AbortController();
+          const call = client.claim(id, { ttlMs: 3_600_000, signal: controller.signal });
+          // At different moments of the call.
+          for (let turn = 0; turn < index % 6; turn++) await new Promise((resolve) => setImmediate(resolve));
+          controller.abort(new Error("gone"));
+          await call.then((claim) => claim.release(), () => undefined);
+        }),
       );
-      assert.equal((await client.get(id))!.state, "in progress");
+      for (const id of ids) await until(async () => (await client.get(id)) === undefined);
+    });
+
+    test("the service logs a failed call under the correlation id of its caller", async () => {
+      const metadata = { "x-correlation-id": `click-${uniqueId()}` };
+      await assert.rejects(client.claim("", { metadata }), { name: "InvalidRequestError" });
+      await until(async () => live.service.log.some((entry) => JSON.stringify(entry).includes(metadata["x-correlation-id"])));
     });
 
     test("the service accepts and rejects the shared token vectors", async () => {

@@ -108,7 +108,7 @@ for (const { transaction_id, logged } of DEFAULTS.logged_ids) {
     ];
     const { warnings } = await offline({}, () => answers.shift(), (client) =>
       assert.rejects(
-        client.once(transaction_id, {}, () => Promise.reject(new Error("no money"))),
+        client.once(transaction_id, { releaseOn: [Error] }, () => Promise.reject(new Error("no money"))),
         /no money/,
       ),
     );

@@ -19,7 +19,10 @@ test("npm install of the folder of a fresh clone builds the package", async () =
   const app = join(folder.path, "app");
   await mkdir(app);
   await writeFile(join(app, "package.json"), '{"private": true, "type": "module"}');
-  await writeFile(join(app, "app.js"), 'import { Client } from "dedup-client"; console.log(typeof Client);');
+  const names = ["dedup-client", "dedup-client/express", "dedup-client/fastify", "dedup-client/testing"];
+  const exported = `const names = ${JSON.stringify(names)};
+    for (const name of names) console.log(Object.keys(await import(name)).length > 0);`;
+  await writeFile(join(app, "app.js"), exported);
   await run("npm", ["install", "--offline", "--no-audit", "--no-fund", clone], { cwd: app });
-  assert.equal((await run(process.execPath, ["app.js"], { cwd: app })).stdout, "function\n");
+  assert.equal((await run(process.execPath, ["app.js"], { cwd: app })).stdout, "true\n".repeat(names.length));
 });

@@ -56,3 +56,12 @@ export class Live implements AsyncDisposable {
 export function uniqueId(): string {
   return `order-${randomUUID()}`;
 }
+
+/** Poll until the condition holds. */
+export async function until(condition: () => boolean | Promise<boolean>): Promise<void> {
+  const end = Date.now() + 60_000;
+  while (!(await condition())) {
+    if (Date.now() > end) throw new Error(`not within a minute: ${condition}`);
+    await new Promise((resolve) => setTimeout(resolve, 20));
+  }
+}
