@@ -101,7 +101,9 @@ class IdempotencyMiddleware:
         keys = wsgi.keys_of(request.META) if scope is None else asgi.keys_of(scope)
 
         def made() -> Request:
-            return wsgi.request_of(request.META, request) if scope is None else asgi.request_of(scope, request)
+            if scope is not None:
+                return asgi.request_of(scope, request)
+            return wsgi.request_of(request.META, request, decoded=request.path)
 
         try:
             guarded = self._rules.guarded(request.method, keys, made)

@@ -180,19 +180,24 @@ def keys_of(environ: "WSGIEnvironment") -> list[str]:
     return [environ["HTTP_IDEMPOTENCY_KEY"]] if "HTTP_IDEMPOTENCY_KEY" in environ else []
 
 
-def request_of(environ: "WSGIEnvironment", native: object) -> Request:
-    """Return the request of an environ. Raises InvalidKey if its path is not UTF-8."""
+def request_of(environ: "WSGIEnvironment", native: object, decoded: str | None = None) -> Request:
+    """Return the request of an environ. Raises InvalidKey if its path is not UTF-8.
+
+    A framework that has decoded the path in the environ passes it as `decoded`.
+    """
     headers = {name[5:].replace("_", "-").lower(): v for name, v in environ.items() if name.startswith("HTTP_")}
     if environ.get("CONTENT_TYPE"):
         headers["content-type"] = environ["CONTENT_TYPE"]
     query = environ.get("QUERY_STRING", "").encode("latin-1")
-    return Request(environ["REQUEST_METHOD"], _path(environ), query, headers, native)
+    return Request(environ["REQUEST_METHOD"], _path(environ, decoded), query, headers, native)
 
 
-def _path(environ: "WSGIEnvironment") -> str:
+def _path(environ: "WSGIEnvironment", decoded: str | None) -> str:
     target = environ.get("REQUEST_URI") or environ.get("RAW_URI")
     if target:
         return path_of(target.encode("latin-1"))
+    if decoded is not None:
+        return decoded
     # WSGI decodes the bytes of the path as Latin-1.
     return decoded_path((environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")).encode("latin-1"))
 

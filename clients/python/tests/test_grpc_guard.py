@@ -227,7 +227,7 @@ async def test_options(kind: str, shop: Shop) -> None:
     options = {
         "caller": lambda context: dict(context.invocation_metadata())["user"],
         "outcome": lambda code: "complete" if code is grpc.StatusCode.NOT_FOUND else outcome_of(code),
-        "max_stored_bytes": 30,
+        "max_stored_bytes": 25,
     }
     async with Guarded(kind, client, shop, **options) as guarded:
         assert [await guarded.pay("a", "k", user=user) for user in ("anna", "ben")] == ["paid 1", "paid 2"]

@@ -23,7 +23,16 @@ from dedup.stored_response import MAX_STORED_BYTES, STORED_HEADERS, decode, enco
 from dedup.testing import AsyncFakeClient, FakeClient, FakeService
 
 VECTORS = json.loads((Path(__file__).parents[2] / "golden" / "http.json").read_text())
-KINDS = ["asgi", "asgi without raw_path", "wsgi", "wsgi with REQUEST_URI", "wsgi with RAW_URI", "mounted", "django"]
+KINDS = [
+    "asgi",
+    "asgi without raw_path",
+    "wsgi",
+    "wsgi with REQUEST_URI",
+    "wsgi with RAW_URI",
+    "mounted",
+    "django",
+    "django with RAW_URI",
+]
 
 if not settings.configured:
     settings.configure(ALLOWED_HOSTS=["*"], ROOT_URLCONF="", LOGGING_CONFIG=None, USE_TZ=True)
@@ -94,9 +103,10 @@ def send(kind: str, service: FakeService, case: dict[str, Any], body: bytes = b"
         "CONTENT_LENGTH": str(len(body)),
         "wsgi.input": io.BytesIO(body),
     }
-    if kind == "django":
+    if "django" in kind:
+        environ |= {"RAW_URI": target} if "with" in kind else {}
         middleware = DjangoMiddleware(FakeClient(service), **options)
-        request = WSGIRequest(environ | {"RAW_URI": target})
+        request = WSGIRequest(environ)
         response: Any = middleware(lambda _: django.http.HttpResponse(status=201))(request)
         return int(response.status_code)
     if "wsgi" in kind:
@@ -139,10 +149,10 @@ def test_each_middleware_makes_the_same_identity(kind: str, case: dict[str, Any]
     assert request.transaction_id == case["transaction_id"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "django"])
 @pytest.mark.parametrize("case", VECTORS["invalid_identities"], ids=lambda case: case["why"])
 def test_each_middleware_refuses_an_invalid_identity(kind: str, case: dict[str, Any]) -> None:
-    """The request gets 400 and makes no claim."""
+    """The request gets 400 and makes no claim. Django hides such a path unless the server gives the target."""
     service = FakeService()
     assert (send(kind, service, case), service.calls) == (400, [])
 
