@@ -1,61 +1,101 @@
 """Server interceptors that handle a call with an idempotency key once and replay its reply to the others.
 
 The key is the metadata entry `idempotency-key`. Each method has its own keys. Only unary calls with a key are guarded;
-the interceptors pass on all others unchanged. A call that fails releases its claim.
-
-| a duplicate | ends with |
-|---|---|
-| of a completed call | the first reply, or ALREADY_EXISTS if that was too large to store |
-| of a call in progress | ABORTED |
-| with another request under the same key | FAILED_PRECONDITION |
-| while the dedup service is unavailable | UNAVAILABLE |
+the interceptors pass on all others unchanged.
 """
 
 # Generic only in gRPC's type stubs.
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypedDict, Unpack, cast
 
 import grpc
 import grpc.aio
+from google.rpc import status_pb2
 
 from dedup import aio
 from dedup.calls import Span
 from dedup.client import Client
-from dedup.errors import DedupError, DuplicateTransaction, InvalidRequest, PayloadMismatch
-from dedup.handles import Handle, log_failed_ending
-from dedup.idempotency import MAX_KEPT_BYTES
-from dedup.ids import transaction_id
+from dedup.errors import DedupError, DuplicateTransaction
+from dedup.grpc_profile import (
+    KEY_METADATA,
+    NOT_KEPT,
+    REPLAYED_METADATA,
+    decode,
+    encode,
+    fingerprint,
+    identity,
+    outcome_of,
+    refusal_of,
+)
+from dedup.http_profile import InvalidKey, Outcome
+from dedup.idempotency import claim_options, end, end_async, handling
+from dedup.stored_response import MAX_STORED_BYTES
 
-KEY = "idempotency-key"
-
-# Tells an empty reply from no reply.
-_STORED = b"\x01"
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+_REPLAYED = ((REPLAYED_METADATA, "true"),)
 
 
-@dataclass(frozen=True, slots=True)
-class _Rules:
+class GrpcOptions(TypedDict, total=False):
+    """The options of both interceptors; `GrpcRules` describes them."""
+
+    caller: Callable[[Any], str] | None
     ttl: Span | None
     retention: Span | None
     namespace: str | None
+    wait: Span | None
+    max_stored_bytes: int
+    outcome: Callable[[grpc.StatusCode], Outcome]
+    keep_alive: bool
+    max_hold: Span | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrpcRules:
+    """How calls are guarded.
+
+    `caller` takes the context of the call and returns who calls; it keeps callers' keys and replies apart. `ttl` is
+    the lease, which `keep_alive` extends while the handler runs, up to `max_hold`. `retention` is how long a reply is
+    replayed. A duplicate waits up to `wait` for the end of the first call. `outcome` returns what the status of the
+    handler does to the claim.
+    """
+
+    caller: Callable[[Any], str] | None = None
+    ttl: Span | None = None
+    retention: Span | None = None
+    namespace: str | None = None
+    wait: Span | None = None
+    max_stored_bytes: int = MAX_STORED_BYTES
+    outcome: Callable[[grpc.StatusCode], Outcome] = outcome_of
+    keep_alive: bool = True
+    max_hold: Span | None = None
+
+    def claim(self, call: _Call, message: object, raw: bytes, context: Any) -> dict[str, Any]:
+        """Return the arguments of a call's claim. Raises InvalidKey."""
+        caller = self.caller(context) if self.caller is not None else ""
+        return claim_options(
+            transaction_id=identity(caller, call.method, call.keys),
+            fingerprint=fingerprint(call.method, message, raw),
+            ttl=self.ttl,
+            namespace=self.namespace,
+            wait=self.wait,
+            keep_alive=self.keep_alive,
+            max_hold=self.max_hold,
+        )
+
+    def stored(self, code: grpc.StatusCode, reply: object, packed: bytes) -> bytes:
+        """Return the stored form of a reply; that of a failed call is not replayed."""
+        return encode(reply, packed, limit=self.max_stored_bytes) if code is grpc.StatusCode.OK else NOT_KEPT
 
 
 class DedupInterceptor(grpc.ServerInterceptor):
-    """Interceptor for `grpc.server`. `ttl` limits a call's duration; `retention` is how long it is replayed."""
+    """Interceptor for `grpc.server`. `GrpcRules` describes the options."""
 
-    def __init__(
-        self,
-        client: Client,
-        *,
-        ttl: Span | None = None,
-        retention: Span | None = None,
-        namespace: str | None = None,
-    ) -> None:
+    def __init__(self, client: Client, **options: Unpack[GrpcOptions]) -> None:
         self._client = client
-        self._rules = _Rules(ttl, retention, namespace)
+        self._rules = GrpcRules(**options)
 
     def intercept_service(
         self,
@@ -64,50 +104,46 @@ class DedupInterceptor(grpc.ServerInterceptor):
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         """Guard the handler of a call that has a key."""
         handler = continuation(handler_call_details)
-        key = _key_of(handler_call_details)
-        if handler is None or key is None or handler.unary_unary is None:
+        call = _Call.of(handler_call_details, handler)
+        if call is None:
             return handler
-        parts = (handler_call_details.method, key)
+        return grpc.unary_unary_rpc_method_handler(lambda raw, context: self._handle(call, raw, context))
 
-        work = handler.unary_unary
-
-        def guarded(raw: bytes, context: grpc.ServicerContext) -> bytes:
-            try:
-                claim = self._client.claim(**_claim_options(self._rules, parts, raw))
-            except (DedupError, ValueError) as error:
-                stored = _stored_reply(error)
-                if stored is None:
-                    context.abort(*_status_of(error))
+    def _handle(self, call: _Call, raw: bytes, context: Any) -> bytes:
+        message = call.message(raw)
+        try:
+            claim = self._client.claim(**self._rules.claim(call, message, raw, context))
+        except (DedupError, InvalidKey) as error:
+            stored = _stored_reply(error)
+            if stored is not None:
+                context.send_initial_metadata(_REPLAYED)
                 return stored
-            with claim:
-                claim.retention = self._rules.retention
-                reply = _bytes(handler, work(_message(handler, raw), context))
-                failed = _failed(context)
-                if not failed:
-                    _keep(claim, reply)
-                # Only logged: the work is done, so its reply is sent.
-                try:
-                    claim.release() if failed else claim.complete()
-                except DedupError as error:
-                    log_failed_ending(claim, error)
-            return reply
+            refusal = refusal_of(error)
+            context.set_trailing_metadata(_details(refusal))
+            context.abort(_CODES[refusal.code], refusal.message)
+            raise  # Not reached: abort raises.
 
-        return grpc.unary_unary_rpc_method_handler(guarded)
+        def end_with(code: grpc.StatusCode, result: Callable[[], bytes] = lambda: NOT_KEPT) -> None:
+            end(claim, self._rules.outcome(code), result)
+
+        with handling(claim, self._rules.retention):
+            try:
+                reply = call.handler.unary_unary(message, _Context(context, end_with))
+                packed = call.packed(reply)
+            except BaseException:
+                end(claim, "keep", bytes)
+                raise
+        code = _code(context)
+        end_with(code, lambda: self._rules.stored(code, reply, packed))
+        return packed
 
 
 class AsyncDedupInterceptor(grpc.aio.ServerInterceptor):
-    """Interceptor for `grpc.aio.server` with coroutine handlers."""
+    """Interceptor for `grpc.aio.server` with coroutine handlers. `GrpcRules` describes the options."""
 
-    def __init__(
-        self,
-        client: aio.Client,
-        *,
-        ttl: Span | None = None,
-        retention: Span | None = None,
-        namespace: str | None = None,
-    ) -> None:
+    def __init__(self, client: aio.Client, **options: Unpack[GrpcOptions]) -> None:
         self._client = client
-        self._rules = _Rules(ttl, retention, namespace)
+        self._rules = GrpcRules(**options)
 
     async def intercept_service(
         self,
@@ -116,91 +152,109 @@ class AsyncDedupInterceptor(grpc.aio.ServerInterceptor):
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         """Guard the handler of a call that has a key."""
         handler = await continuation(handler_call_details)
-        key = _key_of(handler_call_details)
-        if handler is None or key is None or handler.unary_unary is None:
+        call = _Call.of(handler_call_details, handler)
+        if call is None:
             return handler
-        parts = (handler_call_details.method, key)
-        work = cast("Callable[..., Awaitable[Any]]", handler.unary_unary)
 
-        async def guarded(raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
-            try:
-                claim = await self._client.claim(**_claim_options(self._rules, parts, raw))
-            except (DedupError, ValueError) as error:
-                stored = _stored_reply(error)
-                if stored is None:
-                    await context.abort(*_status_of(error))
-                return stored
-            async with claim:
-                claim.retention = self._rules.retention
-                reply = _bytes(handler, await work(_message(handler, raw), context))
-                failed = _failed(context)
-                if not failed:
-                    _keep(claim, reply)
-                # Only logged: the work is done, so its reply is sent.
-                try:
-                    await (claim.release() if failed else claim.complete())
-                except DedupError as error:
-                    log_failed_ending(claim, error)
-            return reply
+        async def guarded(raw: bytes, context: Any) -> bytes:
+            return await self._handle(call, raw, context)
 
         return grpc.unary_unary_rpc_method_handler(cast("Any", guarded))
 
+    async def _handle(self, call: _Call, raw: bytes, context: Any) -> bytes:
+        message = call.message(raw)
+        try:
+            claim = await self._client.claim(**self._rules.claim(call, message, raw, context))
+        except (DedupError, InvalidKey) as error:
+            stored = _stored_reply(error)
+            if stored is not None:
+                await context.send_initial_metadata(_REPLAYED)
+                return stored
+            refusal = refusal_of(error)
+            await context.abort(_CODES[refusal.code], refusal.message, _details(refusal))
+            raise  # Not reached: abort raises.
 
-def _key_of(details: grpc.HandlerCallDetails) -> str | None:
-    # A sequence of pairs; the type stubs declare one pair.
-    for name, value in cast("Any", details.invocation_metadata or ()):
-        if name == KEY:
-            return str(value)
-    return None
+        async def end_with(code: grpc.StatusCode, result: Callable[[], bytes] = lambda: NOT_KEPT) -> None:
+            await end_async(claim, self._rules.outcome(code), result)
 
-
-def _claim_options(rules: _Rules, parts: tuple[str, str], raw: bytes) -> dict[str, Any]:
-    if not parts[1]:
-        raise ValueError(f"the metadata entry {KEY} is empty")
-    return {
-        "transaction_id": transaction_id(*parts),
-        "ttl": rules.ttl,
-        "namespace": rules.namespace,
-        "fingerprint": hashlib.sha256(raw).digest(),
-    }
-
-
-def _keep(claim: Handle, reply: bytes) -> None:
-    if len(reply) < MAX_KEPT_BYTES:
-        claim.result = _STORED + reply
-
-
-def _message(handler: grpc.RpcMethodHandler[Any, Any], raw: bytes) -> object:
-    return handler.request_deserializer(raw) if handler.request_deserializer is not None else raw
-
-
-def _bytes(handler: grpc.RpcMethodHandler[Any, Any], reply: Any) -> bytes:
-    packed: bytes = handler.response_serializer(reply) if handler.response_serializer is not None else reply
-    return packed
+        with handling(claim, self._rules.retention):
+            try:
+                reply = await call.handler.unary_unary(message, _AsyncContext(context, end_with))
+                packed = call.packed(reply)
+            except BaseException:
+                await end_async(claim, "keep", bytes)
+                raise
+        code = _code(context)
+        await end_with(code, lambda: self._rules.stored(code, reply, packed))
+        return packed
 
 
-def _failed(context: Any) -> bool:
-    """Return whether the handler set a status other than OK without raising."""
-    return context.code() not in (None, grpc.StatusCode.OK, grpc.StatusCode.OK.value[0])
+class _Context:
+    """The context of a call, which ends the claim before the handler's status is sent."""
+
+    def __init__(self, context: Any, end_with: Callable[[grpc.StatusCode], Any]) -> None:
+        self._context = context
+        self._end_with = end_with
+
+    def abort(self, code: grpc.StatusCode, details: str) -> None:
+        self._end_with(code)
+        self._context.abort(code, details)
+
+    def abort_with_status(self, status: grpc.Status) -> None:
+        self._end_with(status.code)
+        self._context.abort_with_status(status)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+
+class _AsyncContext(_Context):
+    async def abort(self, code: grpc.StatusCode, *details: Any, **more: Any) -> None:  # type: ignore[override]
+        await self._end_with(code)
+        await self._context.abort(code, *details, **more)
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A guarded call: its method, its keys and its handler."""
+
+    method: str
+    keys: list[str]
+    handler: Any
+
+    @classmethod
+    def of(cls, details: grpc.HandlerCallDetails, handler: Any) -> _Call | None:
+        """Return the call, or None if it is not guarded."""
+        # A sequence of pairs; the type stubs declare one pair.
+        pairs = cast("Any", details.invocation_metadata or ())
+        keys = [str(value) for name, value in pairs if name == KEY_METADATA]
+        if handler is None or handler.unary_unary is None or not keys:
+            return None
+        return cls(details.method, keys, handler)
+
+    def message(self, raw: bytes) -> object:
+        """Return the request."""
+        read = self.handler.request_deserializer
+        return raw if read is None else read(raw)
+
+    def packed(self, reply: Any) -> bytes:
+        """Return the bytes of a reply."""
+        write = self.handler.response_serializer
+        packed: bytes = reply if write is None else write(reply)
+        return packed
+
+
+def _code(context: Any) -> grpc.StatusCode:
+    """Return the status that the handler set without raising."""
+    code = context.code()
+    return code if isinstance(code, grpc.StatusCode) else _CODES.get(code or 0, grpc.StatusCode.UNKNOWN)
 
 
 def _stored_reply(error: Exception) -> bytes | None:
-    if isinstance(error, DuplicateTransaction) and error.holder.result.startswith(_STORED):
-        return error.holder.result.removeprefix(_STORED)
+    if isinstance(error, DuplicateTransaction) and error.holder.completed:
+        return decode(error.holder.result)
     return None
 
 
-def _status_of(error: Exception) -> tuple[grpc.StatusCode, str]:
-    """Return the status for a claim's `error`. Re-raises InvalidRequest: the guard is misconfigured."""
-    match error:
-        case DuplicateTransaction(holder=holder) if holder.completed:
-            return grpc.StatusCode.ALREADY_EXISTS, "a call with this idempotency key is completed, its reply not stored"
-        case DuplicateTransaction():
-            return grpc.StatusCode.ABORTED, "a call with this idempotency key is in progress"
-        case PayloadMismatch():
-            return grpc.StatusCode.FAILED_PRECONDITION, "this idempotency key was used with another request"
-        case InvalidRequest():
-            raise error
-        case DedupError():
-            return grpc.StatusCode.UNAVAILABLE, "the check for duplicate calls is unavailable"
-    return grpc.StatusCode.INVALID_ARGUMENT, str(error)
+def _details(refusal: status_pb2.Status) -> tuple[tuple[str, bytes]]:
+    return (("grpc-status-details-bin", refusal.SerializeToString()),)

@@ -1,124 +1,208 @@
-"""`Idempotency-Key` over HTTP for ASGI and WSGI: request ids, answers to duplicates, stored responses."""
+"""What the guards of HTTP requests and gRPC calls have in common: options, claims, answers to duplicates."""
 
-import hashlib
-import json
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from http import HTTPStatus
+import asyncio
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
 
 from dedup.calls import Span
+from dedup.client import Client
 from dedup.errors import DedupError, DuplicateTransaction, InvalidRequest, PayloadMismatch
-from dedup.ids import transaction_id
+from dedup.handles import Handle, log_failed_ending
+from dedup.http_profile import (
+    MAX_BODY_BYTES,
+    METHODS,
+    REPLAYED_HEADER,
+    Outcome,
+    Response,
+    fingerprint,
+    identity,
+    in_progress,
+    key_of,
+    key_reused,
+    not_stored,
+    outcome_of,
+    unavailable,
+)
+from dedup.stored_response import MAX_STORED_BYTES, decode, encode
 
-HEADER = "idempotency-key"
+_CURRENT: ContextVar[Handle | None] = ContextVar("dedup_claim", default=None)
+_ENDINGS: set[asyncio.Future[None]] = set()
 
-MAX_KEPT_BYTES = 4_096
-"""The largest stored response: the service's default limit for a result."""
 
-TOO_LARGE = b"\x01"
-"""Stored in place of a response that is too large."""
-
-_FORMAT = 2
+def current_claim() -> Handle | None:
+    """Return the claim of the guarded request or call that is being handled, or None."""
+    return _CURRENT.get()
 
 
 @dataclass(frozen=True, slots=True)
-class Response:
-    """A complete response. Header names are in lower case."""
+class Request:
+    """A guarded request, as the options `caller` and `fingerprint` receive it.
 
-    status: int
-    headers: tuple[tuple[str, str], ...]
-    body: bytes
+    Names of `headers` are in lower case. `native` is the ASGI scope, the WSGI environ or Django's HttpRequest.
+    """
+
+    method: str
+    path: str
+    query: bytes
+    headers: Mapping[str, str]
+    native: Any = field(repr=False)
+
+
+class Options(TypedDict, total=False):
+    """The options of each HTTP middleware; `Rules` describes them."""
+
+    caller: Callable[[Request], str] | None
+    methods: Collection[str]
+    required: bool
+    ttl: Span | None
+    retention: Span | None
+    namespace: str | None
+    wait: Span | None
+    max_body_bytes: int
+    max_stored_bytes: int
+    outcome: Callable[[int], Outcome]
+    fingerprint: Callable[[Request, bytes], bytes] | None
+    stored_headers: Collection[str]
+    replayed_header: str | None
+    keep_alive: bool
+    max_hold: Span | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
     """Which requests are guarded, and how.
 
-    `caller` takes the headers (names in lower case) and returns who calls, such as a user id. It keeps callers' keys
-    apart, so set it if there are several. `ttl` limits a request's duration. `retention` is how long its response is
-    replayed. `max_body_bytes` limits a guarded request body.
+    `caller` returns who calls, such as a verified user id; it keeps callers' keys and responses apart. `required`
+    refuses requests without a key. `ttl` is the lease, which `keep_alive` extends while the work runs, up to
+    `max_hold`. `retention` is how long a response is replayed. A duplicate waits up to `wait` for the end of the first
+    request. `outcome` returns what a response's status does to the claim. `fingerprint` returns what is compared
+    instead of the body. `stored_headers` are replayed in addition to the standard ones. `replayed_header` None marks
+    no replays.
     """
 
+    caller: Callable[[Request], str] | None = None
+    methods: Collection[str] = METHODS
+    required: bool = False
     ttl: Span | None = None
     retention: Span | None = None
     namespace: str | None = None
-    methods: Collection[str] = ("POST", "PATCH")
-    required: bool = False
-    caller: Callable[[Mapping[str, str]], str] | None = None
-    max_body_bytes: int = 1024 * 1024
+    wait: Span | None = None
+    max_body_bytes: int = MAX_BODY_BYTES
+    max_stored_bytes: int = MAX_STORED_BYTES
+    outcome: Callable[[int], Outcome] = outcome_of
+    fingerprint: Callable[[Request, bytes], bytes] | None = None
+    stored_headers: Collection[str] = ()
+    replayed_header: str | None = REPLAYED_HEADER
+    keep_alive: bool = True
+    max_hold: Span | None = None
 
-    def claim_id(self, method: str, path: str, headers: Mapping[str, str]) -> str | None:
-        """Return a request's transaction id, or None if it is not guarded.
-
-        Raises ValueError for a missing required key, and for one that is empty or too long.
-        """
-        if method not in self.methods:
+    def guarded(self, method: str, keys: Sequence[str], request: Callable[[], Request]) -> tuple[Request, str] | None:
+        """Return a request with its transaction id, or None if it is not guarded. Raises InvalidKey."""
+        if method not in self.methods or not (keys or self.required):
             return None
-        key = headers.get(HEADER)
-        if key is None:
-            if self.required:
-                raise ValueError("The header Idempotency-Key is required.")
-            return None
-        key = key.strip()
-        # The draft standard quotes keys; most callers do not.
-        if len(key) >= 2 and key[0] == key[-1] == '"':
-            key = key[1:-1]
-        if not key:
-            raise ValueError("The header Idempotency-Key is empty.")
-        caller = self.caller(headers) if self.caller is not None else ""
-        return transaction_id(caller, method, path, key)
+        key = key_of(keys)
+        made = request()
+        return made, identity(self.caller(made) if self.caller is not None else "", method, made.path, key)
+
+    def claim_options(self, request: Request, body: bytes) -> dict[str, Any]:
+        """Return the options of a request's claim."""
+        compared = body if self.fingerprint is None else self.fingerprint(request, body)
+        return claim_options(
+            fingerprint=fingerprint(request.method, request.path, request.query, compared),
+            ttl=self.ttl,
+            namespace=self.namespace,
+            wait=self.wait,
+            keep_alive=self.keep_alive,
+            max_hold=self.max_hold,
+        )
+
+    def stored(self, response: Response, *, streamed: bool) -> bytes:
+        """Return the form in which a response is stored."""
+        return encode(response, extra_headers=self.stored_headers, limit=self.max_stored_bytes, streamed=streamed)
+
+    def answer_to(self, error: DedupError) -> Response:
+        """Return the response for a claim's `error`. Re-raises InvalidRequest: the middleware is misconfigured."""
+        match error:
+            case DuplicateTransaction(holder=holder) if holder.completed:
+                return self._replay(holder.result)
+            case DuplicateTransaction():
+                return in_progress()
+            case PayloadMismatch():
+                return key_reused()
+            case InvalidRequest():
+                raise error
+        return unavailable()
+
+    def _replay(self, result: bytes) -> Response:
+        replayed = () if self.replayed_header is None else ((self.replayed_header, "true"),)
+        stored = decode(result)
+        if stored is not None and stored.status is not None and stored.body is not None:
+            return Response(stored.status, (*stored.headers, *replayed), stored.body)
+        if stored is not None and stored.location:
+            return Response(303, (("location", stored.location), *replayed), b"")
+        refusal = not_stored()
+        return Response(refusal.status, (*refusal.headers, *replayed), refusal.body)
 
 
-def fingerprint(body: bytes) -> bytes:
-    """Return the digest that detects another body under a key."""
-    return hashlib.sha256(body).digest()
+_KEEPS_ALIVE = "keep_alive" in inspect.signature(Client.claim).parameters
 
 
-def pack(response: Response) -> bytes:
-    """Encode status, content type and body for storage. Returns TOO_LARGE if they do not fit."""
-    content_type = dict(response.headers).get("content-type", "").encode("latin-1")
-    packed = bytes([_FORMAT]) + response.status.to_bytes(2, "big") + len(content_type).to_bytes(2, "big")
-    packed += content_type + response.body
-    return packed if len(packed) <= MAX_KEPT_BYTES else TOO_LARGE
+def claim_options(*, keep_alive: bool, max_hold: Span | None, **options: Any) -> dict[str, Any]:
+    """Return the options of a guard's claim: an exception keeps it, and the client keeps it alive."""
+    if not _KEEPS_ALIVE:
+        return {**options, "on_error": "keep"}
+    return {**options, "keep_alive": keep_alive, "max_hold": max_hold}
 
 
-def unpack(result: bytes) -> Response | None:
-    """Decode a stored response and mark it as replayed. Returns None for any other result."""
-    if len(result) < 5 or result[0] != _FORMAT:
-        return None
-    end = 5 + int.from_bytes(result[3:5], "big")
-    content_type = result[5:end].decode("latin-1")
-    headers = [("idempotency-replayed", "true")]
-    if content_type:
-        headers.insert(0, ("content-type", content_type))
-    return Response(int.from_bytes(result[1:3], "big"), tuple(headers), result[end:])
+class Kept(Exception):
+    """Leaves the block of a claim that is kept until it expires."""
 
 
-def problem(status: int, detail: str, *headers: tuple[str, str]) -> Response:
-    """Return a problem-details response (RFC 9457)."""
-    body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
-    return Response(status, (("content-type", "application/problem+json"), *headers), json.dumps(body).encode())
+@contextmanager
+def handling(claim: Handle, retention: Span | None) -> Iterator[None]:
+    """Make `claim` the current one while its request is handled."""
+    claim.retention = retention
+    token = _CURRENT.set(claim)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
 
 
-def answer_to(error: DedupError) -> Response:
-    """Return the response for a claim's `error`.
-
-    Re-raises InvalidRequest: the middleware is misconfigured.
-    """
-    if isinstance(error, DuplicateTransaction):
-        if not error.holder.completed:
-            return problem(409, "A request with this Idempotency-Key is in progress.", ("retry-after", "1"))
-        stored = unpack(error.holder.result)
-        detail = "A request with this Idempotency-Key is completed. Its response was not stored"
-        is_too_large = error.holder.result == TOO_LARGE
-        return stored or problem(409, detail + (", because it is too large." if is_too_large else "."))
-    if isinstance(error, PayloadMismatch):
-        return problem(422, "This Idempotency-Key was used with another request body.")
-    if isinstance(error, InvalidRequest):
-        raise error
-    return problem(503, "The check for duplicate requests is unavailable. Try again.", ("retry-after", "1"))
+def end(claim: Any, outcome: Outcome, result: Callable[[], bytes]) -> None:
+    """Complete, release or keep a blocking claim. A failure is only logged: the response is sent anyway."""
+    try:
+        match outcome:
+            case "complete":
+                claim.complete(result())
+            case "release":
+                claim.release()
+            case _:
+                claim.__exit__(Kept, Kept(), None)
+    except DedupError as error:
+        log_failed_ending(claim, error)
 
 
-def worth_completing(status: int) -> bool:
-    """Return whether a response completes the work; after a server error it may be retried."""
-    return status < 500
+async def end_async(claim: Any, outcome: Outcome, result: Callable[[], bytes]) -> None:
+    """Do the same for an asynchronous claim, to the end even if the caller is cancelled."""
+
+    async def ending() -> None:
+        try:
+            match outcome:
+                case "complete":
+                    await claim.complete(result())
+                case "release":
+                    await claim.release()
+                case _:
+                    await claim.__aexit__(Kept, Kept(), None)
+        except DedupError as error:
+            log_failed_ending(claim, error)
+
+    task = asyncio.ensure_future(ending())
+    _ENDINGS.add(task)
+    task.add_done_callback(_ENDINGS.discard)
+    await asyncio.shield(task)

@@ -1,15 +1,23 @@
-"""WSGI middleware that handles a request with an Idempotency-Key once (Flask, Django and others)."""
+"""WSGI middleware that handles a request with an Idempotency-Key once (Flask and others)."""
 
 import io
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
-from dedup.calls import Span
 from dedup.client import Claim, Client
 from dedup.errors import DedupError
-from dedup.handles import log_failed_ending
-from dedup.idempotency import Response, Rules, answer_to, fingerprint, pack, problem, worth_completing
+from dedup.http_profile import (
+    InvalidKey,
+    Outcome,
+    Response,
+    body_too_large,
+    content_length,
+    decoded_path,
+    key_invalid,
+    path_of,
+)
+from dedup.idempotency import Options, Request, Rules, end, handling
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -18,104 +26,191 @@ if TYPE_CHECKING:
 class IdempotencyMiddleware:
     """Passes on the first request with an Idempotency-Key, and replays its response to the others.
 
-    `dedup.idempotency.Rules` describes the options. A guarded response is buffered and its claim completed before it is
-    sent, so callers with the response cannot repeat the work. A server error or an exception releases the claim; any
-    other response completes it.
+    `dedup.idempotency.Rules` describes the options. The claim ends before the last byte of the response is sent, so
+    callers with the response cannot repeat the work. A streamed response, an iterable without a length or a
+    Content-Length, and one that is too large to store, is passed on at once and not replayed.
     """
 
-    def __init__(
-        self,
-        app: "WSGIApplication",
-        client: Client,
-        *,
-        ttl: Span | None = None,
-        retention: Span | None = None,
-        namespace: str | None = None,
-        methods: Collection[str] = ("POST", "PATCH"),
-        required: bool = False,
-        caller: Callable[[Mapping[str, str]], str] | None = None,
-        max_body_bytes: int = 1024 * 1024,
-    ) -> None:
+    def __init__(self, app: "WSGIApplication", client: Client, **options: Unpack[Options]) -> None:
         self._app = app
         self._client = client
-        self._rules = Rules(
-            ttl=ttl,
-            retention=retention,
-            namespace=namespace,
-            methods=methods,
-            required=required,
-            caller=caller,
-            max_body_bytes=max_body_bytes,
-        )
+        self._rules = Rules(**options)
 
     def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
         """Handle one request. Requests without a key pass unchanged."""
-        headers = {name[5:].replace("_", "-").lower(): v for name, v in environ.items() if name.startswith("HTTP_")}
-        path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
         try:
-            claim_id = self._rules.claim_id(environ["REQUEST_METHOD"], path, headers)
-        except ValueError as error:
-            return _respond(start_response, problem(400, str(error)))
-        if claim_id is None:
+            guarded = self._rules.guarded(
+                environ["REQUEST_METHOD"], keys_of(environ), lambda: request_of(environ, environ)
+            )
+        except InvalidKey as error:
+            return _respond(start_response, key_invalid(error))
+        if guarded is None:
             return self._app(environ, start_response)
+        request, claim_id = guarded
         body = _whole_body(environ, self._rules.max_body_bytes)
         if body is None:
-            return _respond(
-                start_response, problem(413, f"The request body may have up to {self._rules.max_body_bytes} bytes.")
-            )
+            return _respond(start_response, body_too_large(self._rules.max_body_bytes))
         environ["wsgi.input"] = io.BytesIO(body)
         environ["CONTENT_LENGTH"] = str(len(body))
         try:
-            claim = self._client.claim(
-                claim_id, ttl=self._rules.ttl, namespace=self._rules.namespace, fingerprint=fingerprint(body)
-            )
+            claim = self._client.claim(claim_id, **self._rules.claim_options(request, body))
         except DedupError as error:
-            return _respond(start_response, answer_to(error))
-        claim.retention = self._rules.retention
-        return self._handle(claim, environ, start_response)
+            return _respond(start_response, self._rules.answer_to(error))
+        with handling(claim, self._rules.retention):
+            return self._handle(claim, environ, start_response)
 
     def _handle(self, claim: Claim, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
-        buffered = _Buffered()
+        started = _Started()
+        chunks: Iterable[bytes] = ()
         try:
-            chunks = self._app(environ, buffered.start_response)
-            try:
-                buffered.body += b"".join(chunks)
-            finally:
-                close = getattr(chunks, "close", None)
-                if close is not None:
-                    close()
-        except Exception:
-            _quietly(claim, claim.release)
+            chunks = self._app(environ, started.start_response)
+            parts = iter(chunks)
+            for part in parts:
+                started.body += part
+                if started.is_streamed(chunks) or len(started.body) > self._rules.max_stored_bytes:
+                    started.pass_on(start_response)
+                    rest = _with_first(bytes(started.body), parts)
+                    return Passed(
+                        rest, chunks, content_length(started.headers), lambda does: self._end(claim, started, does)
+                    )
+            _close(chunks)
+        except BaseException:
+            end(claim, "keep", bytes)
+            _close(chunks)
             raise
-        response = buffered.response()
-        if worth_completing(response.status):
-            _quietly(claim, lambda: claim.complete(pack(response)))
-        else:
-            _quietly(claim, claim.release)
-        start_response(buffered.status, buffered.headers)
-        return [response.body]
+        self._end(claim, started, None)
+        start_response(started.status, started.headers)
+        return [bytes(started.body)]
+
+    def _end(self, claim: Claim, started: "_Started", does: Outcome | None) -> None:
+        status = int(started.status.split(" ", 1)[0])
+        headers = tuple((name.lower(), value) for name, value in started.headers)
+        response = Response(status, headers, bytes(started.body))
+        end(
+            claim,
+            does or self._rules.outcome(status),
+            lambda: self._rules.stored(response, streamed=started.passed is not None),
+        )
 
 
-class _Buffered:
-    """Buffers the application's returned or written response."""
+class _Started:
+    """Buffers what the application starts, writes and returns, until it is passed on."""
 
     def __init__(self) -> None:
         self.status = ""
         self.headers: list[tuple[str, str]] = []
         self.body = bytearray()
+        self.passed: StartResponse | None = None
 
     def start_response(
-        self, status: str, headers: list[tuple[str, str]], _exc_info: Any = None, /
+        self, status: str, headers: list[tuple[str, str]], exc_info: Any = None, /
     ) -> Callable[[bytes], object]:
-        """Keep status and headers. A second call, after an error, replaces them."""
+        """Keep status and headers. A second call, after an error, replaces them, or fails once they are sent."""
+        if self.passed is not None:
+            return self.passed(status, headers, exc_info)
         self.status = status
         self.headers = headers
-        return self.body.extend
+        return self._write
 
-    def response(self) -> Response:
-        """Return the complete response."""
-        headers = tuple((name.lower(), value) for name, value in self.headers)
-        return Response(int(self.status.split(" ", 1)[0]), headers, bytes(self.body))
+    def _write(self, data: bytes) -> None:
+        if self.passed is None:
+            self.body += data
+        else:
+            self._write_on(data)
+
+    def pass_on(self, start_response: "StartResponse") -> None:
+        """Send status and headers."""
+        self._write_on = start_response(self.status, self.headers)
+        self.passed = start_response
+
+    def is_streamed(self, chunks: Iterable[bytes]) -> bool:
+        """Return whether nobody knows how much follows."""
+        return content_length(self.headers) is None and not hasattr(chunks, "__len__")
+
+
+class Passed(Iterator[bytes]):
+    """The chunks of a response that is passed on. `end` receives None after the last one, and "keep" without it."""
+
+    def __init__(
+        self,
+        chunks: Iterator[bytes],
+        source: object,
+        length: int | None,
+        end: Callable[[Outcome | None], None],
+    ) -> None:
+        self._chunks = chunks
+        self._source = source
+        self._left = length
+        self._end: Callable[[Outcome | None], None] | None = end
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> bytes:
+        try:
+            chunk = next(self._chunks)
+        except StopIteration:
+            self._end_once(None)
+            raise
+        except BaseException:
+            self._end_once("keep")
+            raise
+        if self._left is not None:
+            self._left -= len(chunk)
+            # The caller has the whole response once its Content-Length is reached.
+            if self._left <= 0:
+                self._end_once(None)
+        return chunk
+
+    def close(self) -> None:
+        """Close the application's iterable. The caller may have left before its end."""
+        try:
+            _close(self._source)
+        finally:
+            self._end_once("keep")
+
+    def _end_once(self, does: Outcome | None) -> None:
+        end, self._end = self._end, None
+        if end is not None:
+            end(does)
+
+
+def keys_of(environ: "WSGIEnvironment") -> list[str]:
+    """Return the value of the key header; servers join several with commas."""
+    return [environ["HTTP_IDEMPOTENCY_KEY"]] if "HTTP_IDEMPOTENCY_KEY" in environ else []
+
+
+def request_of(environ: "WSGIEnvironment", native: object, decoded: str | None = None) -> Request:
+    """Return the request of an environ. Raises InvalidKey if its path is not UTF-8.
+
+    A framework that has decoded the path in the environ passes it as `decoded`.
+    """
+    headers = {name[5:].replace("_", "-").lower(): v for name, v in environ.items() if name.startswith("HTTP_")}
+    if environ.get("CONTENT_TYPE"):
+        headers["content-type"] = environ["CONTENT_TYPE"]
+    query = environ.get("QUERY_STRING", "").encode("latin-1")
+    return Request(environ["REQUEST_METHOD"], _path(environ, decoded), query, headers, native)
+
+
+def _path(environ: "WSGIEnvironment", decoded: str | None) -> str:
+    target = environ.get("REQUEST_URI") or environ.get("RAW_URI")
+    if target:
+        return path_of(target.encode("latin-1"))
+    if decoded is not None:
+        return decoded
+    # WSGI decodes the bytes of the path as Latin-1.
+    return decoded_path((environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")).encode("latin-1"))
+
+
+def _with_first(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
+    yield first
+    yield from rest
+
+
+def _close(chunks: object) -> None:
+    close = getattr(chunks, "close", None)
+    if close is not None:
+        close()
 
 
 def _whole_body(environ: "WSGIEnvironment", limit: int) -> bytes | None:
@@ -123,20 +218,19 @@ def _whole_body(environ: "WSGIEnvironment", limit: int) -> bytes | None:
     length = environ.get("CONTENT_LENGTH") or ""
     if not length and not environ.get("wsgi.input_terminated"):
         return b""
-    size = min(int(length), limit + 1) if length else limit + 1
-    body: bytes = environ["wsgi.input"].read(size)
+    if length and int(length) > limit:
+        return None
+    body: bytes = environ["wsgi.input"].read(int(length) if length else limit + 1)
     return body if len(body) <= limit else None
 
 
 def _respond(start_response: "StartResponse", response: Response) -> list[bytes]:
-    status = f"{response.status} {HTTPStatus(response.status).phrase}"
-    start_response(status, [*response.headers, ("content-length", str(len(response.body)))])
+    start_response(f"{response.status} {_phrase(response.status)}", list(response.sent_headers))
     return [response.body]
 
 
-def _quietly(claim: Claim, ending: Callable[[], object]) -> None:
-    """Complete or release the claim. Failures are only logged: the response is sent anyway."""
+def _phrase(status: int) -> str:
     try:
-        ending()
-    except DedupError as error:
-        log_failed_ending(claim, error)
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return "Unknown"
