@@ -162,6 +162,7 @@ def _claim_options(rules: _Rules, parts: tuple[str, str], raw: bytes) -> dict[st
         "ttl": rules.ttl,
         "namespace": rules.namespace,
         "fingerprint": hashlib.sha256(raw).digest(),
+        "release_on": (Exception,),
     }
 
 
