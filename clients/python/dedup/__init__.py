@@ -13,12 +13,15 @@ if TYPE_CHECKING:
     from dedup.decorator import once
     from dedup.errors import (
         CallFailed,
+        ClaimLost,
+        ClientClosed,
         DedupError,
         DuplicateTransaction,
         InvalidRequest,
         NotHeld,
         PayloadMismatch,
         Unavailable,
+        WrongEventLoop,
     )
     from dedup.ids import new_claim_token, transaction_id
     from dedup.retries import RetryPolicy
@@ -27,7 +30,9 @@ if TYPE_CHECKING:
 __all__ = [
     "CallFailed",
     "Claim",
+    "ClaimLost",
     "Client",
+    "ClientClosed",
     "DedupError",
     "DuplicateTransaction",
     "InvalidRequest",
@@ -37,6 +42,7 @@ __all__ = [
     "Transaction",
     "TransactionState",
     "Unavailable",
+    "WrongEventLoop",
     "call_metadata",
     "claim_batch",
     "new_claim_token",
@@ -51,12 +57,15 @@ _NAMES = {
     "decorator": ("once",),
     "errors": (
         "CallFailed",
+        "ClaimLost",
+        "ClientClosed",
         "DedupError",
         "DuplicateTransaction",
         "InvalidRequest",
         "NotHeld",
         "PayloadMismatch",
         "Unavailable",
+        "WrongEventLoop",
     ),
     "ids": ("new_claim_token", "transaction_id"),
     "retries": ("RetryPolicy",),

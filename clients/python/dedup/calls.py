@@ -7,11 +7,21 @@ from typing import Literal, cast
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from dedup.errors import CallFailed, DuplicateTransaction, InvalidRequest, NotHeld, PayloadMismatch, Unavailable
+from dedup.errors import (
+    CallFailed,
+    ClientClosed,
+    DuplicateTransaction,
+    InvalidRequest,
+    NotHeld,
+    PayloadMismatch,
+    Unavailable,
+)
 from dedup.ids import logged_id, new_claim_token
-from dedup.retries import Retrier, Steps
+from dedup.keep_alive import Extension
+from dedup.retries import Retrier, RetryPolicy, Send, Steps
 from dedup.transactions import Transaction
 from dedup.v1 import dedup_pb2
 
@@ -20,6 +30,11 @@ Span = timedelta | float
 
 OnUnavailable = Literal["deny", "allow"]
 """While the service is unavailable, a claim raises Unavailable, or the work runs unguarded."""
+
+MAX_RESULT_BYTES = 1_048_576
+"""The largest result that any service keeps. The usual limit is 4,096 bytes, which only the service knows."""
+
+_COMPLETED_WITHOUT = "the transaction is completed without it"
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -30,7 +45,8 @@ _LOG = logging.getLogger("dedup")
 class Grant:
     """The permission to do the work, and the data to complete or release its claim.
 
-    `transaction` is the caller's own; the holder's for a `shadow_duplicate`, None for `fail_open`.
+    `transaction` is the caller's own; the holder's for a `shadow_duplicate`, None for `fail_open`. The lease of
+    `lease_s` seconds counts from `sent_s`; it is None for a claim with an `expire_time`.
     """
 
     transaction_id: str
@@ -40,6 +56,8 @@ class Grant:
     shadow_duplicate: bool = False
     fail_open: bool = False
     transaction: Transaction | None = None
+    sent_s: float = 0.0
+    lease_s: float | None = None
 
     @property
     def holds(self) -> bool:
@@ -82,6 +100,8 @@ class Calls:
                 replayed=reply.replayed,
                 shadow_duplicate=reply.shadow_duplicate,
                 transaction=transaction,
+                sent_s=answer.sent_s,
+                lease_s=_lease_s(request, transaction),
             )
         if reply.outcome == dedup_pb2.CLAIM_OUTCOME_DUPLICATE:
             raise DuplicateTransaction(transaction)
@@ -100,27 +120,35 @@ class Calls:
     ) -> Steps[Transaction]:
         """Complete a claim. Raises NotHeld, InvalidRequest, Unavailable or another CallFailed.
 
-        If the service rejects the result, for example as too large, the transaction is completed without it before
-        InvalidRequest is raised: finished work must not look unfinished.
+        If the result or the retention is invalid, the transaction is completed without it before TypeError, ValueError
+        or InvalidRequest is raised: finished work must not look unfinished.
         """
         refuse_both(ttl, expire_time)
+        fault: Exception | None = result_fault(result)
         request = dedup_pb2.CompleteTransactionRequest(
             transaction_id=grant.transaction_id,
             namespace=grant.namespace,
             claim_token=grant.claim_token,
-            result=result,
+            result=b"" if fault is not None else result,
             ttl=duration(ttl),
             expire_time=timestamp(expire_time),
         )
         try:
             answer = yield from self._retrier.call("CompleteTransaction", request, budget_s=budget_s)
         except InvalidRequest as refused:
-            if "result" in refused.violations:
-                request.result = b""
-                yield from self._retrier.call("CompleteTransaction", request, budget_s=budget_s)
-            raise
+            # Without the values that the service rejected.
+            if not refused.violations.keys() <= {"result", "ttl", "expire_time"}:
+                raise
+            for name in refused.violations:
+                request.ClearField(cast("Literal['result', 'ttl', 'expire_time']", name))
+            answer = yield from self._retrier.call("CompleteTransaction", request, budget_s=budget_s)
+            fault = InvalidRequest(
+                f"{refused.message}; {_COMPLETED_WITHOUT}", violations=refused.violations, reason=refused.reason
+            )
         reply = cast("dedup_pb2.CompleteTransactionResponse", answer.reply)
         if reply.outcome == dedup_pb2.COMPLETE_OUTCOME_COMPLETED:
+            if fault is not None:
+                raise fault
             return Transaction.of(reply.transaction)
         if reply.outcome == dedup_pb2.COMPLETE_OUTCOME_NOT_HELD:
             raise NotHeld(grant.transaction_id)
@@ -171,6 +199,27 @@ class Calls:
             raise NotHeld(grant.transaction_id)
         raise unknown_outcome(reply.outcome)
 
+    def undo(self, claim: dedup_pb2.ClaimTransactionRequest) -> Steps[bool]:
+        """Release a claim that may have been made. Return whether it was released.
+
+        NOT_HELD is repeated within one budget, because the claim may still be on its way.
+        """
+        request = dedup_pb2.ReleaseTransactionRequest(
+            transaction_id=claim.transaction_id, namespace=claim.namespace, claim_token=claim.claim_token
+        )
+
+        def release(budget_s: float) -> Steps[bool]:
+            answer = yield from self._retrier.call("ReleaseTransaction", request, budget_s=budget_s)
+            reply = cast("dedup_pb2.ReleaseTransactionResponse", answer.reply)
+            return reply.outcome == dedup_pb2.RELEASE_OUTCOME_RELEASED
+
+        return self._retrier.repeat(release)
+
+    @property
+    def policy(self) -> RetryPolicy:
+        """The limits of each call."""
+        return self._retrier.policy
+
     def get(self, transaction_id: str, *, namespace: str, budget_s: float | None) -> Steps[Transaction | None]:
         """Look up a transaction. The outcome is None if nobody holds it."""
         request = dedup_pb2.GetTransactionRequest(transaction_id=transaction_id, namespace=namespace)
@@ -210,6 +259,45 @@ def claim_request(
     )
 
 
+def extension(grant: Grant, ttl_s: float, timeout_s: float) -> Send:
+    """Return one attempt to extend a claim, without repetitions."""
+    request = dedup_pb2.ExtendTransactionRequest(
+        transaction_id=grant.transaction_id,
+        namespace=grant.namespace,
+        claim_token=grant.claim_token,
+        ttl=duration(ttl_s),
+    )
+    return Send("ExtendTransaction", request, timeout_s)
+
+
+def extension_outcome(answer: Message | CallFailed) -> Extension:
+    """Return what the answer to `extension` says."""
+    if not isinstance(answer, dedup_pb2.ExtendTransactionResponse):
+        return "failed"
+    if answer.outcome == dedup_pb2.EXTEND_OUTCOME_EXTENDED:
+        return "extended"
+    return "not_held" if answer.outcome == dedup_pb2.EXTEND_OUTCOME_NOT_HELD else "failed"
+
+
+def may_have_claimed(error: BaseException) -> bool:
+    """Return whether a claim that ended with `error` may have been made."""
+    if isinstance(error, CallFailed):
+        return error.applied == "unknown" and not isinstance(error, ClientClosed)
+    return not isinstance(error, Exception | GeneratorExit)
+
+
+def result_fault(result: object) -> TypeError | ValueError | None:
+    """Return what is wrong with a result, as far as the client knows."""
+    if not isinstance(result, bytes):
+        return TypeError(f"the result is {type(result).__name__}; it must be bytes: encode it; {_COMPLETED_WITHOUT}")
+    if len(result) > MAX_RESULT_BYTES:
+        return ValueError(
+            f"the result has {len(result)} bytes; the service keeps at most {MAX_RESULT_BYTES}: store it elsewhere "
+            f"and keep a key; {_COMPLETED_WITHOUT}"
+        )
+    return None
+
+
 def unknown_outcome(outcome: int) -> CallFailed:
     """Return the exception for a reply with an unknown outcome."""
     return CallFailed(
@@ -242,6 +330,16 @@ def timestamp(moment: datetime | None) -> Timestamp | None:
     message = Timestamp()
     message.FromMilliseconds((moment - _EPOCH) // timedelta(milliseconds=1))
     return message
+
+
+def _lease_s(request: dedup_pb2.ClaimTransactionRequest, own: Transaction) -> float | None:
+    if request.HasField("expire_time"):
+        return None
+    if request.HasField("ttl"):
+        return request.ttl.ToMilliseconds() / 1000
+    if own.claim_time is None or own.expire_time is None:
+        return None
+    return (own.expire_time - own.claim_time).total_seconds()
 
 
 def refuse_both(ttl: Span | None, expire_time: datetime | None) -> None:

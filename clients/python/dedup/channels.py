@@ -12,6 +12,8 @@ _OPTIONS: tuple[ChannelOption, ...] = (
     # A sidecar restarts within moments; gRPC's default backoff grows to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
+    # Spreads calls over all addresses of a target, and moves on when one stops.
+    ("grpc.service_config", '{"loadBalancingConfig": [{"round_robin": {}}]}'),
     # 1,000 duplicates with results of 4,096 bytes exceed gRPC's default of 4 MiB.
     ("grpc.max_receive_message_length", 8 * 1024 * 1024),
 )

@@ -10,7 +10,7 @@ from dedup import aio
 from dedup.calls import Span
 from dedup.client import Client
 from dedup.errors import DuplicateTransaction
-from dedup.handles import Handle, OnError
+from dedup.handles import Handle, ReleaseOn
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -25,7 +25,11 @@ def once(
     namespace: str | None = None,
     fingerprint: Callable[..., bytes] | None = None,
     wait: Span | None = None,
-    on_error: OnError | None = None,
+    release_on: ReleaseOn | None = None,
+    keep_alive: bool = True,
+    max_hold: Span | None = None,
+    on_lost: Callable[[Any], None] | None = None,
+    cancel_on_lost: bool = False,
     on_duplicate: Callable[[DuplicateTransaction], object] | None = None,
     encode: Callable[[Any], bytes] | None = None,
     decode: Callable[[bytes], object] | None = None,
@@ -33,8 +37,9 @@ def once(
     """Run a function once for each key. Further calls with the same key are duplicates.
 
     `key` takes the call's arguments and returns its transaction id; `fingerprint` returns a digest of whatever else
-    must be equal. Coroutine functions need an `aio.Client`, others a `Client`. `ttl` limits the work's duration, and
-    `retention` how long it is remembered once completed.
+    must be equal. Coroutine functions need an `aio.Client`, others a `Client`. The claim lives for `ttl` and is
+    extended while the function runs, unless `keep_alive` is False. `retention` is how long it is remembered then.
+    `release_on`, `max_hold`, `on_lost` and, for coroutine functions, `cancel_on_lost` are those of `Client.claim`.
 
     With `encode` and `decode` the first result is stored and returned to every duplicate of completed work. Other
     duplicates return the result of `on_duplicate` (awaited if the function is a coroutine function), or raise
@@ -45,7 +50,19 @@ def once(
     """
     if (encode is None) is not (decode is None):
         raise ValueError("give both encode and decode, or neither")
-    options = {"ttl": ttl, "namespace": namespace, "wait": wait, "on_error": on_error}
+    options: dict[str, Any] = {
+        "ttl": ttl,
+        "namespace": namespace,
+        "wait": wait,
+        "release_on": release_on,
+        "keep_alive": keep_alive,
+        "max_hold": max_hold,
+        "on_lost": on_lost,
+    }
+    if isinstance(client, aio.Client):
+        options["cancel_on_lost"] = cancel_on_lost
+    elif cancel_on_lost:
+        raise ValueError("cancel_on_lost needs a dedup.aio.Client: a thread cannot be cancelled")
     guard = _Guard(key, fingerprint, options, retention, on_duplicate, encode, decode)
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:

@@ -6,11 +6,13 @@ from typing import cast
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
-from dedup.errors import Applied, CallFailed, InvalidRequest, Unavailable
+from dedup.errors import Applied, CallFailed, ClientClosed, InvalidRequest, Unavailable
 
 _DOMAIN = "dedup.v1"
 _STATUS_KEY = "grpc-status-details-bin"
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
+# gRPC's own words where it had no connection for the call. All other texts leave doubt.
+_UNSENT = ("failed to connect to all addresses", "connections to all backends failing", "DNS resolution failed")
 _UNAVAILABLE = {
     # A server's shutdown cancels calls. The caller's own cancellation never arrives here.
     grpc.StatusCode.CANCELLED,
@@ -26,12 +28,14 @@ def failure_of_call(error: grpc.RpcError) -> CallFailed:
     for key, value in cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ()):
         if key == _STATUS_KEY and isinstance(value, bytes):
             return failure_of_status(status_pb2.Status.FromString(value))
-    return _failure(error.code(), error.details() or "")
+    details = error.details() or ""
+    unsent = error.code() is grpc.StatusCode.UNAVAILABLE and details.startswith(_UNSENT)
+    return _failure(error.code(), details, applied="no" if unsent else "unknown")
 
 
-def failure_of_closed_client() -> CallFailed:
-    """Return the exception for a call of a closed client: not an outage, and retries cannot help."""
-    return CallFailed("the client was closed", code=grpc.StatusCode.CANCELLED)
+def failure_of_closed_client() -> ClientClosed:
+    """Return the exception for a call in flight when its client was closed."""
+    return ClientClosed("unknown")
 
 
 def failure_of_status(status: status_pb2.Status) -> CallFailed:

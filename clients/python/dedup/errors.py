@@ -5,6 +5,7 @@ from typing import Literal
 
 import grpc
 
+from dedup.ids import logged_id
 from dedup.transactions import Transaction
 
 Applied = Literal["no", "unknown"]
@@ -12,7 +13,7 @@ Applied = Literal["no", "unknown"]
 
 
 class DedupError(Exception):
-    """The base class of all exceptions of this client."""
+    """The base class of all exceptions of this client. Texts name a transaction by its hashed id, as logs do."""
 
 
 class DuplicateTransaction(DedupError):
@@ -24,7 +25,7 @@ class DuplicateTransaction(DedupError):
     def __init__(self, holder: Transaction) -> None:
         state = "is completed" if holder.completed else "is in progress"
         claimant = holder.claimant or "an unnamed claimant"
-        super().__init__(f"transaction {holder.transaction_id!r} {state}, claimed by {claimant}")
+        super().__init__(f"transaction {logged_id(holder.transaction_id)} {state}, claimed by {claimant}")
         self.holder = holder
 
 
@@ -32,7 +33,7 @@ class PayloadMismatch(DedupError):
     """The transaction was claimed with another fingerprint: its id was reused. Answer 422."""
 
     def __init__(self, holder: Transaction) -> None:
-        super().__init__(f"transaction {holder.transaction_id!r} was claimed with another payload")
+        super().__init__(f"transaction {logged_id(holder.transaction_id)} was claimed with another payload")
         self.holder = holder
 
 
@@ -43,8 +44,23 @@ class NotHeld(DedupError):
     """
 
     def __init__(self, transaction_id: str) -> None:
-        super().__init__(f"transaction {transaction_id!r} is no longer held by this claim")
+        super().__init__(f"transaction {logged_id(transaction_id)} is no longer held by this claim")
         self.transaction_id = transaction_id
+
+
+class ClaimLost(DedupError):
+    """The block was cancelled because its claim was lost while the work ran. Another caller may repeat the work."""
+
+    def __init__(self, transaction_id: str) -> None:
+        super().__init__(f"the claim of transaction {logged_id(transaction_id)} was lost while its work ran")
+        self.transaction_id = transaction_id
+
+
+class WrongEventLoop(DedupError):
+    """The asynchronous client was used from another event loop than that of its first call."""
+
+    def __init__(self) -> None:
+        super().__init__("this client belongs to another event loop: make one client for each event loop")
 
 
 class CallFailed(DedupError):
@@ -70,6 +86,13 @@ class CallFailed(DedupError):
         self.reason = reason
         self.applied = applied
         self.retry_after_s = retry_after_s
+
+
+class ClientClosed(CallFailed):
+    """The client is closed. `applied` is "no" for a call made after that, "unknown" for one that was in flight."""
+
+    def __init__(self, applied: Applied = "no") -> None:
+        super().__init__("the client was closed", code=grpc.StatusCode.CANCELLED, applied=applied)
 
 
 class Unavailable(CallFailed):

@@ -31,7 +31,7 @@ from dedup.grpc_profile import (
     refusal_of,
 )
 from dedup.http_profile import InvalidKey, Outcome
-from dedup.idempotency import claim_options, end, end_async, handling
+from dedup.idempotency import end, end_async, handling
 from dedup.stored_response import MAX_STORED_BYTES
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
@@ -75,15 +75,15 @@ class GrpcRules:
     def claim(self, call: _Call, message: object, raw: bytes, context: Any) -> dict[str, Any]:
         """Return the arguments of a call's claim. Raises InvalidKey."""
         caller = self.caller(context) if self.caller is not None else ""
-        return claim_options(
-            transaction_id=identity(caller, call.method, call.keys),
-            fingerprint=fingerprint(call.method, message, raw),
-            ttl=self.ttl,
-            namespace=self.namespace,
-            wait=self.wait,
-            keep_alive=self.keep_alive,
-            max_hold=self.max_hold,
-        )
+        return {
+            "transaction_id": identity(caller, call.method, call.keys),
+            "fingerprint": fingerprint(call.method, message, raw),
+            "ttl": self.ttl,
+            "namespace": self.namespace,
+            "wait": self.wait,
+            "keep_alive": self.keep_alive,
+            "max_hold": self.max_hold,
+        }
 
     def stored(self, code: grpc.StatusCode, reply: object, packed: bytes) -> bytes:
         """Return the stored form of a reply; that of a failed call is not replayed."""

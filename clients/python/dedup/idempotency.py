@@ -1,7 +1,6 @@
 """What the guards of HTTP requests and gRPC calls have in common: options, claims, answers to duplicates."""
 
 import asyncio
-import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -9,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 from dedup.calls import Span
-from dedup.client import Client
 from dedup.errors import DedupError, DuplicateTransaction, InvalidRequest, PayloadMismatch
 from dedup.handles import Handle, log_failed_ending
 from dedup.http_profile import (
@@ -111,14 +109,14 @@ class Rules:
     def claim_options(self, request: Request, body: bytes) -> dict[str, Any]:
         """Return the options of a request's claim."""
         compared = body if self.fingerprint is None else self.fingerprint(request, body)
-        return claim_options(
-            fingerprint=fingerprint(request.method, request.path, request.query, compared),
-            ttl=self.ttl,
-            namespace=self.namespace,
-            wait=self.wait,
-            keep_alive=self.keep_alive,
-            max_hold=self.max_hold,
-        )
+        return {
+            "fingerprint": fingerprint(request.method, request.path, request.query, compared),
+            "ttl": self.ttl,
+            "namespace": self.namespace,
+            "wait": self.wait,
+            "keep_alive": self.keep_alive,
+            "max_hold": self.max_hold,
+        }
 
     def stored(self, response: Response, *, streamed: bool) -> bytes:
         """Return the form in which a response is stored."""
@@ -148,20 +146,6 @@ class Rules:
         return Response(refusal.status, (*refusal.headers, *replayed), refusal.body)
 
 
-_KEEPS_ALIVE = "keep_alive" in inspect.signature(Client.claim).parameters
-
-
-def claim_options(*, keep_alive: bool, max_hold: Span | None, **options: Any) -> dict[str, Any]:
-    """Return the options of a guard's claim: an exception keeps it, and the client keeps it alive."""
-    if not _KEEPS_ALIVE:
-        return {**options, "on_error": "keep"}
-    return {**options, "keep_alive": keep_alive, "max_hold": max_hold}
-
-
-class Kept(Exception):
-    """Leaves the block of a claim that is kept until it expires."""
-
-
 @contextmanager
 def handling(claim: Handle, retention: Span | None) -> Iterator[None]:
     """Make `claim` the current one while its request is handled."""
@@ -182,7 +166,7 @@ def end(claim: Any, outcome: Outcome, result: Callable[[], bytes]) -> None:
             case "release":
                 claim.release()
             case _:
-                claim.__exit__(Kept, Kept(), None)
+                claim.keep()
     except DedupError as error:
         log_failed_ending(claim, error)
 
@@ -198,7 +182,7 @@ async def end_async(claim: Any, outcome: Outcome, result: Callable[[], bytes]) -
                 case "release":
                     await claim.release()
                 case _:
-                    await claim.__aexit__(Kept, Kept(), None)
+                    claim.keep()
         except DedupError as error:
             log_failed_ending(claim, error)
 

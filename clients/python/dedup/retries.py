@@ -8,7 +8,7 @@ import itertools
 import random
 import time
 from collections.abc import Awaitable, Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import grpc
@@ -25,7 +25,7 @@ class Send:
     """Call `method` with `request`, for at most `timeout_s` seconds. The driver sends back the reply."""
 
     method: str
-    request: Message
+    request: Message = field(repr=False)  # Contains the token.
     timeout_s: float
 
 
@@ -61,10 +61,14 @@ class RetryPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The reply to a logical call; `doubtful` if an earlier attempt may have been applied."""
+    """The reply to a logical call; `doubtful` if an earlier attempt may have been applied.
+
+    `sent_s` is when the answered attempt was sent, by the retrier's clock.
+    """
 
     reply: Message
     doubtful: bool
+    sent_s: float
 
 
 def worth_repeating(failure: CallFailed) -> bool:
@@ -110,7 +114,8 @@ class Retrier:
             wait_left_s = max(0.0, start + wait_s - self._clock())
             if isinstance(request, dedup_pb2.ClaimTransactionRequest) and wait_s:
                 request.wait.FromMilliseconds(int(wait_left_s * 1000))
-            timeout_s = min(self._policy.attempt_timeout_s + wait_left_s, end - self._clock())
+            sent_s = self._clock()
+            timeout_s = min(self._policy.attempt_timeout_s + wait_left_s, end - sent_s)
             try:
                 reply = yield Send(method, request, timeout_s)
             except CallFailed as failure:
@@ -121,9 +126,26 @@ class Retrier:
                     raise
             else:
                 assert reply is not None  # noqa: S101 - The driver answers every Send with a reply.
-                return Answer(reply, doubtful)
+                return Answer(reply, doubtful, sent_s)
             yield Pause(pause_s)
         raise AssertionError  # pragma: no cover - `count` never ends.
+
+    def repeat(self, steps: Callable[[float], Steps[bool]]) -> Steps[bool]:
+        """Make logical calls until one returns True or the budget is spent. Each receives the rest of the budget."""
+        end = self._clock() + self._policy.budget_s
+        for attempt in itertools.count():
+            if (yield from steps(end - self._clock())):
+                return True
+            pause_s = self.pause_s(attempt, None)
+            if self.gives_up(attempt, pause_s, end):
+                return False
+            yield Pause(pause_s)
+        raise AssertionError  # pragma: no cover - `count` never ends.
+
+    @property
+    def policy(self) -> RetryPolicy:
+        """The limits of its calls."""
+        return self._policy
 
     def pause_s(self, attempt: int, retry_after_s: float | None) -> float:
         """Return the pause after an attempt (from 0): the service's delay, plus backoff with full jitter."""

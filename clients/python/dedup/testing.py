@@ -3,9 +3,11 @@
 `FakeClient` and `AsyncFakeClient` are the real clients over a `FakeService` in memory.
 """
 
+import contextlib
 import re
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -15,11 +17,13 @@ from google.protobuf.message import Message
 
 from dedup import aio
 from dedup.calls import Calls, OnUnavailable
+from dedup.channels import MetadataEntry
 from dedup.client import Client
 from dedup.errors import CallFailed, InvalidRequest, Unavailable
-from dedup.handles import OnError
+from dedup.handles import ReleaseOn
 from dedup.ids import MAX_TRANSACTION_ID_BYTES, new_claim_token
-from dedup.retries import Retrier, RetryPolicy, Send
+from dedup.keep_alive import KeepAlive
+from dedup.retries import Retrier, RetryPolicy, Send, Steps
 from dedup.v1 import dedup_pb2
 
 __all__ = ["AsyncFakeClient", "FakeClient", "FakeService"]
@@ -61,13 +65,21 @@ class FakeService:
         self._lost_replies = 0
         self._held: dict[tuple[str, str], _Held] = {}
         self._lock = threading.Lock()
+        self._keep_alives: weakref.WeakSet[KeepAlive] = weakref.WeakSet()
         self.unavailable = False
         self.calls: list[tuple[str, Message]] = []
         """Method and request of every attempt."""
 
     def advance(self, seconds: float) -> None:
-        """Move the clock forward."""
-        self._advanced_s += seconds
+        """Move the clock forward. Claims are kept alive, and lost, at their times on the way."""
+        while seconds > 0:
+            delays_s = [found for each in self._keep_alives if (found := each.delay_s(each.clock())) is not None]
+            # At least 1 ms, because smaller steps vanish in the sum.
+            step_s = min(seconds, max(0.001, min(delays_s, default=seconds)))
+            self._advanced_s += step_s
+            seconds -= step_s
+            for each in list(self._keep_alives):
+                each.run_due()
 
     def lose_replies(self, count: int = 1) -> None:
         """Execute the next `count` attempts and lose their replies."""
@@ -260,12 +272,19 @@ class FakeClient(Client):
         claimant: str = "",
         timeout: float = 2.0,
         on_unavailable: OnUnavailable = "deny",
-        on_error: OnError = "release",
+        release_on: ReleaseOn = (),
     ) -> None:
         self.service = service or FakeService()
         transport = _Transport(self.service)
         retrier = Retrier(RetryPolicy(budget_s=timeout), clock=transport.now)
-        self._set_up(transport, Calls(retrier, on_unavailable), namespace, claimant, on_error)
+        keep_alive = _FakeKeepAlive(self.service, transport)
+        calls = Calls(retrier, on_unavailable)
+        self._set_up(transport, keep_alive, calls, namespace=namespace, claimant=claimant, release_on=release_on)
+
+    def _in_background(self, steps: Steps[object], _transaction_id: str) -> None:
+        # At once, so that tests know when.
+        with contextlib.suppress(CallFailed):
+            self._run(steps)
 
 
 class AsyncFakeClient(aio.Client):
@@ -279,12 +298,23 @@ class AsyncFakeClient(aio.Client):
         claimant: str = "",
         timeout: float = 2.0,
         on_unavailable: OnUnavailable = "deny",
-        on_error: OnError = "release",
+        release_on: ReleaseOn = (),
     ) -> None:
         self.service = service or FakeService()
         transport = _Transport(self.service)
         retrier = Retrier(RetryPolicy(budget_s=timeout), clock=transport.now)
-        self._set_up(_AsyncTransport(transport), Calls(retrier, on_unavailable), namespace, claimant, on_error)
+        keep_alive = _FakeKeepAlive(self.service, transport)
+        calls = Calls(retrier, on_unavailable)
+        over = _AsyncTransport(transport)
+        self._set_up(over, keep_alive, calls, namespace=namespace, claimant=claimant, release_on=release_on)
+
+
+class _FakeKeepAlive(KeepAlive):
+    """Runs while the fake's clock moves."""
+
+    def __init__(self, service: FakeService, transport: "_Transport") -> None:
+        super().__init__(RetryPolicy().attempt_timeout_s, clock=transport.now)
+        service._keep_alives.add(self)
 
 
 class _Transport:
@@ -295,7 +325,17 @@ class _Transport:
         self._paused_s = 0.0
 
     def now(self) -> float:
-        return self._paused_s
+        return self._service._advanced_s + self._paused_s
+
+    def start(
+        self, step: Send, _metadata: tuple[MetadataEntry, ...], done: Callable[[Message | CallFailed], None]
+    ) -> None:
+        answer: Message | CallFailed
+        try:
+            answer = self.send(step)
+        except CallFailed as failure:
+            answer = failure
+        done(answer)
 
     def send(self, step: Send) -> Message:
         return self._service.answer(step.method, step.request)
@@ -310,6 +350,10 @@ class _Transport:
 class _AsyncTransport:
     def __init__(self, inner: _Transport) -> None:
         self._inner = inner
+        self.start = inner.start
+
+    def is_here(self) -> bool:
+        return True
 
     async def send(self, step: Send) -> Message:
         return self._inner.send(step)

@@ -8,6 +8,7 @@ import grpc
 import pytest
 
 from dedup import DuplicateTransaction, InvalidRequest, NotHeld, PayloadMismatch, TransactionState, new_claim_token
+from dedup.ids import logged_id
 from dedup.testing import AsyncFakeClient
 
 
@@ -43,27 +44,56 @@ async def test_leaving_the_block_completes_with_the_result(world: Any, unique: s
     assert timedelta(seconds=89) < holder.expire_time - holder.completion_time < timedelta(seconds=91)
 
 
-async def test_leaving_by_an_exception_releases(world: Any, unique: str) -> None:
-    """The next caller receives the claim at once, and the exception propagates."""
+async def test_leaving_by_an_exception_keeps(world: Any, unique: str) -> None:
+    """The work may have taken effect, so no second run begins while the claim lives."""
     client = world.client()
     with pytest.raises(ZeroDivisionError):
         async with client.claim(unique):
+            raise ZeroDivisionError
+    with pytest.raises(DuplicateTransaction, match="in progress"):
+        await client.claim(unique)
+
+
+@pytest.mark.parametrize("level", ["claim", "client", "handle"])
+async def test_a_listed_exception_releases(world: Any, unique: str, level: str) -> None:
+    """It says that nothing was done. Subclasses count, and the exception propagates."""
+    listed = (ArithmeticError,)
+    client = world.client(release_on=listed if level == "client" else ())
+    with pytest.raises(ZeroDivisionError):
+        async with client.claim(unique, release_on=listed if level == "claim" else None) as claim:
+            if level == "handle":
+                claim.release_on = listed
             raise ZeroDivisionError
     assert await client.get(unique) is None
     await client.claim(unique)
 
 
-@pytest.mark.parametrize("level", ["claim", "client", "handle"])
-async def test_leaving_by_an_exception_keeps_with_on_error(world: Any, unique: str, level: str) -> None:
-    """Claims of work that may have taken effect are left to expire."""
-    client = world.client(on_error="keep" if level == "client" else "release")
-    with pytest.raises(ZeroDivisionError):
-        async with client.claim(unique, on_error="keep" if level == "claim" else None) as claim:
-            if level == "handle":
-                claim.on_error = "keep"
-            raise ZeroDivisionError
-    with pytest.raises(DuplicateTransaction):
-        await client.claim(unique)
+@pytest.mark.parametrize(
+    ("listed", "error", "kept"),
+    [
+        ((Exception,), TimeoutError, True),
+        ((OSError,), TimeoutError, True),
+        ((OSError,), ConnectionRefusedError, False),
+        ((TimeoutError,), TimeoutError, False),
+        ((ValueError,), KeyError, True),
+        ((Exception,), asyncio.CancelledError, True),
+    ],
+)
+async def test_a_timeout_releases_only_if_listed_itself(
+    world: Any, unique: str, listed: Any, error: type[BaseException], kept: Any
+) -> None:
+    """Work that timed out or was cancelled may have taken effect."""
+    client = world.client()
+    claim = await client.claim(unique, release_on=listed)
+    await claim.__aexit__(error, error(), None)
+    assert (await client.get(unique) is not None) is kept
+
+
+async def test_only_exceptions_may_be_listed(world: Any) -> None:
+    """Cancellation cannot be listed."""
+    for wrong in (asyncio.CancelledError, "ValueError"):
+        with pytest.raises(TypeError, match="subclasses of Exception"):
+            await world.client().claim("x", release_on=(wrong,))
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, asyncio.CancelledError])
@@ -105,7 +135,7 @@ async def test_completing_twice_is_completed_once(world: Any, unique: str) -> No
 async def test_an_expired_claim_is_not_held(world: Any, unique: str) -> None:
     """Another caller receives it, and the first caller gets NotHeld at the end of its block."""
     client = world.client()
-    with pytest.raises(NotHeld, match=unique):
+    with pytest.raises(NotHeld, match=logged_id(unique)):
         async with client.claim(unique, ttl=0.1):
             await world.pass_time(0.3)
             await client.claim(unique)
@@ -183,15 +213,55 @@ async def test_an_invalid_field_is_named(world: Any, unique: str, field: str, op
 
 
 async def test_a_result_that_is_too_large_does_not_undo_the_work(world: Any, unique: str) -> None:
-    """The result is rejected, and the transaction is completed without it."""
+    """The result is rejected, and the transaction is completed without it. So is an invalid retention."""
     client = world.client()
-    with pytest.raises(InvalidRequest) as caught:
+    with pytest.raises(InvalidRequest, match="completed without it") as caught:
         async with client.claim(unique) as claim:
             claim.result = b"x" * 4097
-    assert list(caught.value.violations) == ["result"]
+            claim.retention = timedelta(days=400)
+    assert set(caught.value.violations) == {"result", "ttl"}
     found = await client.get(unique)
     assert found.completed
     assert found.result == b""
+
+
+@pytest.mark.parametrize("result", ["paid 5", None, 5, bytearray(b"x"), b"x" * 1_048_577])
+@pytest.mark.parametrize("how", ["set", "complete", "listed", "swallowed", "another"])
+async def test_work_with_a_result_that_cannot_be_stored_is_completed_once(
+    world: Any, unique: str, result: Any, how: str
+) -> None:
+    """The caller gets the error, and the transaction is completed without a result, whatever the block does."""
+    client = world.client()
+    caught: list[Exception] = []
+    try:
+        async with client.claim(unique, release_on=(Exception,) if how == "listed" else ()) as claim:
+            if how == "complete":
+                await claim.complete(result or 0)
+            try:
+                claim.result = result
+            except (TypeError, ValueError) as error:
+                caught.append(error)
+                if how == "another":
+                    raise RuntimeError from error
+                if how != "swallowed":
+                    raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        caught.append(error)
+    assert caught
+    assert "completed without it" in str(caught[0])
+    found = await client.get(unique)
+    assert found.completed
+    assert found.result == b""
+
+
+async def test_a_valid_result_replaces_an_invalid_one(world: Any, unique: str) -> None:
+    """The last result counts."""
+    client = world.client()
+    async with client.claim(unique) as claim:
+        with pytest.raises(TypeError):
+            claim.result = "paid 5"
+        claim.result = b"paid 5"
+    assert (await client.get(unique)).result == b"paid 5"
 
 
 async def test_of_a_hundred_concurrent_claims_one_wins(world: Any, unique: str) -> None:

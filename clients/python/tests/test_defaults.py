@@ -10,7 +10,8 @@ from typing import Any
 import grpc
 import pytest
 
-from dedup import Client, NotHeld, Unavailable, aio
+from dedup import ClaimLost, Client, DedupError, NotHeld, Unavailable, aio
+from dedup.calls import extension
 from dedup.handles import log_failed_ending
 from dedup.ids import logged_id
 from dedup.retries import RetryPolicy
@@ -61,7 +62,7 @@ def test_logs_never_contain_a_transaction_id(caplog: pytest.LogCaptureFixture) -
     client = FakeClient(on_unavailable="allow")
 
     def fail(transaction_id: str, *, unavailable: bool) -> None:
-        with client.claim(transaction_id, ttl=1):
+        with client.claim(transaction_id, ttl=1, release_on=(ZeroDivisionError,)):
             client.service.unavailable = unavailable
             client.service.advance(5)
             raise ZeroDivisionError
@@ -89,5 +90,29 @@ def test_logs_of_middleware_never_contain_a_transaction_id(caplog: pytest.LogCap
 
 def test_reprs_contain_no_token() -> None:
     """A traceback that shows local variables must not show what authorises completing a claim."""
-    claim = FakeClient().claim("order-1234")
-    assert claim.claim_token not in repr(vars(claim))
+    client = FakeClient()
+    claim = client.claim("order-1234", keep_alive=True)
+    step = extension(claim._grant, 1.0, 1.0)
+    for value in (claim, vars(claim), claim._grant, claim.transaction, step, client, vars(client)):
+        assert claim.claim_token not in repr(value)
+    assert repr(claim) == "<Claim of transaction 71983129e5088fcb>"
+
+
+def test_exceptions_name_a_transaction_by_its_hash() -> None:
+    """Frameworks log the text and the repr of an exception."""
+    client = FakeClient()
+    claim = client.claim("order-1234", fingerprint=b"one", ttl=1)
+    client.service.advance(0)
+    errors: list[DedupError] = [ClaimLost("order-1234")]
+    for options in ({}, {"fingerprint": b"two"}):
+        with pytest.raises(DedupError) as caught:
+            client.claim("order-1234", **options)  # type: ignore[arg-type]
+        errors.append(caught.value)
+    client.service.advance(2)
+    with pytest.raises(NotHeld) as not_held:
+        claim.complete()
+    for error in (*errors, not_held.value):
+        assert "71983129e5088fcb" in str(error)
+        for shown in (str(error), repr(error)):
+            assert "order-1234" not in shown
+            assert claim.claim_token not in shown

@@ -101,13 +101,15 @@ async def test_a_killed_and_restarted_server_grants_each_transaction_once(
 
 
 async def test_an_unreachable_service_denies(unique: str) -> None:
-    """By default there is no claim without an answer."""
-    with (
-        Client(f"127.0.0.1:{free_port()}", timeout=0.3) as client,
-        pytest.raises(Unavailable) as caught,
-    ):
-        client.claim(unique)
-    assert (caught.value.code.name, caught.value.applied, caught.value.reason) == ("UNAVAILABLE", "unknown", "")
+    """By default there is no claim without an answer. Nothing was sent, so nothing was applied."""
+    for target in (f"127.0.0.1:{free_port()}", f"unix:///tmp/{unique}", "no-such-host.invalid:1"):
+        with Client(target, timeout=0.3) as client, pytest.raises(Unavailable) as caught:
+            client.claim(unique)
+        assert (caught.value.code.name, caught.value.applied, caught.value.reason) == ("UNAVAILABLE", "no", "")
+        async with aio.Client(target, timeout=0.3) as waiting:
+            with pytest.raises(Unavailable) as caught:
+                await waiting.claim(unique)
+        assert caught.value.applied == "no"
 
 
 async def test_an_unreachable_service_allows_work_if_configured(unique: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -169,7 +171,7 @@ def test_a_failed_release_does_not_hide_the_error(unique: str, caplog: pytest.Lo
     client = FakeClient()
 
     def work() -> None:
-        with client.claim(unique):
+        with client.claim(unique, release_on=(ZeroDivisionError,)):
             client.service.unavailable = True
             raise ZeroDivisionError
 

@@ -27,7 +27,7 @@ from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from dedup import Client, InvalidRequest, aio, asgi, idempotency, wsgi
 from dedup.django import IdempotencyMiddleware as DjangoMiddleware
 from dedup.http_profile import outcome_of
-from dedup.idempotency import claim_options, current_claim
+from dedup.idempotency import current_claim
 from dedup.testing import AsyncFakeClient, FakeClient, FakeService
 
 Post = Callable[..., Awaitable[httpx.Response]]
@@ -491,10 +491,12 @@ async def test_a_mounted_application_has_the_whole_path(shop: Shop, service: Fak
     assert request.transaction_id == "http::POST:/shop/pay:k"
 
 
-def test_a_guard_claims_with_keep_alive() -> None:
-    """An exception keeps the claim, with a core that extends claims and with one that does not."""
-    made = claim_options(ttl=5, keep_alive=True, max_hold=60)
-    assert made in ({"ttl": 5, "on_error": "keep"}, {"ttl": 5, "keep_alive": True, "max_hold": 60})
+@pytest.mark.parametrize("options", [{}, {"keep_alive": False}, {"max_hold": 60}])
+def test_a_guard_claims_with_keep_alive(options: dict[str, Any]) -> None:
+    """Claims are kept alive by default, up to `max_hold`."""
+    request = idempotency.Request("POST", "/pay", b"", {}, None)
+    made = idempotency.Rules(**options).claim_options(request, b"")
+    assert (made["keep_alive"], made["max_hold"]) == (options.get("keep_alive", True), options.get("max_hold"))
 
 
 async def test_asgi_ignores_disconnected_callers() -> None:

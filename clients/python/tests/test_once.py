@@ -69,7 +69,7 @@ async def test_a_duplicate_may_be_answered() -> None:
 
 
 def test_failed_work_may_be_repeated() -> None:
-    """An exception releases the claim unless `on_error` keeps it."""
+    """An exception keeps the claim unless `release_on` lists it."""
     client = FakeClient()
     outcomes: list[Any] = [ZeroDivisionError(), "paid", ZeroDivisionError()]
 
@@ -79,11 +79,11 @@ def test_failed_work_may_be_repeated() -> None:
             raise outcome
         return f"{order} {outcome}"
 
-    guarded = once(client, key=key)(pay)
+    guarded = once(client, key=key, release_on=(ArithmeticError,))(pay)
     with pytest.raises(ZeroDivisionError):
         guarded("1")
     assert guarded("1") == "1 paid"
-    kept = once(client, key=key, on_error="keep")(pay)
+    kept = once(client, key=key)(pay)
     with pytest.raises(ZeroDivisionError):
         kept("2")
     with pytest.raises(DuplicateTransaction):

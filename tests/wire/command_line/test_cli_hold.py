@@ -2,6 +2,7 @@
 
 import base64
 import json
+import socket
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -109,13 +110,16 @@ def test_a_token_that_does_not_hold_exits_with_6(command: Commands, unique: str,
 @pytest.mark.parametrize("name", ["complete", "release", "extend"])
 def test_an_unknown_outcome_prints_advice_to_repeat(unique: str, tmp_path: Path, name: str) -> None:
     """If the change may have been made, each command says that repeating it is safe."""
-    command = Commands(f"unix://{tmp_path / 'missing.sock'}")
-    code, stdout, stderr = command(name, unique, "--token", TOKEN)
-    assert (code, stdout) == (1, "")
-    assert stderr.startswith("UNAVAILABLE: ")
-    assert "Repeat the same command: it is safe" in stderr
-    code, reply = command.json(name, unique, "--token", TOKEN)
-    assert (code, reply["error"]["code"], reply["error"]["applied"]) == (1, "UNAVAILABLE", "unknown")
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(tmp_path / "silent.sock"))
+        silent.listen()
+        command = Commands(f"unix://{tmp_path / 'silent.sock'}")
+        code, stdout, stderr = command(name, unique, "--token", TOKEN, "--timeout", "200ms")
+        assert (code, stdout) == (1, "")
+        assert stderr.startswith("DEADLINE_EXCEEDED: ")
+        assert "Repeat the same command: it is safe" in stderr
+        code, reply = command.json(name, unique, "--token", TOKEN, "--timeout", "200ms")
+        assert (code, reply["error"]["code"], reply["error"]["applied"]) == (1, "DEADLINE_EXCEEDED", "unknown")
 
 
 def test_a_definite_error_prints_no_advice(command: Commands, unique: str) -> None:
