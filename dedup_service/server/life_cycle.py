@@ -239,11 +239,12 @@ def _tune_garbage_collection() -> None:
 def _log_started(
     settings: Settings, addresses: Sequence[str], store: ClaimStore, log: Logger, worker: WorkerMetricFiles | None
 ) -> None:
-    event = "server_started" if worker is None else "worker_ready"
-    log.info(event, addresses=addresses, store=store.description, engine=settings.engine, version=__version__)
     warn_of_exposure(settings, addresses, log)
     if settings.store_url is None:
         log.warning("embedded_store_used", message="no store URL is set: only this host sees these claims")
+    # The last line of the start: readers that wait for it have the warnings.
+    event = "server_started" if worker is None else "worker_ready"
+    log.info(event, addresses=addresses, store=store.description, engine=settings.engine, version=__version__)
 
 
 @dataclass
