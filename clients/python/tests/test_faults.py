@@ -102,14 +102,18 @@ async def test_a_killed_and_restarted_server_grants_each_transaction_once(
 
 async def test_an_unreachable_service_denies(unique: str) -> None:
     """By default there is no claim without an answer. Nothing was sent, so nothing was applied."""
+    codes = set()
     for target in (f"127.0.0.1:{free_port()}", f"unix:///tmp/{unique}", "no-such-host.invalid:1"):
-        with Client(target, timeout=0.3) as client, pytest.raises(Unavailable) as caught:
+        with Client(target, timeout=2) as client, pytest.raises(Unavailable) as caught:
             client.claim(unique)
         assert (caught.value.code.name, caught.value.applied, caught.value.reason) == ("UNAVAILABLE", "no", "")
-        async with aio.Client(target, timeout=0.3) as waiting:
+        async with aio.Client(target, timeout=2) as waiting:
             with pytest.raises(Unavailable) as caught:
                 await waiting.claim(unique)
-        assert caught.value.applied == "no"
+        codes.add(caught.value.code.name)
+        # A loaded machine may reach the deadline before the refusal is heard.
+        assert caught.value.applied == ("no" if caught.value.code.name == "UNAVAILABLE" else "unknown")
+    assert "UNAVAILABLE" in codes
 
 
 async def test_an_unreachable_service_allows_work_if_configured(unique: str, caplog: pytest.LogCaptureFixture) -> None:
