@@ -57,7 +57,7 @@ async def test_keep_alive_ends_with_the_claim(world: Any, unique: str, ending: s
     """No extension follows, and `on_lost` is not called."""
     told: list[object] = []
     client = world.client(timeout=20)
-    claim = await client.claim(unique, ttl=0.6, keep_alive=True, on_lost=told.append)
+    claim = await client.claim(unique, ttl=2, keep_alive=True, on_lost=told.append)
     if ending in {"complete", "release"}:
         await getattr(claim, ending)()
     else:
@@ -65,7 +65,7 @@ async def test_keep_alive_ends_with_the_claim(world: Any, unique: str, ending: s
         async with claim:
             pass
         await claim.__aexit__(type(error), error, None)
-    await world.pass_time(1)
+    await world.pass_time(2.2)
     if ending == "kept":
         assert (await client.get(unique)).completed
     assert told == []
