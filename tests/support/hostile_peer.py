@@ -15,6 +15,8 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 CLAIM_PATH = "/dedup.v1.DedupService/ClaimTransaction"
 # The default maximum frame size of HTTP/2.
 FRAME_BYTES = 16_384
+# A server with many new connections takes its time.
+_CONNECT_TIMEOUT_S = 60.0
 # Timeout of one write to a server that does not read.
 _WRITE_TIMEOUT_S = 2.0
 
@@ -26,7 +28,8 @@ class HostilePeer:
 
     def __init__(self, target: str) -> None:
         host, _, port = target.rpartition(":")
-        self.socket = socket.create_connection((host.strip("[]"), int(port)), _WRITE_TIMEOUT_S)
+        self.socket = socket.create_connection((host.strip("[]"), int(port)), _CONNECT_TIMEOUT_S)
+        self.socket.settimeout(_WRITE_TIMEOUT_S)
         self._encoder = Encoder()
         # grpcio's rejection of a header list that is too long names every header.
         self._decoder = Decoder(max_header_list_size=2**24)
