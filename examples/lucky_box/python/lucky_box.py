@@ -61,9 +61,11 @@ class SidecarGuard:
 
     @asynccontextmanager
     async def admit(self, transaction_id: str) -> AsyncIterator[None]:
-        """See Guard.admit. Leaving the block completes the claim, an exception releases it."""
+        """See Guard.admit. Leaving the block completes the claim; a Conflict, which paid nothing, releases it."""
         try:
-            claim = await self._client.claim(transaction_id, ttl=60, claimant="lucky-box-python")
+            claim = await self._client.claim(
+                transaction_id, ttl=60, claimant="lucky-box-python", keep_alive=True, release_on=(Conflict,)
+            )
         except dedup.DuplicateTransaction:
             raise MultipleClick from None
         async with claim:
