@@ -111,6 +111,7 @@ class Endpoint(Generic[RequestT]):
         may_change: bool = True,
         holder: bool = False,
         max_bytes: int = MAX_REQUEST_BYTES,
+        large_field: str = "request",
     ) -> None:
         self._method = method
         self._request_type = request_type
@@ -121,6 +122,7 @@ class Endpoint(Generic[RequestT]):
         self._may_change = may_change
         self._holder = holder
         self._max_bytes = max_bytes
+        self._large_field = large_field
 
     async def serve(self, raw: bytes, context: Context) -> bytes:
         """Serve one call. gRPC recognises a bound coroutine method as asynchronous."""
@@ -157,8 +159,9 @@ class Endpoint(Generic[RequestT]):
 
     def _decode(self, raw: bytes) -> RequestT:
         if len(raw) > self._max_bytes:
-            fault = f"has {len(raw)} bytes, at most {self._max_bytes} are allowed for {self._method}: send less"
-            raise InvalidRequest(FieldViolation("request", fault))
+            limit = f"{self._max_bytes} bytes are allowed for {self._method}"
+            fault = f"the request has {len(raw)} bytes, at most {limit}: send less"
+            raise InvalidRequest(FieldViolation(self._large_field, fault))
         return decode_request(self._request_type, raw)
 
     async def _handle_in_time(self, request: RequestT, call: Call, remaining: float) -> Message:

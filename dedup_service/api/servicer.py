@@ -50,6 +50,8 @@ T = TypeVar("T")
 _SERVICE = dedup_pb2.DESCRIPTOR.services_by_name["DedupService"]
 SERVICE_NAME = _SERVICE.full_name
 METHODS = tuple(method.name for method in _SERVICE.methods)
+# The field to blame for a request over its limit, where one field can be that large.
+_LARGE_FIELDS = {"CompleteTransaction": "result", "BatchClaimTransactions": "requests"}
 _HOLDER_METHODS = ("CompleteTransaction", "ReleaseTransaction", "ExtendTransaction")
 
 
@@ -221,6 +223,7 @@ def add_to_server(
             may_change=method.name != "GetTransaction",
             holder=method.name in _HOLDER_METHODS,
             max_bytes=servicer.max_bytes.get(method.name, MAX_REQUEST_BYTES),
+            large_field=_LARGE_FIELDS.get(method.name, "request"),
         )
         methods[method.name] = grpc.unary_unary_rpc_method_handler(endpoint.serve)
     # In both ways, as generated code does: grpcio serves the first, and the native engine is fast with the second.

@@ -111,22 +111,23 @@ def test_no_request_holds_the_event_loop(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rpc", "limit"),
+    ("rpc", "field", "limit"),
     [
         *(
-            (rpc, 64 * 1024)
+            (rpc, "request", 64 * 1024)
             for rpc in ("ClaimTransaction", "ReleaseTransaction", "ExtendTransaction", "GetTransaction")
         ),
-        ("CompleteTransaction", 1024 * 1024 + 64 * 1024),
-        ("BatchClaimTransactions", MOST_BYTES),
+        ("CompleteTransaction", "result", 1024 * 1024 + 64 * 1024),
+        ("BatchClaimTransactions", "requests", MOST_BYTES),
     ],
 )
-def test_a_request_over_the_limit_of_its_rpc_is_refused_unread(rpc: str, limit: int) -> None:
-    """The error names the size and the limit; the largest request allowed is read, and refused for its content."""
+def test_a_request_over_the_limit_of_its_rpc_is_refused_unread(rpc: str, field: str, limit: int) -> None:
+    """The error names field, size and limit; the largest allowed request is read, and refused for its content."""
     context = FakeContext()
     steps_per_turn(rpc, bytes(limit + 1), context)
     assert context.code is grpc.StatusCode.INVALID_ARGUMENT
-    assert context.message == f"request: has {limit + 1} bytes, at most {limit} are allowed for {rpc}: send less"
+    sentence = f"the request has {limit + 1} bytes, at most {limit} bytes are allowed for {rpc}: send less"
+    assert context.message == f"{field}: {sentence}"
     steps_per_turn(rpc, bytes(limit), context)
     assert "message" in context.message
 

@@ -129,7 +129,7 @@ def test_a_heavy_request_is_answered(attacked: ServiceProcess, case: str) -> Non
     with attacked.channel() as channel:
         call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(f"/dedup.v1.DedupService/{rpc}")
         if len(raw) > 1024 * 1024:
-            assert f"bytes, at most {LIMITS[rpc]} are allowed for {rpc}" in refused(lambda: call(raw)).message
+            assert f"at most {LIMITS[rpc]} bytes are allowed for {rpc}" in refused(lambda: call(raw)).message
         else:
             with suppress(grpc.RpcError):
                 call(raw)
