@@ -1,6 +1,7 @@
 """The command line against a real server: output and exit codes."""
 
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -107,12 +108,24 @@ def test_get_shows_a_transaction_or_exits_with_5(service: ServiceProcess, unique
     assert (found.exit_code, "in progress" in found.stdout) == (0, True)
 
 
-def test_an_unreachable_server_prints_advice_to_retry(unique: str) -> None:
+def test_a_silent_server_prints_advice_to_retry(unique: str, tmp_path: Path) -> None:
     """Without a reply, `claim` exits with 1 and prints how to repeat the attempt."""
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(tmp_path / "silent.sock"))
+        silent.listen()
+        target = f"unix://{tmp_path / 'silent.sock'}"
+        ended = run_here("claim", unique, "--target", target, "--token", "token-of-sixteen", "--timeout", "200ms")
+    assert ended.exit_code == 1
+    assert "DEADLINE_EXCEEDED" in ended.stderr
+    assert "--token=token-of-sixteen" in ended.stderr
+
+
+def test_an_unreachable_server_prints_no_advice(unique: str) -> None:
+    """Nothing was sent, so there is nothing to repeat with the same token."""
     ended = run_here("claim", unique, "--target", f"127.0.0.1:{free_port()}", "--token", "token-of-sixteen")
     assert ended.exit_code == 1
     assert "UNAVAILABLE" in ended.stderr
-    assert "--token=token-of-sixteen" in ended.stderr
+    assert "token-of-sixteen" not in ended.stderr
 
 
 @pytest.mark.parametrize(
