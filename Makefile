@@ -47,7 +47,7 @@ run: .venv/run.stamp ## Start the service (ARGS="--store-url redis://127.0.0.1:6
 	@exec .venv/bin/dedup-service serve --banner $(ARGS)
 
 # Two test processes per core, since tests wait for timers and for servers to start about half of the time.
-test: .venv/dev.stamp redis ## Run all tests (ARGS="-k claim" selects)
+test: .venv/dev.stamp redis ## Run the tests (ARGS="-k claim" selects)
 	.venv/bin/pytest -n $$((2 * $$(getconf _NPROCESSORS_ONLN))) --dist worksteal $(ARGS)
 
 test-nightly: .venv/dev.stamp redis

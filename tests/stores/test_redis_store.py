@@ -515,6 +515,12 @@ def unanswered(store: RedisStore) -> int:
     return len(link.channel._unanswered)
 
 
+def full_batches(service: ClaimService, unique: str, count: int) -> list[asyncio.Task[list[ClaimAnswer | Exception]]]:
+    """Begin `count` batches of 1,000 claims each."""
+    requests = [[ClaimRequest(f"{unique}-{n}-{k}") for k in range(1_000)] for n in range(count)]
+    return [asyncio.create_task(service.claim_all(batch)) for batch in requests]
+
+
 async def test_batches_leave_the_queue_to_single_claims(
     open_store: OpenStore, own_redis: RedisProcess, unique: str
 ) -> None:
@@ -527,10 +533,7 @@ async def test_batches_leave_the_queue_to_single_claims(
         store = await open_store(proxy.url, timeout_ms=60_000)
         service = service_over(store)
         proxy.hold_replies.clear()
-        batches = [
-            asyncio.create_task(service.claim_all([ClaimRequest(f"{unique}-{n}-{k}") for k in range(1_000)]))
-            for n in range(30)
-        ]
+        batches = full_batches(service, unique, 30)
 
         async def sent() -> bool:
             return unanswered(store) == 1_000
@@ -558,10 +561,7 @@ async def test_waiting_batches_end_with_the_store(open_store: OpenStore, own_red
         store = await open_store(proxy.url, timeout_ms=60_000)
         service = service_over(store)
         proxy.hold_replies.clear()
-        batches = [
-            asyncio.create_task(service.claim_all([ClaimRequest(f"{unique}-{n}-{k}") for k in range(1_000)]))
-            for n in range(3)
-        ]
+        batches = full_batches(service, unique, 3)
 
         async def sent() -> bool:
             return proxy.sent_upstream.count(b"\r\nSET\r\n") == 1_000

@@ -27,7 +27,7 @@ CASES = heavy(MOST_BYTES - 4_096)
 
 
 class Aborted(Exception):
-    """What `abort` raises in gRPC."""
+    """Raised by `abort`, as in gRPC."""
 
 
 class FakeContext:

@@ -41,7 +41,7 @@ export function marginMs(leaseMs: number): number {
   return leaseMs / 10;
 }
 
-/** What keep-alive needs of a claim. */
+/** The part of a claim that keep-alive uses. */
 export interface Holding {
   leaseMs: number;
   /** When the claim was sent. */

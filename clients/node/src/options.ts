@@ -16,7 +16,7 @@ export interface ClientOptions {
   channelOptions?: ChannelOptions | undefined;
   /** Default: the service's, "default". */
   namespace?: string | undefined;
-  /** Who claims, shown to duplicates; empty by default. */
+  /** The claimant shown to duplicates; empty by default. */
   claimant?: string | undefined;
   /** The budget of a call with its retries, without its wait; default 2000. */
   timeoutMs?: number | undefined;

@@ -131,7 +131,7 @@ test("a response that is not stored but has a location is a redirect", () => {
   assert.deepEqual([answer.status, lowerCase(answer.headers), answer.body.toString()], [status, headers, body]);
 });
 
-test("wrong options of the guard are no answer to the client", () => {
+test("an invalid option of the guard is an error of the application, not a response", () => {
   assert.equal(answerTo(InvalidRequestError.of("namespace", "must match"), false), undefined);
 });
 

@@ -1,4 +1,4 @@
-"""What the blocking and the asynchronous `Claim` have in common."""
+"""The shared part of the blocking and the asynchronous `Claim`."""
 
 import logging
 from collections.abc import Callable
@@ -71,7 +71,7 @@ class Handle:
 
     @property
     def result(self) -> bytes:
-        """What later duplicates receive. Setting it says that the work is done.
+        """The result later duplicates receive. Setting it says that the work is done.
 
         Raises TypeError for anything but bytes, and ValueError for more than any service keeps. Leaving the block then
         completes the transaction without a result.

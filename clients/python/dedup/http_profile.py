@@ -16,7 +16,7 @@ METHODS = ("POST", "PATCH")
 MAX_BODY_BYTES = 1024 * 1024
 
 Outcome = Literal["complete", "release", "keep"]
-"""What a response does to the claim of its request."""
+"""The effect of a response on the claim of its request."""
 
 _CONTRACT = "https://github.com/dedup-service/dedup-service/blob/main/docs/client-contract.md"
 _STRING = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])+)"')

@@ -1,4 +1,4 @@
-"""What the guards of HTTP requests and gRPC calls have in common: options, claims, answers to duplicates."""
+"""The shared part of the HTTP and gRPC guards: options, claims, answers to duplicates."""
 
 import asyncio
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence

@@ -79,7 +79,7 @@ def test_a_readable_reply(case: dict[str, Any]) -> None:
 
 
 def test_codes() -> None:
-    """What each status of a handler does to its claim."""
+    """Each status of a handler completes, releases or keeps its claim."""
     assert {code.name: outcome_of(code) for code in grpc.StatusCode} == VECTORS["codes"]
 
 

@@ -216,7 +216,7 @@ def test_a_readable_response(case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("case", VECTORS["statuses"], ids=lambda case: str(case["status"]))
 def test_a_status(case: dict[str, Any]) -> None:
-    """What it does to the claim."""
+    """Each status completes, releases or keeps the claim."""
     assert http_profile.outcome_of(case["status"]) == case["does"]
 
 

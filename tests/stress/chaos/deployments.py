@@ -8,6 +8,7 @@ import contextlib
 import random
 import sqlite3
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -114,7 +115,7 @@ class Sqlite(Deployment):
             connection.execute("ROLLBACK")
 
 
-class Replicated(Deployment):
+class Replicated(Deployment, ABC):
     """Masters with a replica each. Every write waits for its replica: without that a failover may lose any claim."""
 
     round_s = 30
@@ -169,8 +170,9 @@ class Replicated(Deployment):
         wait_until(lambda: _role(replica) == "master", _SETTLE_S, "the failover")
         master.resume()
 
+    @abstractmethod
     def _servers_in_pairs(self) -> list[tuple[RedisProcess, RedisProcess]]:
-        raise NotImplementedError
+        """Return the two servers of each master, in any order."""
 
     def _pairs(self) -> list[tuple[RedisProcess, RedisProcess]]:
         """Return each master with its replica."""
@@ -180,9 +182,9 @@ class Replicated(Deployment):
         """Whether every replica follows its master, and no server asks a deposed one."""
         return all(_role(master) == "master" and _follows(replica, master) for master, replica in self._pairs())
 
+    @abstractmethod
     def _failover_epoch(self) -> int:
         """Return a number that every failover changes."""
-        raise NotImplementedError
 
 
 class Sentinel(Replicated):

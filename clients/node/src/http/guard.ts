@@ -9,7 +9,7 @@ import { holdBack } from "./held-response.js";
 import { fingerprintOf, KeyError, parseKey, parseTarget, requestId, type Target } from "./identity.js";
 import { encodeNoBody, encodeStored, storedNames, type Recorded } from "./stored.js";
 
-/** What becomes of a claim. */
+/** The end of a claim. */
 export type StatusOutcome = "complete" | "release" | "keep";
 
 /** Options of the HTTP guards. `Request` is that of the framework. */
@@ -20,7 +20,7 @@ export interface GuardOptions<Request> {
   required?: boolean | undefined;
   /** The key of a request, in place of the header Idempotency-Key; undefined if it has none. */
   key?: ((request: Request) => string | undefined) | undefined;
-  /** Who calls, such as a user id. Set it where callers must not receive each other's responses. */
+  /** Returns the caller, such as a user id. Set it where callers must not receive each other's responses. */
   caller?: ((request: Request) => string | PromiseLike<string>) | undefined;
   /** Replaces the body in the fingerprint, for example by canonical JSON. */
   fingerprintBody?: ((request: Request, body: Buffer) => string | Uint8Array) | undefined;
@@ -44,7 +44,7 @@ export interface GuardOptions<Request> {
   storedHeaders?: readonly string[] | undefined;
   /** The header of replays; default Idempotency-Replayed, false for none. */
   replayedHeader?: string | false | undefined;
-  /** What a status means; default: 2xx and 3xx complete, 4xx release, 5xx keep. */
+  /** The outcome of a status; default: 2xx and 3xx complete, 4xx release, 5xx keep. */
   onStatus?: ((status: number) => StatusOutcome) | undefined;
   /** Metadata of the service calls for a request, such as `x-correlation-id`. */
   metadata?: ((request: Request) => CallMetadata | undefined) | undefined;
@@ -68,7 +68,7 @@ export function claimOf(request: object): Claim | undefined {
   return claims.get(request);
 }
 
-/** What a status means by default. */
+/** The default outcome of a status. */
 export function outcomeOf(status: number): StatusOutcome {
   if (status >= 500) return "keep";
   return status >= 400 ? "release" : "complete";

@@ -3,7 +3,7 @@ import type { Header, Recorded } from "./stored.js";
 
 type Callback = (error?: Error | null) => void;
 
-/** What a guard learns of a response. */
+/** A response as its guard sees it. */
 export interface Watcher {
   /** Called when the application ends its response; the last byte is sent after the promise. It must not reject. */
   ended(response: Recorded): Promise<void>;

@@ -11,7 +11,7 @@ import type { Client } from "../../src/index.js";
 
 type Claim = ReturnType<typeof claimOfExpress>;
 
-/** What the application does with a request. */
+/** The application under test. */
 export interface Work {
   /** The parsed body. */
   body: unknown;
