@@ -134,7 +134,8 @@ class Endpoint(Generic[RequestT]):
                 if self._authorization is not None:
                     call.caller = self._authorization.identify(context)
                     self._authorization.check(call.caller, self._method)
-                request = self._decode(raw)
+                self._check_size(raw)
+                request = await decode_request(self._request_type, raw)
                 remaining = _time_remaining(context)
                 if remaining is None:
                     reply = await self._handler(request, call, None)
@@ -157,12 +158,11 @@ class Endpoint(Generic[RequestT]):
             context.set_trailing_metadata(((CORRELATION_HEADER, call.correlation_id),))
         return answer
 
-    def _decode(self, raw: bytes) -> RequestT:
+    def _check_size(self, raw: bytes) -> None:
         if len(raw) > self._max_bytes:
             limit = f"{self._max_bytes} bytes are allowed for {self._method}"
             fault = f"the request has {len(raw)} bytes, at most {limit}: send less"
             raise InvalidRequest(FieldViolation(self._large_field, fault))
-        return decode_request(self._request_type, raw)
 
     async def _handle_in_time(self, request: RequestT, call: Call, remaining: float) -> Message:
         budget = remaining - ANSWER_MARGIN_S

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dedup.v1 import dedup_pb2
-from dedup_service.api.decoding import decode_request
 from dedup_service.claims import InvalidRequest
+from tests.support.decoding import decoded
 
 # Field numbers of ClaimTransactionRequest, from the contract.
 CLAIM = dedup_pb2.ClaimTransactionRequest
@@ -25,7 +25,7 @@ def encoded(number: int, data: bytes) -> bytes:
 def violations(raw: bytes, request_type: type = CLAIM) -> dict[str, str]:
     """Return the violations of a message that must be refused, by field."""
     with pytest.raises(InvalidRequest) as caught:
-        decode_request(request_type, raw)
+        decoded(request_type, raw)
     return {violation.field: violation.description for violation in caught.value.violations}
 
 
@@ -51,7 +51,7 @@ def test_bad_utf8_in_a_batch_names_the_entry() -> None:
 def test_bytes_fields_may_hold_anything() -> None:
     """A fingerprint is bytes, not text."""
     raw = encoded(NUMBERS["transaction_id"], b"x") + encoded(NUMBERS["payload_fingerprint"], BAD_UTF8)
-    assert decode_request(CLAIM, raw).payload_fingerprint == BAD_UTF8
+    assert decoded(CLAIM, raw).payload_fingerprint == BAD_UTF8
 
 
 @pytest.mark.parametrize("order", [("ttl", "expire_time"), ("expire_time", "ttl")])
@@ -76,7 +76,7 @@ def test_both_members_of_a_oneof_in_a_batch_are_refused() -> None:
 def test_unknown_fields_pass() -> None:
     """A newer client may send fields this server does not know."""
     raw = encoded(NUMBERS["transaction_id"], b"x") + encoded(1_000, BAD_UTF8)
-    assert decode_request(CLAIM, raw).transaction_id == "x"
+    assert decoded(CLAIM, raw).transaction_id == "x"
 
 
 def test_a_known_number_with_another_wire_type_passes_as_unknown() -> None:
@@ -86,15 +86,15 @@ def test_a_known_number_with_another_wire_type_passes_as_unknown() -> None:
     """
     number = NUMBERS["claimant"]
     raw = encoded(NUMBERS["transaction_id"], b"x") * 2 + bytes((number << 3, 7))
-    assert decode_request(CLAIM, raw) == CLAIM.FromString(raw)
+    assert decoded(CLAIM, raw) == CLAIM.FromString(raw)
 
 
 def test_a_repeated_single_field_keeps_its_last_value() -> None:
     """A field sent twice is legal protobuf: the last value counts, and messages merge."""
     raw = encoded(NUMBERS["transaction_id"], b"x") + encoded(NUMBERS["transaction_id"], b"y")
-    assert decode_request(CLAIM, raw).transaction_id == "y"
+    assert decoded(CLAIM, raw).transaction_id == "y"
     twice = encoded(NUMBERS["ttl"], b"\x08\x05") + encoded(NUMBERS["ttl"], b"\x08\x06")
-    assert decode_request(CLAIM, twice).ttl.seconds == 6
+    assert decoded(CLAIM, twice).ttl.seconds == 6
 
 
 @pytest.mark.parametrize("raw", [b"\x0a", b"\x0a\x05x", b"\xff" * 12, b"\x0b", b"\x07"])
@@ -107,7 +107,7 @@ def test_a_malformed_message_is_refused(raw: bytes) -> None:
 def test_any_bytes_decode_or_are_an_invalid_request(raw: bytes) -> None:
     """No input raises anything but InvalidRequest, and what decodes is what the parser reads."""
     try:
-        message = decode_request(CLAIM, raw)
+        message = decoded(CLAIM, raw)
     except InvalidRequest as error:
         assert error.violations  # noqa: PT017 - either end is a pass
     else:

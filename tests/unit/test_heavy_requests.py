@@ -110,6 +110,16 @@ def test_no_request_holds_the_event_loop(name: str) -> None:
     assert context.metadata_bytes < 4_096
 
 
+@pytest.mark.parametrize(("name", "turns"), [("many invalid ids", 2), ("1,000 invalid ids", 3)])
+def test_each_pass_over_a_request_has_a_turn_of_its_own(name: str, turns: int) -> None:
+    """The event loop serves others between two passes of the parser over a refused request.
+
+    Protection: `decode_request` yields after the first parse of a batch, and before the search for faults.
+    """
+    rpc, raw = CASES[name]
+    assert len(steps_per_turn(rpc, raw, FakeContext())) == turns
+
+
 @pytest.mark.parametrize(
     ("rpc", "field", "limit"),
     [

@@ -43,7 +43,7 @@ def _deep_toml() -> None:
 
 
 def _last_of_a_oneof() -> None:
-    def decode_request(request_type: type[Message], raw: bytes) -> Any:
+    async def decode_request(request_type: type[Message], raw: bytes) -> Any:
         try:
             return request_type.FromString(raw)
         except DecodeError:

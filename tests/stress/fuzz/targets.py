@@ -9,7 +9,7 @@ from typing import Any
 import msgpack
 
 from dedup.v1 import dedup_pb2
-from dedup_service.api import decoding, messages
+from dedup_service.api import messages
 from dedup_service.claims import (
     DEFAULT_NAMESPACE,
     ClaimOutcome,
@@ -28,6 +28,7 @@ from dedup_service.config.settings import Settings
 from dedup_service.server.policies import load_policies
 from dedup_service.stores import stored_value
 from tests.stress.fuzz.wire import NotAMessage, fields
+from tests.support.decoding import decoded
 
 Target = Callable[[bytes], None]
 
@@ -116,7 +117,7 @@ def read_request(data: bytes) -> None:
     request_type, convert = _REQUESTS[data[0] % len(_REQUESTS)]
     raw = data[1:]
     try:
-        message = decoding.decode_request(request_type, raw)
+        message = decoded(request_type, raw)
         _check_oneofs(request_type.DESCRIPTOR, raw)
         request = convert(message)
     except InvalidRequest as rejection:
