@@ -11,6 +11,9 @@ PYTHON ?= $(shell for python in python3.14 python3.13 python3.12 python3.11 pyth
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null && \
 	echo $$python && break; done)
 
+# Bytecode saves each of the many processes that the tests start a fifth of its start-up.
+unexport PYTHONDONTWRITEBYTECODE
+
 # protoc finds its plugin, and the tests their redis-server, on PATH. The minimal PATH of macOS and cron lacks them.
 export PATH := $(CURDIR)/.venv/bin:$(PATH):/usr/bin:/usr/local/bin:/opt/homebrew/bin
 

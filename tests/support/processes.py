@@ -125,9 +125,13 @@ class ServiceProcess:
         self.stderr_lines: list[str] = []
         self.stdout = ""
         clean = {name: value for name, value in os.environ.items() if not name.startswith("DEDUP_")}
+        defaults = {"DEDUP_LOG_SAMPLE": "1"}
+        if any(argument.startswith("sqlite:") for argument in arguments):
+            # A loaded disk may take seconds to sync.
+            defaults["DEDUP_STORE_TIMEOUT"] = "20s"
         self._process = subprocess.Popen(
             [sys.executable, "-m", *command, "serve", *self.arguments],
-            env=clean | {"DEDUP_LOG_SAMPLE": "1"} | dict(environment or {}),
+            env=clean | defaults | dict(environment or {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

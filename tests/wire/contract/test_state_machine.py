@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import pytest
 from google.protobuf.duration_pb2 import Duration
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -296,7 +297,10 @@ ALL_KINDS = {
 }
 
 
-def test_random_call_sequences_match_the_model(stub: dedup_pb2_grpc.DedupServiceStub, unique: str) -> None:
+@pytest.mark.parametrize("sequences", [40, pytest.param(400, marks=pytest.mark.nightly)])
+def test_random_call_sequences_match_the_model(
+    stub: dedup_pb2_grpc.DedupServiceStub, unique: str, sequences: int
+) -> None:
     """The service answers any sequence of calls as the model does.
 
     Protection: the store compares the token before it changes anything.
@@ -306,7 +310,7 @@ def test_random_call_sequences_match_the_model(stub: dedup_pb2_grpc.DedupService
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=120,
+            max_examples=sequences,
             stateful_step_count=30,
             deadline=None,
             derandomize=True,

@@ -161,7 +161,7 @@ def entry_ends(reply: dedup_pb2.BatchClaimTransactionsResponse) -> Counter[tuple
 async def test_thirty_large_batches_at_once_are_all_claimed(
     start_service: StartService, start_redis: Callable[..., RedisProcess], unique: str
 ) -> None:
-    """30 callers with 1,000 claims a batch, in a loop: every claim is CLAIMED, also single ones, and health is SERVING.
+    """Of 30 batches of 1,000 claims every claim is CLAIMED, also single ones beside them, and health is SERVING.
 
     Protection: batches wait for the store in slices, where their claims filled its queue and were refused.
     """
@@ -171,10 +171,7 @@ async def test_thirty_large_batches_at_once_are_all_claimed(
         stub = dedup_pb2_grpc.DedupServiceStub(channel)
 
         async def caller(number: int) -> Counter[tuple[str, str]]:
-            ends: Counter[tuple[str, str]] = Counter()
-            for turn in range(2):
-                ends += entry_ends(await stub.BatchClaimTransactions(a_batch(f"{unique}-{number}-{turn}")))
-            return ends
+            return entry_ends(await stub.BatchClaimTransactions(a_batch(f"{unique}-{number}")))
 
         batches = asyncio.gather(*(caller(number) for number in range(30)))
         health, singles = health_pb2_grpc.HealthStub(channel), 0
@@ -184,7 +181,7 @@ async def test_thirty_large_batches_at_once_are_all_claimed(
             assert single.outcome == dedup_pb2.CLAIM_OUTCOME_CLAIMED
             check = await health.Check(health_pb2.HealthCheckRequest())
             assert check.status == health_pb2.HealthCheckResponse.SERVING
-        assert sum(await batches, Counter[tuple[str, str]]()) == {("CLAIM_OUTCOME_CLAIMED", ""): 60_000}
+        assert sum(await batches, Counter[tuple[str, str]]()) == {("CLAIM_OUTCOME_CLAIMED", ""): 30_000}
         assert singles > 1
     assert service.events("store_became_unavailable") == []
 
@@ -253,10 +250,11 @@ def memory_kib(pid: int) -> int:
     return int(status.split("VmRSS:")[1].split()[0])
 
 
-async def test_ten_thousand_random_cancels(
-    start_service: StartService, redis_server: RedisProcess, unique: str, engine: EngineName
+@pytest.mark.parametrize("calls", [4_000, pytest.param(20_000, marks=pytest.mark.nightly)])
+async def test_thousands_of_random_cancels(
+    start_service: StartService, redis_server: RedisProcess, unique: str, engine: EngineName, calls: int
 ) -> None:
-    """A random half of 10,000 calls under load is cancelled; every reply carries its caller's token.
+    """A random half of many calls under load is cancelled; every reply carries its caller's token.
 
     Protection: the store reads the replies of cancelled calls in order, over one Redis connection, and the service's
     memory stays flat. The native engine may close the caller's connection (docs/engines.md): its calls then end as
@@ -297,14 +295,14 @@ async def test_ten_thousand_random_cancels(
 
             memory: list[int] = []
             for half in range(2):
-                begin = half * 5_000
-                await asyncio.gather(*(caller(begin + step * 50, begin + step * 50 + 50) for step in range(100)))
+                begins = range(half * calls // 2, (half + 1) * calls // 2, calls // 200)
+                await asyncio.gather(*(caller(begin, begin + calls // 200) for begin in begins))
                 if sys.platform == "linux":
                     memory.append(memory_kib(service.pid))
         assert set(ends) <= {"cancelled", "answered", "native: UNAVAILABLE"}, ends
-        assert ends["cancelled"] > 1_000
-        assert ends["answered"] > 1_000
+        assert ends["cancelled"] > calls / 10
+        assert ends["answered"] > calls / 10
         assert proxy.connections == connections
         if memory:
-            # 5,000 leaked calls of 4 KiB would add 20 MiB in the second half.
-            assert memory[1] - memory[0] < 10_000, memory
+            # Half of what calls that leak 4 KiB each would add in the second half.
+            assert memory[1] - memory[0] < calls, memory

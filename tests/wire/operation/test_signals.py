@@ -125,8 +125,14 @@ def start(tmp_path: Path) -> Iterator[Start]:
         server.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize(("process", "sender", "module"), POINTS)
+@pytest.mark.parametrize(
+    ("process", "sender", "module", "number"),
+    [
+        pytest.param(*point, number, marks=[] if index % 2 == turn else pytest.mark.nightly)
+        for index, point in enumerate(POINTS)
+        for turn, number in enumerate((signal.SIGTERM, signal.SIGINT))
+    ],
+)
 def test_a_signal_during_the_start_ends_it_well(
     start: Start, process: str, sender: str, module: str, number: signal.Signals
 ) -> None:
@@ -179,10 +185,15 @@ def test_process_1_ends_at_an_early_signal(start: Start, process: str, sender: s
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which signals a process handles")
 @pytest.mark.parametrize("process", ["serve", "supervisor", "worker"])
-def test_signals_at_any_moment_of_the_start(start: Start, process: str) -> None:
+@pytest.mark.parametrize(
+    "signals",
+    [(signal.SIGTERM, signal.SIGINT), pytest.param((signal.SIGTERM, signal.SIGINT) * 8, marks=pytest.mark.nightly)],
+    ids=len,
+)
+def test_signals_at_any_moment_of_the_start(start: Start, process: str, signals: tuple[signal.Signals, ...]) -> None:
     """Whenever SIGTERM arrives after the first line of the program, and however often, the exit code is 0."""
     chance = random.Random(20261130)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+    for number in signals:
         server = start(process)
         server.until_signals_are_handled()
         for _ in range(2):

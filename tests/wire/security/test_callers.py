@@ -1,7 +1,8 @@
 """Authentication by token or certificate, and the namespaces and rpcs each caller may use."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
 from dedup_service.api.servicer import METHODS
+from dedup_service.config.settings import EngineName
 from tests.support.certificates import Authority
 from tests.support.errors import RefusedCall, refused
 from tests.support.polling import wait_until
@@ -48,11 +50,27 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.fixture
 def guarded(start_service: Start, redis_server: RedisProcess, files: tuple[Path, Path]) -> ServiceProcess:
-    """A service that requires tokens, on each engine."""
+    """A service that requires tokens, on each engine, for one test that changes its files or reads its log."""
     tokens, policies = files
     return start_service(
         *("--store-url", redis_server.url, "--auth-tokens", str(tokens), "--policy-file", str(policies)),
     )
+
+
+@pytest.fixture(scope="module")
+def shared_guarded(
+    engine: EngineName, redis_server: RedisProcess, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServiceProcess]:
+    """The same service for all other tests."""
+    folder = tmp_path_factory.mktemp("guarded")
+    tokens, policies = folder / "tokens.toml", folder / "policies.toml"
+    tokens.touch(0o600)
+    tokens.write_text(TOKENS)
+    policies.write_text(POLICIES)
+    arguments = ("--store-url", redis_server.url, "--auth-tokens", str(tokens), "--policy-file", str(policies))
+    process = ServiceProcess("--engine", engine, *arguments).start()
+    yield process
+    process.kill()
 
 
 def call_method(service: ServiceProcess, token: str | None, method: str, request: Any, *, header: str = "") -> Any:
@@ -80,49 +98,51 @@ UNKNOWN = ("UNAUTHENTICATED", "CALLER_UNKNOWN", "no")
 NOT_ALLOWED = ("PERMISSION_DENIED", "CALLER_NOT_ALLOWED", "no")
 
 
-def test_calls_without_a_valid_token_are_rejected(guarded: ServiceProcess, unique: str) -> None:
+def test_calls_without_a_valid_token_are_rejected(shared_guarded: ServiceProcess, unique: str) -> None:
     """A missing, wrong or partial token, or another scheme, is UNAUTHENTICATED and claims nothing.
 
     Protection: the authentication check before every rpc.
     """
     for header in ("", "Bearer ", "Bearer wrong-token-01234", f"Bearer {BOX[:-1]}", f"Bearer {BOX}x", f"Basic {BOX}"):
-        answer = refused(lambda header=header: claim(guarded, None, unique, header=header))  # type: ignore[misc]
+        answer = refused(lambda header=header: claim(shared_guarded, None, unique, header=header))  # type: ignore[misc]
         assert error_fields(answer) == UNKNOWN, header
         assert BOX[:-1] not in answer.message
-    assert claim(guarded, BOX, unique) == CLAIMED
-    assert claim(guarded, None, f"{unique}-2", header=f"bearer {SPARE}") == CLAIMED
+    assert claim(shared_guarded, BOX, unique) == CLAIMED
+    assert claim(shared_guarded, None, f"{unique}-2", header=f"bearer {SPARE}") == CLAIMED
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_rpc_requires_authorization(guarded: ServiceProcess, method: str) -> None:
+def test_every_rpc_requires_authorization(shared_guarded: ServiceProcess, method: str) -> None:
     """Every rpc rejects callers without a token and callers that may not use it."""
     request = getattr(dedup_pb2, f"{method}Request")()
-    assert error_fields(refused(lambda: call_method(guarded, None, method, request))) == UNKNOWN
-    answer = refused(lambda: call_method(guarded, REFUNDS, method, request))
+    assert error_fields(refused(lambda: call_method(shared_guarded, None, method, request))) == UNKNOWN
+    answer = refused(lambda: call_method(shared_guarded, REFUNDS, method, request))
     assert error_fields(answer) == (
         ("INVALID_ARGUMENT", "INVALID_REQUEST", "no") if method == "GetTransaction" else NOT_ALLOWED
     )
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if not method.startswith("Batch")])
-def test_a_forbidden_namespace_is_rejected(guarded: ServiceProcess, unique: str, method: str) -> None:
+def test_a_forbidden_namespace_is_rejected(shared_guarded: ServiceProcess, unique: str, method: str) -> None:
     """A call in a namespace that its caller may not use is PERMISSION_DENIED, names it, and changes nothing.
 
     Protection: the check in the look-up of a namespace's policy.
     """
     request = getattr(dedup_pb2, f"{method}Request")(transaction_id=unique, namespace="refunds")
-    answer = refused(lambda: call_method(guarded, BOX, method, request))
+    answer = refused(lambda: call_method(shared_guarded, BOX, method, request))
     assert error_fields(answer) == NOT_ALLOWED
     assert "'lucky-box' may not use the namespace 'refunds'" in answer.message
     look = dedup_pb2.GetTransactionRequest(transaction_id=unique, namespace="refunds")
-    assert refused(lambda: call_method(guarded, REFUNDS, "GetTransaction", look)).code is grpc.StatusCode.NOT_FOUND
+    assert (
+        refused(lambda: call_method(shared_guarded, REFUNDS, "GetTransaction", look)).code is grpc.StatusCode.NOT_FOUND
+    )
 
 
-def test_a_forbidden_batch_entry_fails_alone(guarded: ServiceProcess, unique: str) -> None:
+def test_a_forbidden_batch_entry_fails_alone(shared_guarded: ServiceProcess, unique: str) -> None:
     """A batch entry in a forbidden namespace fails with the same reason, and the other entries are claimed."""
     requests = [Claim(transaction_id=unique, namespace=namespace) for namespace in ("pay", "refunds", "")]
     batch = dedup_pb2.BatchClaimTransactionsRequest(requests=requests)
-    entries = call_method(guarded, BOX, "BatchClaimTransactions", batch).entries
+    entries = call_method(shared_guarded, BOX, "BatchClaimTransactions", batch).entries
     assert [entry.response.outcome for entry in entries] == [CLAIMED, dedup_pb2.CLAIM_OUTCOME_UNSPECIFIED, CLAIMED]
     assert entries[1].error.code == grpc.StatusCode.PERMISSION_DENIED.value[0]
 
@@ -155,9 +175,9 @@ def test_sighup_reloads_tokens_and_callers(guarded: ServiceProcess, files: tuple
     assert claim(guarded, fresh, f"{unique}-2") == CLAIMED
 
 
-def test_health_needs_no_token(guarded: ServiceProcess) -> None:
+def test_health_needs_no_token(shared_guarded: ServiceProcess) -> None:
     """Health checks succeed without a token."""
-    checked = run_command("healthcheck", "--target", guarded.target)
+    checked = run_command("healthcheck", "--target", shared_guarded.target)
     assert (checked.returncode, checked.stdout) == (0, "SERVING\n")
 
 
@@ -189,25 +209,19 @@ def test_caller_policies_require_authentication(files: tuple[Path, Path]) -> Non
     assert "set DEDUP_TLS_CLIENT_CA or DEDUP_AUTH_TOKENS" in ended.stderr
 
 
-@pytest.mark.parametrize(
-    ("names", "namespace", "outcome"),
-    [
-        (("", "spiffe://example.org/ns/pay"), "pay", CLAIMED),
-        (("", "api.example", "spiffe://example.org/ns/pay"), "pay", CLAIMED),
-        (("", "spiffe://example.org/ns/pay"), "other", NOT_ALLOWED),
-        (("old-style",), "other", CLAIMED),
-        # The common name is ignored if there are alternative names.
-        (("old-style", "api.example"), "other", NOT_ALLOWED),
-        (("",), "pay", UNKNOWN),
-    ],
-)
-def test_certificates_name_callers(
-    start_grpcio: Start,
-    tmp_path: Path,
-    names: tuple[str, ...],
-    namespace: str,
-    outcome: object,
-) -> None:
+# Common name and alternative names of a certificate, a namespace, and the answer to a claim in it.
+CERTIFICATES = [
+    (("", "spiffe://example.org/ns/pay"), "pay", CLAIMED),
+    (("", "api.example", "spiffe://example.org/ns/pay"), "pay", CLAIMED),
+    (("", "spiffe://example.org/ns/pay"), "other", NOT_ALLOWED),
+    (("old-style",), "other", CLAIMED),
+    # The common name is ignored if there are alternative names.
+    (("old-style", "api.example"), "other", NOT_ALLOWED),
+    (("",), "pay", UNKNOWN),
+]
+
+
+def test_certificates_name_callers(start_grpcio: Start, tmp_path: Path) -> None:
     """A client certificate identifies the caller by an alternative name, or by the common name if it has none."""
     policies = tmp_path / "policies.toml"
     policies.write_text('[callers."spiffe://example.org/ns/pay"]\nnamespaces = ["pay"]\n[callers.old-style]\n')
@@ -217,15 +231,13 @@ def test_certificates_name_callers(
         *("--tls-cert", str(cert), "--tls-key", str(key), "--tls-client-ca", str(authority.file)),
         *("--policy-file", str(policies), "--store-url", f"sqlite://{tmp_path / 'claims.db'}"),
     )
-    common_name, *alternatives = names
-    credentials = authority.credentials(authority.caller_files("caller", *alternatives, common_name=common_name))
-    request = Claim(transaction_id="order", namespace=namespace)
-    with grpc.secure_channel(service.target, credentials) as channel:
-        stub = dedup_pb2_grpc.DedupServiceStub(channel)
-        if outcome == CLAIMED:
-            assert stub.ClaimTransaction(request, timeout=10).outcome == CLAIMED
-        else:
-            assert error_fields(refused(lambda: stub.ClaimTransaction(request, timeout=10))) == outcome
+    for number, ((common_name, *alternatives), namespace, outcome) in enumerate(CERTIFICATES):
+        files = authority.caller_files(f"caller-{number}", *alternatives, common_name=common_name)
+        request = Claim(transaction_id=f"order-{number}", namespace=namespace)
+        with grpc.secure_channel(service.target, authority.credentials(files)) as channel:
+            claim_it = partial(dedup_pb2_grpc.DedupServiceStub(channel).ClaimTransaction, request, timeout=10)
+            answer = claim_it().outcome if outcome == CLAIMED else error_fields(refused(claim_it))
+        assert answer == outcome, (common_name, alternatives, namespace)
 
 
 def test_a_token_takes_precedence_over_a_certificate(
