@@ -28,7 +28,7 @@ from dedup_service.cli.options import (
 )
 from dedup_service.cli.output import ExitCode, fail, print_json
 from dedup_service.config.files import read_log_id_key
-from dedup_service.config.settings import ENV_PREFIX, BadSettings, Settings, health_address, load_settings
+from dedup_service.config.settings import ENV_PREFIX, SETTINGS, BadSettings, health_address, load_settings, variable_of
 from dedup_service.observability.logs import LoggedIds
 from dedup_service.stores.registry import examine_store, make_store, store_config
 
@@ -37,7 +37,7 @@ _EXITS = {Severity.WARNING: ExitCode.FOUND_WARNING, Severity.CRITICAL: ExitCode.
 
 def _setting(name: str, metavar: str = "TEXT") -> typer.models.OptionInfo:
     """Return the option of a setting, with the help of `serve`."""
-    text = f"{Settings.model_fields[name].description}  [env: {ENV_PREFIX}{name.upper()}]"
+    text = f"{SETTINGS[name].description}  [env: {variable_of(name)}]"
     option: typer.models.OptionInfo = typer.Option(help=text, show_default=False, metavar=metavar)
     return option
 
