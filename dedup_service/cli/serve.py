@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dedup_service import __version__
 from dedup_service.config.fields import SWITCH
 from dedup_service.config.settings import CONFIG_VARIABLE, SETTINGS, flag_of, help_of, load_settings
 from dedup_service.observability.logs import configure_logs, logger
@@ -44,11 +43,6 @@ def _warn_of_password(flags: dict[str, Any]) -> None:
             message="every user of this host can read the store URL of --store-url: put a URL with a password into "
             "DEDUP_STORE_URL, or into a file that DEDUP_STORE_URL_FILE names",
         )
-
-
-def version_text() -> str:
-    """Return the output of --version."""
-    return f"dedup-service {__version__}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,7 +5,6 @@ import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -406,6 +405,9 @@ def _reject_unknown_variables() -> None:
 
 
 def _no_setting(shown_name: str, name: str, known: Collection[str]) -> str:
+    # Imported late: only a fault needs it.
+    from difflib import get_close_matches  # noqa: PLC0415 - as above
+
     close = get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]}?" if close else "see `dedup-service serve --help` for all settings"
     return f"there is no setting {shown_name}: {hint}"
