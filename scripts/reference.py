@@ -11,20 +11,24 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import annotated_types
-from pydantic.fields import FieldInfo
-
 from dedup_service.api.errors import TABLE
 from dedup_service.claims import Reason
-from dedup_service.cli.serve import metavar, shown_default
-from dedup_service.config.settings import ENV_PREFIX, Settings
+from dedup_service.config.fields import Kind, Setting
+from dedup_service.config.settings import SETTINGS, flag_of, variable_of
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 REMARKS = DOCS / "errors.toml"
 
 _WRITTEN_DEFAULT = re.compile(r"\s*\[default: (.+)\]$")
-_METAVARS = {"DURATION": "a duration", "FILE": "a path", "INTEGER": "a number", "NUMBER": "a number", "TEXT": ""}
+_METAVARS = {
+    "DURATION": "a duration",
+    "FILE": "a path",
+    "INTEGER": "a number",
+    "NUMBER": "a number",
+    "TEXT": "",
+    "": "",
+}
 
 # Exceptions outside the table.
 _INTERNAL = (
@@ -37,31 +41,24 @@ def settings() -> Iterator[str]:
     """Yield the table of settings, in the order of `serve --help`."""
     yield "| variable | flag | default | meaning |"
     yield "|---|---|---|---|"
-    for name, field in Settings.model_fields.items():
-        meaning, default = _meaning(field)
-        yield f"| `{ENV_PREFIX}{name.upper()}` | `--{name.replace('_', '-')}` | {default} | {meaning} |"
+    for name, setting in SETTINGS.items():
+        meaning, default = _meaning(setting)
+        yield f"| `{variable_of(name)}` | `{flag_of(name)}` | {default} | {meaning} |"
 
 
-def _meaning(field: FieldInfo) -> tuple[str, str]:
-    text = field.description or ""
-    written = _WRITTEN_DEFAULT.search(text)
-    text = _WRITTEN_DEFAULT.sub("", text)
-    shown = shown_default(field)
+def _meaning(setting: Setting) -> tuple[str, str]:
+    written = _WRITTEN_DEFAULT.search(setting.description)
+    text = _WRITTEN_DEFAULT.sub("", setting.description)
+    shown = setting.shown_default
     default = written[1] if written else f"`{shown}`" if shown else "none"
-    return _cell(" ".join(filter(None, [text, _limits(field)]))), _cell(default)
+    return _cell(" ".join(filter(None, [text, _limits(setting.kind)]))), _cell(default)
 
 
-def _limits(field: FieldInfo) -> str:
-    kind = metavar(field)
-    if field.annotation is bool:
-        return ""
-    if "|" in kind:
-        return f"One of {', '.join(f'`{word}`' for word in kind.split('|'))}."
-    least = next((f"at least {item.ge}" for item in field.metadata if isinstance(item, annotated_types.Ge)), "")
-    above = next((f"more than {item.gt}" for item in field.metadata if isinstance(item, annotated_types.Gt)), "")
-    most = next((f"at most {item.le}" for item in field.metadata if isinstance(item, annotated_types.Le)), "")
-    words = [word for word in (_METAVARS[kind], least or above, most) if word]
-    return f"{words[0].capitalize()}{''.join(f', {word}' for word in words[1:])}." if words else ""
+def _limits(kind: Kind) -> str:
+    if "|" in kind.metavar:
+        return f"One of {', '.join(f'`{word}`' for word in kind.metavar.split('|'))}."
+    words = ", ".join(filter(None, (_METAVARS[kind.metavar], *kind.limits)))
+    return f"{words[0].upper()}{words[1:]}." if words else ""
 
 
 def errors() -> Iterator[str]:

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Annotated, BinaryIO
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from dedup.batches import claim_batch
 from dedup.errors import CallFailed
@@ -166,6 +164,10 @@ def _opened(file: str) -> Iterator[BinaryIO]:
 @contextmanager
 def _progress(file: str, stream: BinaryIO) -> Iterator[Callable[[Line], None]]:
     """Yield a function that shows the last answered line on standard error."""
+    # Imported late: rich would take a sixth of the start of every command.
+    from rich.console import Console  # noqa: PLC0415 - as above
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn  # noqa: PLC0415 - as above
+
     status = os.fstat(stream.fileno()) if file != _STANDARD_INPUT else None
     # In bytes: counting the lines would read the file twice. A pipe has no size.
     total = status.st_size if status is not None and stat.S_ISREG(status.st_mode) else None

@@ -4,9 +4,9 @@ from typing import Annotated
 
 import typer
 
+from dedup_service import __version__
 from dedup_service.cli.batch import batch
 from dedup_service.cli.diagnosis import doctor, hash_id, healthcheck
-from dedup_service.cli.serve import run_serve, version_text
 from dedup_service.cli.transactions import claim, complete, extend, get, release
 from dedup_service.cli.watch import watch
 
@@ -23,7 +23,7 @@ app = typer.Typer(
 
 def _print_version(asked: bool) -> None:  # noqa: FBT001 - The signature of a typer callback.
     if asked:
-        typer.echo(version_text())
+        typer.echo(f"dedup-service {__version__}")
         raise typer.Exit
 
 
@@ -41,6 +41,8 @@ def _options_before_the_command(
 def serve(arguments: Annotated[list[str] | None, typer.Argument()] = None) -> None:
     """Serve claims over gRPC until SIGTERM or SIGINT."""
     # Listed for the help; `dedup-service serve` starts without this module.
+    from dedup_service.cli.serve import run_serve  # noqa: PLC0415 - other commands need neither it nor its libraries
+
     run_serve(arguments or [])
 
 

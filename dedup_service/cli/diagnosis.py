@@ -28,16 +28,14 @@ from dedup_service.cli.options import (
 )
 from dedup_service.cli.output import ExitCode, fail, print_json
 from dedup_service.config.files import read_log_id_key
-from dedup_service.config.settings import ENV_PREFIX, BadSettings, Settings, health_address, load_settings
-from dedup_service.observability.logs import LoggedIds
-from dedup_service.stores.registry import examine_store, make_store, store_config
+from dedup_service.config.settings import ENV_PREFIX, SETTINGS, BadSettings, health_address, load_settings, variable_of
 
 _EXITS = {Severity.WARNING: ExitCode.FOUND_WARNING, Severity.CRITICAL: ExitCode.FOUND_CRITICAL}
 
 
 def _setting(name: str, metavar: str = "TEXT") -> typer.models.OptionInfo:
     """Return the option of a setting, with the help of `serve`."""
-    text = f"{Settings.model_fields[name].description}  [env: {ENV_PREFIX}{name.upper()}]"
+    text = f"{SETTINGS[name].description}  [env: {variable_of(name)}]"
     option: typer.models.OptionInfo = typer.Option(help=text, show_default=False, metavar=metavar)
     return option
 
@@ -59,6 +57,9 @@ def doctor(
 
     Exit code 0: no warning. 7: a warning. 8: a critical finding. 1: the store cannot be examined. 2: invalid usage.
     """
+    # Imported late: other commands, such as the health check of a probe, do not need the stores.
+    from dedup_service.stores.registry import examine_store, make_store, store_config  # noqa: PLC0415 - as above
+
     flags = {
         "store_url": store_url,
         "store_url_file": store_url_file,
@@ -185,6 +186,9 @@ def hash_id(
 
     Exit code 0: printed. 2: invalid usage, or an unusable key file.
     """
+    # Imported late: other commands do not need the logs.
+    from dedup_service.observability.logs import LoggedIds  # noqa: PLC0415 - as above
+
     flags = {} if log_id_key_file is None else {"log_id_key_file": log_id_key_file}
     settings = load_settings(flags, config)
     logged = LoggedIds(plain=settings.log_transaction_ids == "plain", key=read_log_id_key(settings.log_id_key_file))

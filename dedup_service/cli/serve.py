@@ -5,11 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic.fields import FieldInfo
-
-from dedup_service import __version__
-from dedup_service.config.durations import format_duration
-from dedup_service.config.settings import CONFIG_VARIABLE, ENV_PREFIX, DurationMs, Settings, load_settings
+from dedup_service.config.fields import SWITCH
+from dedup_service.config.settings import CONFIG_VARIABLE, SETTINGS, flag_of, help_of, load_settings
 from dedup_service.observability.logs import configure_logs, logger
 from dedup_service.supervisor.messages import SupervisorStart, become_supervisor
 
@@ -20,8 +17,6 @@ Each setting is a flag, an environment variable and a key of the TOML settings f
 variables override the file. Durations are written 250ms, 60s, 2h or 7d. SIGHUP reloads the policy file and the
 tokens; with several workers, SIGUSR2 replaces them one by one.
 """
-
-_METAVARS = {str(int): "INTEGER", str(int | None): "INTEGER", str(float): "NUMBER"}
 
 
 def run_serve(arguments: Sequence[str]) -> None:
@@ -50,11 +45,6 @@ def _warn_of_password(flags: dict[str, Any]) -> None:
         )
 
 
-def version_text() -> str:
-    """Return the output of --version."""
-    return f"dedup-service {__version__}"
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "dedup-service serve",
@@ -77,45 +67,10 @@ def _parser() -> argparse.ArgumentParser:
         default=False,
         help="Print example calls on standard output once the server accepts calls.",
     )
-    for name, field in Settings.model_fields.items():
-        flag = f"--{name.replace('_', '-')}"
-        if field.annotation is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=_help(name, field))
+    for name, setting in SETTINGS.items():
+        help_text = help_of(name).replace("%", "%%")
+        if setting.kind is SWITCH:
+            parser.add_argument(flag_of(name), action=argparse.BooleanOptionalAction, help=help_text)
         else:
-            parser.add_argument(flag, metavar=metavar(field), help=_help(name, field))
+            parser.add_argument(flag_of(name), metavar=setting.kind.metavar, help=help_text)
     return parser
-
-
-def _help(name: str, field: FieldInfo) -> str:
-    shown = shown_default(field)
-    text = f"{field.description}  [env: {ENV_PREFIX}{name.upper()}]" + (f" [default: {shown}]" if shown else "")
-    return text.replace("%", "%%")
-
-
-def _is_duration(field: FieldInfo) -> bool:
-    return any(item in DurationMs.__metadata__ for item in field.metadata)  # type: ignore[attr-defined]
-
-
-def shown_default(field: FieldInfo) -> str:
-    """Return the default of a setting as an operator writes it, or ""."""
-    default: Any = field.default
-    if default is None:
-        return ""
-    if _is_duration(field):
-        return format_duration(default)
-    if isinstance(default, tuple):
-        return ",".join(default)
-    return str(default).lower() if isinstance(default, bool) else str(default)
-
-
-def metavar(field: FieldInfo) -> str:
-    """Return the placeholder for a setting's value in the help."""
-    if choices := getattr(field.annotation, "__args__", None):
-        words = [choice for choice in choices if isinstance(choice, str)]
-        if words:
-            return "|".join(words)
-        if Path in choices:
-            return "FILE"
-    if _is_duration(field):
-        return "DURATION"
-    return _METAVARS.get(str(field.annotation), "TEXT")

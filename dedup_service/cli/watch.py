@@ -7,14 +7,10 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated, Protocol
 
 import grpc
 import typer
-from rich.console import Console, Group
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
 
 from dedup.error_details import failure_of_call
 from dedup.v1 import dedup_pb2, dedup_pb2_grpc
@@ -42,6 +38,10 @@ from dedup_service.cli.output import (
     print_transaction,
     state_word,
 )
+
+# Imported late below: rich would take a sixth of the start of every command.
+if TYPE_CHECKING:
+    from rich.console import Console, Group
 
 # The codes of a server's shutdown do not say what happened.
 _VAGUE_CODES = (grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
@@ -198,6 +198,8 @@ class _View(Protocol):
 def _open_view(transaction_id: str, *, as_json: bool) -> _View:
     if as_json:
         return _JsonLines()
+    from rich.console import Console  # noqa: PLC0415 - late, as above
+
     console = Console(markup=False, highlight=False)
     if sys.stdout.isatty() and console.is_interactive:
         return _InPlace(transaction_id, console)
@@ -258,7 +260,9 @@ class _Lines:
 class _InPlace:
     """Redraws a table; the time left counts down between look-ups."""
 
-    def __init__(self, transaction_id: str, console: Console) -> None:
+    def __init__(self, transaction_id: str, console: "Console") -> None:
+        from rich.live import Live  # noqa: PLC0415 - late, as above
+
         self._transaction_id = transaction_id
         self._snapshot: Snapshot | None = None
         self._transaction: dedup_pb2.Transaction | None = None
@@ -279,7 +283,11 @@ class _InPlace:
     def close(self) -> None:
         self._live.stop()
 
-    def _render(self) -> Group:
+    def _render(self) -> "Group":
+        from rich.console import Group  # noqa: PLC0415 - late, as above
+        from rich.table import Table  # noqa: PLC0415 - late, as above
+        from rich.text import Text  # noqa: PLC0415 - late, as above
+
         parts: list[Text | Table] = [Text(f"WATCHING {self._transaction_id}")]
         if self._transaction is not None:
             table = Table.grid(padding=(0, 2))

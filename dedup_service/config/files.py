@@ -1,7 +1,6 @@
 """The operator's files: TOML, secrets and bearer tokens, and a sentence for each fault."""
 
 import re
-import tomllib
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -17,6 +16,9 @@ def read_toml(path: Path, refuse: Refuse, *, quote: bool = True) -> dict[str, An
 
     `quote=False` keeps the file's text, which may hold secrets, out of the sentence.
     """
+    # Imported late: many processes read no TOML file.
+    import tomllib  # noqa: PLC0415 - as above
+
     try:
         return tomllib.loads(path.read_bytes().decode())
     except OSError as error:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from dedup_service.config.durations import parse_duration
-from dedup_service.config.settings import Settings, load_settings
+from dedup_service.config.settings import SETTINGS, load_settings, variable_of
 from dedup_service.observability.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +91,7 @@ def test_every_variable_is_a_setting() -> None:
     files = [ROOT / "Dockerfile", ROOT / "docker-compose.yaml"]
     files += [file for file in (ROOT / "deploy").rglob("*") if file.suffix in {".yaml", ".tpl", ".json", ".md"}]
     named = {name: file for file in files for name in re.findall(r"\bDEDUP_[A-Z_]*[A-Z]", file.read_text())}
-    known = {f"DEDUP_{name.upper()}" for name in Settings.model_fields}
+    known = {variable_of(name) for name in SETTINGS}
     assert {name: file for name, file in named.items() if name not in known} == {}
 
 

@@ -19,10 +19,26 @@ NOT_FOR_SERVING = (
     "redis",
     "sqlite3",
     "dedup.client",
+    # Read no TOML file by default.
+    "tomllib",
+    "pydantic",
     "dedup_service.cli.commands",
     "dedup_service.observability.metrics",
     "dedup_service.observability.metrics_endpoint",
     "dedup_service.observability.traces",
+)
+NOT_FOR_CLIENT_COMMANDS = (
+    "rich",
+    # From 0.29 on, typer imports it.
+    "pydantic",
+    "structlog",
+    "argparse",
+    "tomllib",
+    "hiredis",
+    "redis",
+    "msgpack",
+    "dedup_service.server",
+    "dedup_service.stores",
 )
 NOT_FOR_SUPERVISING = (
     *NOT_FOR_SERVING,
@@ -30,10 +46,10 @@ NOT_FOR_SUPERVISING = (
     "google.protobuf",
     "hiredis",
     "msgpack",
-    "pydantic",
     "uvloop",
     "dedup",
     "dedup_service.claims",
+    "dedup_service.config.settings",
     "dedup_service.server",
     "dedup_service.stores",
 )
@@ -55,9 +71,21 @@ def test_serving_imports_no_command_no_client_and_no_unused_store(module: str) -
     assert modules_after(f"import dedup_service.{module}").isdisjoint(NOT_FOR_SERVING)
 
 
-def test_the_supervisor_imports_neither_grpc_nor_a_driver_nor_pydantic() -> None:
+def test_the_supervisor_imports_neither_grpc_nor_a_driver_nor_the_settings() -> None:
     """The supervisor stays small, since it must not fail."""
     assert modules_after("import dedup_service.supervisor.process").isdisjoint(NOT_FOR_SUPERVISING)
+
+
+def test_a_client_command_imports_no_library_of_the_others() -> None:
+    """A claim loads no library for tables, validation, logs or stores: each command, also a probe, would pay for it."""
+    program = """
+from dedup_service.cli.commands import app
+try:
+    app(["claim", "x", "--target", "unix:///nowhere", "--timeout", "1ms"])
+except SystemExit as end:
+    assert end.code == 1, end.code
+"""
+    assert modules_after(program).isdisjoint(NOT_FOR_CLIENT_COMMANDS)
 
 
 def test_metrics_and_traces_are_imported_only_where_they_are_on() -> None:

@@ -144,7 +144,13 @@ def test_callers_have_the_rights_of_the_file(load: Load) -> None:
             "[callers.me]\nrpcs = ['Claim']",
             "caller 'me': rpcs: there is no rpc 'Claim': write some of Claim",
         ),
+        ("[callers.me]\nnamespaces = ['Pay']", "begin with a letter or digit, unlike 'Pay'"),
         ("[callers.me]\nrpcs = [1]", "caller 'me': rpcs: [1] is not a list of names"),
+        (
+            "[callers.me]\nrpcs = ['Claim', 'Read']",
+            "there is no rpc 'Claim': write some of ClaimTransaction, CompleteTransaction, ReleaseTransaction",
+        ),
+        ("[callers.me]\nrpcs = ['Claim', 'Read']", "; there is no rpc 'Read': write some of Claim"),
     ],
 )
 def test_a_broken_table_of_a_caller_is_one_clear_sentence(load: Load, text: str, words: str) -> None:
@@ -166,6 +172,7 @@ PAY = "[namespaces.pay]\n"
         ("allow_unknown_namespaces = 0", "allow_unknown_namespaces is 0: write true or false"),
         ("namespaces = ['pay']", "namespaces is ['pay'], which is not a table: write [namespaces.NAME]"),
         ("[namespaces]\npay = 'shadow'", "namespace 'pay': 'shadow' is not a table: write [namespaces.NAME] above"),
+        (f"namespaces = 0x{'f' * 10_000}", "namespaces is the number, which is not a table: write [namespaces.NAME]"),
         (PAY + "ttl = '1s'", "namespace 'pay': there is no key 'ttl': write default_ttl, max_ttl, retention or mode"),
         (
             "[namespaces.pay.eu]",
@@ -226,6 +233,9 @@ def test_every_fault_is_reported_at_once(load: Load) -> None:
     with pytest.raises(BadSettings) as caught:
         load('[namespaces.a]\nmode = "x"\nmax_ttl = "y"\n[namespaces.B]\n')
     assert [part in str(caught.value) for part in ("'a': mode", "'a': max_ttl", "namespace 'B'")] == [True] * 3
+    with pytest.raises(BadSettings) as caught:
+        load("x = 1\nallow_unknown_namespaces = 1\n[namespaces.a]\ny = 1\n[callers]\nme = 1\n")
+    assert [part in str(caught.value) for part in ("key 'x'", "namespaces is 1", "'a': there", "'me': 1")] == [True] * 4
     with pytest.raises(BadSettings) as caught:
         load('[namespaces.a]\ndefault_ttl = "8d"\nretention = "8d"\n[namespaces.b]\nretention = "9d"\n')
     assert [part in str(caught.value) for part in ("'a': default_ttl", "'a': retention", "'b': retention")] == [

@@ -12,7 +12,7 @@ import pytest
 import reference
 from dedup_service.config import settings as settings_module
 from dedup_service.config.files import read_tokens
-from dedup_service.config.settings import Settings, load_settings
+from dedup_service.config.settings import SETTINGS, load_settings, variable_of
 from dedup_service.server.policies import load_policies
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +63,7 @@ def test_an_unknown_exception_is_an_error(remarks: dict[str, dict[str, dict[str,
 
 def test_every_variable_is_documented() -> None:
     """Settings and the other variables are on the configuration page."""
-    named = {f"{settings_module.ENV_PREFIX}{name.upper()}" for name in Settings.model_fields}
+    named = {variable_of(name) for name in SETTINGS}
     named |= {value for name, value in vars(settings_module).items() if name[0] != "_" and name.endswith("_VARIABLE")}
     assert {name for name in named if f"`{name}`" not in CONFIGURATION} == set()
 

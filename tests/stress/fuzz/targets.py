@@ -63,9 +63,7 @@ def read_stored_value(data: bytes) -> None:
 def _policy_file() -> tuple[Any, Settings]:
     # One file for all inputs: removing a file takes longer than reading it.
     file = tempfile.NamedTemporaryFile(suffix=".toml", buffering=0)  # noqa: SIM115 - open until the process ends
-    settings = Settings.model_construct(
-        policy_file=Path(file.name), default_ttl=60_000, max_ttl=3_600_000, retention=600_000
-    )
+    settings = Settings(policy_file=Path(file.name), default_ttl=60_000, max_ttl=3_600_000, retention=600_000)
     return file, settings
 
 

@@ -52,7 +52,7 @@ def test_an_unknown_engine_is_an_error() -> None:
     """The error names the setting and its valid values."""
     ended = run_command("serve", environment={"DEDUP_ENGINE": "rust"})
     assert ended.returncode == 2
-    assert "DEDUP_ENGINE (--engine): Input should be 'grpcio' or 'native'" in ended.stderr
+    assert "DEDUP_ENGINE (--engine): 'rust' is unknown: write grpcio or native" in ended.stderr
 
 
 def test_the_native_engine_needs_a_temporary_folder(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ POINTS = [
     ("serve", "serve", "grpc"),
     ("serve", "serve", "dedup_service.stores.sqlite"),
     # Becomes the supervisor after that.
-    ("supervisor", "serve", "pydantic"),
+    ("supervisor", "serve", "dedup_service.supervisor.messages"),
     ("supervisor", "supervisor", "dedup_service.supervisor.process"),
     ("supervisor", "supervisor", "dedup_service.supervisor.worker_process"),
     ("worker", "worker", "dedup_service.server.process"),
@@ -169,7 +169,7 @@ def test_sighup_reaches_workers_that_have_not_run_a_line_yet(start: Start) -> No
 
 def test_sigusr2_during_the_start_of_the_supervisor_is_remembered(start: Start) -> None:
     """The workers are replaced once they are ready."""
-    server = start("supervisor", signal_at=f"serve pydantic {signal.SIGUSR2}")
+    server = start("supervisor", signal_at=f"serve dedup_service.supervisor.messages {signal.SIGUSR2}")
     server.until_logged("workers_replaced")
     server.signal(signal.SIGTERM)
     server.ends_well()
