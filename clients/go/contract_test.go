@@ -369,7 +369,6 @@ func TestRoundRobinUsesEveryServer(t *testing.T) {
 	client := newClient(t, "servers:///dedup",
 		dedup.WithDialOptions(
 			grpc.WithResolvers(servers),
-			grpc.WithDefaultServiceConfig(`{"loadBalancingConfig": [{"round_robin": {}}]}`),
 			grpc.WithUnaryInterceptor(countPeers(func(address string) {
 				mu.Lock()
 				defer mu.Unlock()
