@@ -11,6 +11,7 @@ from dedup.http_profile import (
     Response,
     body_too_large,
     content_length,
+    decoded_path,
     is_event_stream,
     key_invalid,
     path_of,
@@ -155,7 +156,7 @@ def _path(scope: Scope) -> str:
     root, path = scope.get("root_path", ""), scope["path"]
     # Not every server repeats the mounted prefix in the path.
     whole: str = path if path.startswith(root) else root + path
-    return whole
+    return decoded_path(whole.encode("utf-8", "surrogateescape"))
 
 
 def _text(name: bytes, value: bytes) -> tuple[str, str]:

@@ -238,6 +238,22 @@ async def test_options(kind: str, shop: Shop) -> None:
 
 
 @pytest.mark.parametrize("kind", ["sync", "aio"])
+async def test_work_longer_than_its_ttl_runs_once(kind: str, shop: Shop) -> None:
+    """The guard keeps the claim alive while the call is handled."""
+    service = FakeService()
+    work = shop.pay
+
+    def pay(request: str, context: Any) -> str:
+        service.advance(150)
+        return work(request, context)
+
+    shop.pay = pay  # type: ignore[method-assign]
+    client = FakeClient(service) if kind == "sync" else AsyncFakeClient(service)
+    async with Guarded(kind, client, shop, ttl=60) as guarded:
+        assert [await guarded.pay("a", "k") for _ in range(2)] == ["paid 1", "paid 1"]
+
+
+@pytest.mark.parametrize("kind", ["sync", "aio"])
 async def test_an_older_reply_is_replayed(kind: str, shop: Shop) -> None:
     """Other results are not."""
     service = FakeService()

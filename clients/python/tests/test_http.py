@@ -558,6 +558,22 @@ def test_a_guard_claims_with_keep_alive(options: dict[str, Any]) -> None:
     assert (made["keep_alive"], made["max_hold"]) == (options.get("keep_alive", True), options.get("max_hold"))
 
 
+async def test_work_longer_than_its_ttl_runs_once(
+    post_with: Callable[..., Post], shop: Shop, service: FakeService
+) -> None:
+    """The guard keeps the claim alive while the request is handled."""
+    work = shop.handle
+
+    def handle(path: str, body: bytes) -> Any:
+        service.advance(150)
+        return work(path, body)
+
+    shop.handle = handle  # type: ignore[method-assign]
+    post = post_with(ttl=60)
+    first, again = [await post("/pay", idempotency_key="k") for _ in range(2)]
+    assert (first.json(), again.json(), len(shop.payments)) == ({"paid": 1}, {"paid": 1}, 1)
+
+
 async def test_asgi_ignores_disconnected_callers() -> None:
     """A caller that disconnects before its body arrives causes no claim and no answer. Other protocols pass."""
     service, seen = FakeService(), []

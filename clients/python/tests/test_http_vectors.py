@@ -30,10 +30,11 @@ KINDS = [
     "wsgi with REQUEST_URI",
     "wsgi with RAW_URI",
     "mounted",
+    "mounted without raw_path",
     "django",
     "django with RAW_URI",
 ]
-DECODED = ["asgi without raw_path", "wsgi", "django"]
+DECODED = ["asgi without raw_path", "mounted without raw_path", "wsgi", "django"]
 
 if not settings.configured:
     settings.configure(ALLOWED_HOSTS=["*"], ROOT_URLCONF="", LOGGING_CONFIG=None, USE_TZ=True)
@@ -132,10 +133,10 @@ def send(kind: str, service: FakeService, case: dict[str, Any], body: bytes = b"
     async def sent(message: Any) -> None:
         statuses.extend([message["status"]] if "status" in message else [])
 
-    if kind != "asgi without raw_path":
+    if "without" not in kind:
         scope["raw_path"] = raw_path.encode()
-    if kind == "mounted":
-        scope |= {"root_path": raw_path[:2], "path": raw_path[2:]}
+    if "mounted" in kind:
+        scope |= {"root_path": scope["path"][:2], "path": scope["path"][2:]}
     asyncio.run(asgi.IdempotencyMiddleware(waiting_app, AsyncFakeClient(service), **options)(scope, receive, sent))
     return statuses[0]
 
@@ -172,6 +173,13 @@ def test_a_server_that_decodes_the_path_hides_its_faults(case: dict[str, Any]) -
         assert send(kind, service, case) == (201 if expected[kind] else 400)
         made_by_kind: list[Any] = [request for _, request in service.calls[:1]]
         assert [request.transaction_id for request in made_by_kind] == [expected[kind]] * bool(expected[kind])
+
+
+def test_a_decoded_path_that_is_not_utf_8_is_named() -> None:
+    """ASGI servers mark its bytes by surrogates."""
+    scope = {"method": "POST", "path": "/caf\udce9", "headers": []}
+    with pytest.raises(InvalidKey, match="not UTF-8"):
+        asgi.request_of(scope, scope)
 
 
 @pytest.mark.parametrize("case", VECTORS["invalid_identities"], ids=lambda case: case["why"])
