@@ -32,6 +32,7 @@ type Client struct {
 	coalescer *coalescer       // nil unless WithCoalescing is set
 	keeper    *keeper
 	releases  releases
+	closed    atomic.Bool
 }
 
 // New returns a client for the service at target: "host:port", "unix:///path" or any other gRPC target.
@@ -69,11 +70,12 @@ func newClient(stub dedupv1.DedupServiceClient, s settings) *Client {
 	return c
 }
 
-// Close closes the connection; in-flight calls fail, and contexts of [Claim.KeepAlive] end with [ErrClaimLost]. It first
-// waits, at most one budget, for the release of cancelled claims.
+// Close closes the client for good: in-flight and later calls fail with [ErrClosed], and contexts of [Claim.KeepAlive]
+// end with [ErrClaimLost]. It first waits, at most one budget, for the release of cancelled claims.
 func (c *Client) Close() error {
 	c.keeper.close()
 	c.releases.close()
+	c.closed.Store(true)
 	if c.conn == nil {
 		return nil
 	}

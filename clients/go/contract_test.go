@@ -22,6 +22,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	dedup "github.com/dedup-service/dedup-service/clients/go"
+	"github.com/dedup-service/dedup-service/clients/go/deduptest"
 	"github.com/dedup-service/dedup-service/clients/go/dedupv1"
 	"github.com/dedup-service/dedup-service/clients/go/internal/servertest"
 )
@@ -304,6 +305,28 @@ func TestClaimsAndErrorsAreRedacted(t *testing.T) {
 	})
 }
 
+func TestClosedClientStaysClosed(t *testing.T) {
+	for name, client := range map[string]*dedup.Client{
+		"live":       newClient(t, embeddedServer(t).Target, dedup.WithDefaults(dedup.OnUnavailable(dedup.Allow))),
+		"coalescing": newClient(t, embeddedServer(t).Target, dedup.WithCoalescing(8, time.Millisecond)),
+		"fake":       deduptest.NewGuard(dedup.WithDefaults(dedup.OnUnavailable(dedup.Allow))).Client,
+	} {
+		id := newID()
+		claim := mustClaim(t, client, id)
+		_ = client.Close()
+		_ = client.Close()
+		_, claimErr := client.Claim(ctx, newID())
+		_, getErr := client.Get(ctx, id)
+		_, extendErr := claim.Extend(ctx, time.Minute)
+		for i, err := range []error{claimErr, getErr, extendErr, claim.Complete(ctx, nil), claim.Release(ctx)} {
+			var e *dedup.Error
+			if !errors.Is(err, dedup.ErrClosed) || errors.Is(err, dedup.ErrUnavailable) || !errors.As(err, &e) || e.Applied != dedup.AppliedNo {
+				t.Errorf("%s, call %d: %v", name, i, err)
+			}
+		}
+	}
+}
+
 func TestClosedClientLeavesNoGoroutine(t *testing.T) {
 	server := embeddedServer(t)
 	client := newClient(t, server.Target)
@@ -346,7 +369,6 @@ func TestRoundRobinUsesEveryServer(t *testing.T) {
 	client := newClient(t, "servers:///dedup",
 		dedup.WithDialOptions(
 			grpc.WithResolvers(servers),
-			grpc.WithDefaultServiceConfig(`{"loadBalancingConfig": [{"round_robin": {}}]}`),
 			grpc.WithUnaryInterceptor(countPeers(func(address string) {
 				mu.Lock()
 				defer mu.Unlock()

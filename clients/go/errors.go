@@ -25,6 +25,9 @@ var (
 	ErrClaimLost = errors.New("dedup: the claim was lost")
 	// ErrResultNotStored means that the transaction is completed, but without its result, which is too large.
 	ErrResultNotStored = errors.New("dedup: completed without the result")
+	// ErrClosed matches the [*Error] of a call after Close, or of one that was in flight. It does not match
+	// ErrUnavailable, so no [Policy] grants such a claim.
+	ErrClosed = errors.New("dedup: the client is closed")
 	// ErrNotFound matches the [*Error] of a Get of an unclaimed transaction.
 	ErrNotFound = errors.New("dedup: transaction not found")
 )
@@ -81,8 +84,8 @@ type Violation struct {
 
 // Error is a failed call, after all retries. It neither grants the claim nor reports a duplicate.
 //
-// It matches ErrUnavailable, ErrNotFound, context.Canceled and context.DeadlineExceeded by its code. A call cancelled
-// by the service matches ErrUnavailable, not context.Canceled. status.FromError returns the gRPC status of the last
+// It matches ErrUnavailable, ErrClosed, ErrNotFound, context.Canceled and context.DeadlineExceeded. A call cancelled by
+// the service matches ErrUnavailable, and one cancelled by Close ErrClosed, not context.Canceled. status.FromError returns the gRPC status of the last
 // attempt. For the correlation id see [WithDialOptions].
 type Error struct {
 	// Code is the gRPC code of the last attempt.
@@ -104,6 +107,8 @@ type Error struct {
 	retryInfo  bool
 	// cutOff reports that the server cancelled the call, as during its shutdown.
 	cutOff bool
+	// closed reports that the client was closed.
+	closed bool
 }
 
 // Error returns a text about the last attempt, without transaction id and token.
@@ -115,15 +120,17 @@ func (e *Error) Error() string {
 	return fmt.Sprintf("dedup: %v (%s, applied: %s, attempts: %d): %s", e.Code, reason, e.Applied, e.Attempts, e.Message)
 }
 
-// Is matches ErrUnavailable, ErrNotFound, context.Canceled and context.DeadlineExceeded.
+// Is matches ErrUnavailable, ErrClosed, ErrNotFound, context.Canceled and context.DeadlineExceeded.
 func (e *Error) Is(target error) bool {
 	switch target {
 	case ErrUnavailable:
 		return e.unavailable() || e.Reason == ReasonOutcomeUnspecified
+	case ErrClosed:
+		return e.closed
 	case ErrNotFound:
 		return e.Code == codes.NotFound && e.Reason == "TRANSACTION_NOT_FOUND"
 	case context.Canceled:
-		return e.Code == codes.Canceled && !e.cutOff
+		return e.Code == codes.Canceled && !e.cutOff && !e.closed
 	case context.DeadlineExceeded:
 		return e.Code == codes.DeadlineExceeded
 	}
@@ -174,6 +181,15 @@ func newError(err error) *Error {
 		}
 	}
 	return e
+}
+
+// closedError returns the error of a call after Close.
+func closedError() *Error {
+	message := "the client is closed: create another one"
+	return &Error{
+		Code: codes.Canceled, Applied: AppliedNo, Message: message, closed: true,
+		status: status.New(codes.Canceled, message),
+	}
 }
 
 func invalid(field, description string) *Error {

@@ -160,9 +160,9 @@ func monthlyReport(ctx context.Context, guard dedup.Guard) error {
 
 func report(context.Context) ([]byte, error) { return []byte("reports/2025-11.pdf"), nil }
 
-func Example_roundRobin() {
+func Example_loadBalancing() {
 	client, err := dedup.New("dns:///dedup:50051", dedup.WithDialOptions(
-		grpc.WithDefaultServiceConfig(`{"loadBalancingConfig": [{"round_robin": {}}]}`),
+		grpc.WithDefaultServiceConfig(`{"loadBalancingConfig": [{"pick_first": {}}]}`),
 	))
 	if err != nil {
 		log.Fatal(err)

@@ -74,6 +74,8 @@ func (s *settings) dial() []grpc.DialOption {
 		// A service config from DNS must not add retries.
 		grpc.WithDisableRetry(),
 		grpc.WithDisableServiceConfig(),
+		// Spreads calls over all addresses of a target, and moves on when one stops.
+		grpc.WithDefaultServiceConfig(`{"loadBalancingConfig": [{"round_robin": {}}]}`),
 		// gRPC's default is one second; a restarted sidecar is back sooner.
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second},

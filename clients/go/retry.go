@@ -7,7 +7,6 @@ import (
 	"time"
 
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/status"
 )
 
@@ -15,6 +14,9 @@ import (
 //
 // It returns the number of failed attempts that may have been applied.
 func (c *Client) call(ctx context.Context, wait time.Duration, attempt func(context.Context) error) (unheard int, failure *Error) {
+	if c.closed.Load() {
+		return 0, closedError()
+	}
 	ctx, cancel := c.withBudget(ctx, wait)
 	defer cancel()
 	for n := 1; ; n++ {
@@ -25,7 +27,8 @@ func (c *Client) call(ctx context.Context, wait time.Duration, attempt func(cont
 		e := newError(err)
 		e.Attempts = n
 		// The check below corrects this if the caller cancelled.
-		e.cutOff = e.Code == codes.Canceled && !c.closed()
+		e.cutOff = e.Code == codes.Canceled && !c.closed.Load()
+		e.closed = e.Code == codes.Canceled && !e.cutOff
 		if e.Applied == AppliedUnknown {
 			unheard++
 		}
@@ -41,15 +44,10 @@ func (c *Client) call(ctx context.Context, wait time.Duration, attempt func(cont
 		if errors.Is(ctx.Err(), context.Canceled) {
 			// A call cancelled by its caller is not an outage.
 			e.status = status.FromContextError(ctx.Err())
-			e.Code, e.Message, e.cutOff = e.status.Code(), e.status.Message(), false
+			e.Code, e.Message, e.cutOff, e.closed = e.status.Code(), e.status.Message(), false, false
 		}
 		return unheard, e
 	}
-}
-
-// closed reports whether the client was closed, which cancels in-flight calls. Always false for NewFromStub.
-func (c *Client) closed() bool {
-	return c.conn != nil && c.conn.GetState() == connectivity.Shutdown
 }
 
 // fits reports whether the context outlasts the pause.

@@ -319,7 +319,7 @@ func TestClosedClientDoesNotRetry(t *testing.T) {
 	}
 	err = <-ended
 	var e *dedup.Error
-	if !errors.As(err, &e) || !errors.Is(err, context.Canceled) || e.Attempts != 1 {
+	if !errors.As(err, &e) || !errors.Is(err, dedup.ErrClosed) || errors.Is(err, context.Canceled) || e.Attempts != 1 || e.Applied != dedup.AppliedUnknown {
 		t.Errorf("%+v, %v", e, err)
 	}
 }

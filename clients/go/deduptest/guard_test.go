@@ -34,31 +34,6 @@ func TestClaimsExpireByTheTestClock(t *testing.T) {
 	}
 }
 
-func TestNamespacesHavePolicies(t *testing.T) {
-	ctx := context.Background()
-	guard := deduptest.NewGuard()
-	guard.Service.SetPolicy("pay", deduptest.Policy{TTL: time.Second, MaxTTL: time.Minute, Retention: time.Minute})
-	guard.Service.SetPolicy("trial", deduptest.Policy{Shadow: true})
-	claim, err := guard.Claim(ctx, "x", dedup.Namespace("pay"))
-	if err != nil || claim.Transaction.ExpireTime.Sub(claim.Transaction.ClaimTime) != time.Second {
-		t.Fatalf("%v, %v", claim, err)
-	}
-	if err := claim.Complete(ctx, nil); err != nil {
-		t.Fatal(err)
-	}
-	if held, err := guard.Get(ctx, "x", dedup.Namespace("pay")); err != nil || held.ExpireTime.Sub(held.CompletionTime) != time.Minute {
-		t.Errorf("%v, %v", held, err)
-	}
-	if _, err := guard.Claim(ctx, "y", dedup.Namespace("pay"), dedup.TTL(time.Hour)); err == nil {
-		t.Error("the ttl exceeds the maximum")
-	}
-	for _, shadow := range []bool{false, true} {
-		if claim, err := guard.Claim(ctx, "x", dedup.Namespace("trial")); err != nil || claim.ShadowDuplicate != shadow {
-			t.Errorf("%v, %v, want shadow %t", claim, err, shadow)
-		}
-	}
-}
-
 func TestWaitEndsByTheTestClock(t *testing.T) {
 	ctx := context.Background()
 	guard := deduptest.NewGuard()

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"fmt"
 	"sync"
 	"time"
 
@@ -36,13 +37,16 @@ type Service struct {
 	down    bool
 	records map[key]*record
 	// policies has the rules of namespaces; of others, the defaults.
-	policies map[string]Policy
+	policies    map[string]Policy
+	onlyKnown   bool
+	resultBytes int
 }
 
-// Policy has the rules of a namespace. The service's default replaces a field that is 0.
+// Policy has the rules of a namespace, as in the policy file of the service. The service's default replaces a field
+// that is 0.
 type Policy struct {
-	// TTL is the lifetime of a claim that requests none, MaxTTL the longest that a claim may request.
-	TTL, MaxTTL time.Duration
+	// DefaultTTL is the lifetime of a claim that requests none, MaxTTL the longest that a caller may request.
+	DefaultTTL, MaxTTL time.Duration
 	// Retention is how long a completed transaction is kept.
 	Retention time.Duration
 	// Shadow grants duplicates and marks them.
@@ -60,7 +64,7 @@ type record struct {
 
 // NewService returns a service without claims that uses the system clock.
 func NewService() *Service {
-	return &Service{now: time.Now, records: map[key]*record{}, policies: map[string]Policy{}}
+	return &Service{now: time.Now, records: map[key]*record{}, policies: map[string]Policy{}, resultBytes: maxResultBytes}
 }
 
 // SetClock replaces the clock and undoes earlier calls of Advance.
@@ -77,17 +81,47 @@ func (s *Service) Advance(d time.Duration) {
 	s.offset += d
 }
 
-// SetPolicy sets the rules of a namespace, as the policy file of the real service does.
+// SetPolicy sets the rules of a namespace. It panics if a lifetime is negative or exceeds MaxTTL, because the service
+// does not start with such a policy.
 func (s *Service) SetPolicy(namespace string, p Policy) {
+	p = p.complete()
+	for name, d := range map[string]time.Duration{"DefaultTTL": p.DefaultTTL, "MaxTTL": p.MaxTTL, "Retention": p.Retention} {
+		if d < 0 || d > p.MaxTTL {
+			panic(fmt.Sprintf("deduptest: %s is %v; it must be positive and at most MaxTTL, %v", name, d, p.MaxTTL))
+		}
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.policies[namespace] = p
 }
 
+// SetAllowUnknownNamespaces(false) rejects namespaces without a policy, until SetAllowUnknownNamespaces(true).
+func (s *Service) SetAllowUnknownNamespaces(allow bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.onlyKnown = !allow
+}
+
+// SetMaxResultBytes limits the results of completions. The default is 4,096.
+func (s *Service) SetMaxResultBytes(n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.resultBytes = n
+}
+
+// complete returns the policy with the defaults of the service.
+func (p Policy) complete() Policy {
+	longest := cmp.Or(p.MaxTTL, maxTTL)
+	return Policy{cmp.Or(p.DefaultTTL, defaultTTL), longest, cmp.Or(p.Retention, min(defaultRetention, longest)), p.Shadow}
+}
+
 // policy returns the rules for a request; the lock is held.
-func (s *Service) policy(r named) Policy {
-	p := s.policies[namespaceOf(r)]
-	return Policy{cmp.Or(p.TTL, defaultTTL), cmp.Or(p.MaxTTL, maxTTL), cmp.Or(p.Retention, defaultRetention), p.Shadow}
+func (s *Service) policy(r named) (Policy, error) {
+	p, known := s.policies[namespaceOf(r)]
+	if !known && s.onlyKnown {
+		return p, errInvalid("namespace", "is not known here: set its policy")
+	}
+	return p.complete(), nil
 }
 
 // SetUnavailable(true) makes every call fail with UNAVAILABLE and applied "no", until SetUnavailable(false).
@@ -133,8 +167,11 @@ func (s *Service) claim(r *dedupv1.ClaimTransactionRequest) (*dedupv1.ClaimTrans
 	if _, ok := r.GetExpiry().(*dedupv1.ClaimTransactionRequest_ExpireTime); ok {
 		at = r.GetExpireTime()
 	}
-	policy := s.policy(r)
-	expires, err := expiry(now, r.GetTtl(), at, policy.TTL, policy.MaxTTL)
+	policy, err := s.policy(r)
+	if err != nil {
+		return nil, now, err
+	}
+	expires, err := expiry(now, r.GetTtl(), at, policy.DefaultTTL, policy.MaxTTL)
 	if err != nil {
 		return nil, now, err
 	}
@@ -185,11 +222,11 @@ func (s *Service) CompleteTransaction(_ context.Context, r *dedupv1.CompleteTran
 	if err := checkHolder(r); err != nil {
 		return nil, err
 	}
-	if len(r.GetResult()) > maxResultBytes {
-		return nil, errInvalid("result", "must be at most 4,096 bytes")
-	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if len(r.GetResult()) > s.resultBytes {
+		return nil, errInvalid("result", fmt.Sprintf("must be at most %d bytes", s.resultBytes))
+	}
 	if s.down {
 		return nil, errUnavailable()
 	}
@@ -198,7 +235,10 @@ func (s *Service) CompleteTransaction(_ context.Context, r *dedupv1.CompleteTran
 	if _, ok := r.GetRetention().(*dedupv1.CompleteTransactionRequest_ExpireTime); ok {
 		at = r.GetExpireTime()
 	}
-	policy := s.policy(r)
+	policy, err := s.policy(r)
+	if err != nil {
+		return nil, err
+	}
 	expires, err := expiry(now, r.GetTtl(), at, policy.Retention, policy.MaxTTL)
 	if err != nil {
 		return nil, err
@@ -235,6 +275,9 @@ func (s *Service) ReleaseTransaction(_ context.Context, r *dedupv1.ReleaseTransa
 	if s.down {
 		return nil, errUnavailable()
 	}
+	if _, err := s.policy(r); err != nil {
+		return nil, err
+	}
 	if s.inProgressBy(r) == nil {
 		return &dedupv1.ReleaseTransactionResponse{Outcome: dedupv1.ReleaseOutcome_RELEASE_OUTCOME_NOT_HELD}, nil
 	}
@@ -256,8 +299,11 @@ func (s *Service) ExtendTransaction(_ context.Context, r *dedupv1.ExtendTransact
 	if _, ok := r.GetExpiry().(*dedupv1.ExtendTransactionRequest_ExpireTime); ok {
 		at = r.GetExpireTime()
 	}
-	policy := s.policy(r)
-	expires, err := expiry(s.time(), r.GetTtl(), at, policy.TTL, policy.MaxTTL)
+	policy, err := s.policy(r)
+	if err != nil {
+		return nil, err
+	}
+	expires, err := expiry(s.time(), r.GetTtl(), at, policy.DefaultTTL, policy.MaxTTL)
 	if err != nil {
 		return nil, err
 	}
@@ -283,6 +329,9 @@ func (s *Service) GetTransaction(_ context.Context, r *dedupv1.GetTransactionReq
 	defer s.mu.Unlock()
 	if s.down {
 		return nil, errUnavailable()
+	}
+	if _, err := s.policy(r); err != nil {
+		return nil, err
 	}
 	held := s.held(key{namespaceOf(r), r.GetTransactionId()})
 	if held == nil {

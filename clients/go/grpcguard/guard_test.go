@@ -243,6 +243,20 @@ func TestReplyInTheOlderFormIsReplayed(t *testing.T) {
 	}
 }
 
+func TestErrorInTheOlderFormIsNotKept(t *testing.T) {
+	guard := deduptest.NewGuard()
+	claim, err := guard.Claim(t.Context(), "grpc::/dedup.v1.DedupService/GetTransaction:k")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := claim.Complete(t.Context(), []byte("dedup-grpc/1 error\n")); err != nil {
+		t.Fatal(err)
+	}
+	if got := call(serve(t, guard, &handler{}), "k", "a"); status.Code(got.err) != codes.AlreadyExists || reasonOf(got.err) != grpcguard.ReasonNotKept {
+		t.Errorf("%+v", got)
+	}
+}
+
 func TestRefusalsMatchTheSharedFile(t *testing.T) {
 	data, err := os.ReadFile("../../golden/grpc.json")
 	if err != nil {

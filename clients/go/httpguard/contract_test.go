@@ -3,6 +3,8 @@ package httpguard
 import (
 	"encoding/json"
 	"fmt"
+	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -39,7 +41,7 @@ type golden struct {
 		Caller, Method, Target, Header, Path string
 		TransactionID                        string `json:"transaction_id"`
 	}
-	InvalidIdentities []struct{ Method, Target, Header, Why string } `json:"invalid_identities"`
+	InvalidIdentities []struct{ Method, Target, Header, Why, Detail string } `json:"invalid_identities"`
 	Fingerprints      []struct {
 		Method, Target, Fingerprint string
 		Body                        []byte
@@ -53,6 +55,12 @@ type golden struct {
 		Limit        int
 		Streamed     bool
 		Stored       []byte
+	}
+	Streamed []struct {
+		Name              string
+		ContentType       string `json:"content_type"`
+		Parts             []int
+		Flushed, Streamed bool
 	}
 	Readable []struct {
 		Name    string
@@ -91,7 +99,7 @@ func readGolden(t *testing.T) golden {
 	}
 	for name, n := range map[string]int{
 		"keys": len(g.Keys), "invalid keys": len(g.InvalidKeys), "identities": len(g.Identities), "invalid identities": len(g.InvalidIdentities),
-		"fingerprints": len(g.Fingerprints), "stored": len(g.Stored), "readable": len(g.Readable), "statuses": len(g.Statuses), "refusals": len(g.Refusals),
+		"fingerprints": len(g.Fingerprints), "stored": len(g.Stored), "streamed": len(g.Streamed), "readable": len(g.Readable), "statuses": len(g.Statuses), "refusals": len(g.Refusals),
 	} {
 		if n == 0 {
 			t.Fatalf("no %s", name)
@@ -152,8 +160,8 @@ func TestIdentitiesMatchTheSharedFile(t *testing.T) {
 	}
 	g := New(deduptest.NewGuard())(nil).(*guard)
 	for _, c := range golden.InvalidIdentities {
-		if id, err := idOf(t, g, c.Method, c.Target, c.Header); err == nil {
-			t.Errorf("%s %s (%s): %q", c.Method, c.Target, c.Why, id)
+		if id, err := idOf(t, g, c.Method, c.Target, c.Header); err == nil || detailOf(err) != c.Detail {
+			t.Errorf("%s %s (%s): %q, %v", c.Method, c.Target, c.Why, id, err)
 		}
 		if id, err := idOf(t, g, c.Method, c.Target); err != nil || id != "" {
 			t.Errorf("%s %s without a key: %q, %v", c.Method, c.Target, id, err)
@@ -199,6 +207,62 @@ func TestStoredResponsesMatchTheSharedFile(t *testing.T) {
 		got, err := client.Get(t.Context(), "http::POST:/pay:k")
 		if err != nil || string(got.Result) != string(c.Stored) {
 			t.Errorf("%s: %v, stored\n%q, want\n%q", c.Name, err, got.Result, c.Stored)
+		}
+	}
+}
+
+// Each response is written in parts by a handler behind a real server, and requested twice.
+func TestStreamedResponsesMatchTheSharedFile(t *testing.T) {
+	for _, c := range readGolden(t).Streamed {
+		size := 0
+		for _, part := range c.Parts {
+			size += part
+		}
+		server := httptest.NewServer(New(deduptest.NewGuard())(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", c.ContentType)
+			for _, part := range c.Parts {
+				_, _ = w.Write(make([]byte, part))
+				if c.Flushed {
+					w.(http.Flusher).Flush()
+				}
+			}
+		})))
+		for _, want := range []int{http.StatusOK, map[bool]int{false: http.StatusOK, true: http.StatusGone}[c.Streamed]} {
+			r, err := http.NewRequest(http.MethodPost, server.URL+"/pay", nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.Header.Set(KeyHeader, "k")
+			got, err := server.Client().Do(r)
+			if err != nil {
+				t.Fatal(err)
+			}
+			body, err := io.ReadAll(got.Body)
+			_ = got.Body.Close()
+			if err != nil || got.StatusCode != want || want == http.StatusOK && len(body) != size {
+				t.Errorf("%s: %d with %d bytes, %v, want %d", c.Name, got.StatusCode, len(body), err, want)
+			}
+		}
+		server.Close()
+	}
+}
+
+// net/http itself refuses an invalid escape, so no handler runs.
+func TestInvalidEscapesNeverRunTheHandler(t *testing.T) {
+	server := httptest.NewServer(New(deduptest.NewGuard())(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
+		t.Error("ran")
+	})))
+	defer server.Close()
+	for _, c := range readGolden(t).InvalidIdentities {
+		conn, err := net.Dial("tcp", server.Listener.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, _ = fmt.Fprintf(conn, "%s %s HTTP/1.1\r\nHost: shop\r\nConnection: close\r\nIdempotency-Key: %s\r\n\r\n", c.Method, c.Target, c.Header)
+		answer, err := io.ReadAll(conn)
+		_ = conn.Close()
+		if err != nil || !strings.HasPrefix(string(answer), "HTTP/1.1 400 ") {
+			t.Errorf("%s: %s, %v", c.Why, answer, err)
 		}
 	}
 }

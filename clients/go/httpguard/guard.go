@@ -147,8 +147,8 @@ type guard struct {
 // New returns middleware that guards a handler.
 //
 // The middleware buffers the response until it is recorded or exceeds the size limit. A caller that receives a stored
-// response can therefore rely on its replay. A handler that calls Flush streams: its response passes through and is not
-// stored. The handler cannot hijack.
+// response can therefore rely on its replay. A handler that calls Flush or writes an event stream streams: its response
+// passes through and is not stored. The handler cannot hijack.
 func New(client dedup.Guard, opts ...Option) func(http.Handler) http.Handler {
 	return func(next http.Handler) http.Handler {
 		g := &guard{
@@ -177,8 +177,11 @@ func (g *guard) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	id, target, err := g.identify(r)
 	switch {
-	case err != nil, id == "" && g.requireKey:
-		write(w, keyInvalid)
+	case err != nil:
+		write(w, keyInvalid(detailOf(err)))
+		return
+	case id == "" && g.requireKey:
+		write(w, keyInvalid(detailKey))
 		return
 	case id == "":
 		g.next.ServeHTTP(w, r)
@@ -219,7 +222,7 @@ func targetOf(r *http.Request) (target, error) {
 	escaped, query, _ := strings.Cut(sent, "?")
 	path, err := url.PathUnescape(escaped)
 	if err != nil || !utf8.ValidString(path) {
-		return target{}, errors.New("the path is not valid UTF-8")
+		return target{}, errPath
 	}
 	return target{path, query}, nil
 }
@@ -243,7 +246,9 @@ func (g *guard) identify(r *http.Request) (id string, t target, err error) {
 	if t, err = targetOf(r); err != nil {
 		return "", t, err
 	}
-	id, err = dedup.TransactionID("http", g.caller(r), r.Method, t.path, key)
+	if id, err = dedup.TransactionID("http", g.caller(r), r.Method, t.path, key); err != nil {
+		err = errTooLong
+	}
 	return id, t, err
 }
 

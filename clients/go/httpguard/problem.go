@@ -34,15 +34,36 @@ var (
 		contract + "key-reused", "The Idempotency-Key was used for another request", http.StatusUnprocessableEntity,
 		"Send a new key with a new request.",
 	}
-	keyInvalid = problem{
-		contract + "key-invalid", "The Idempotency-Key is missing or invalid", http.StatusBadRequest,
-		"Send one header Idempotency-Key with 1 or more visible ASCII characters, such as a UUID.",
-	}
 	unavailable = problem{
 		contract + "unavailable", "The check for duplicate requests is unavailable", http.StatusServiceUnavailable,
 		"The request was not run. Send it again with the same key.",
 	}
 )
+
+const (
+	detailKey     = "Send one header Idempotency-Key with 1 or more visible ASCII characters, such as a UUID."
+	detailPath    = "The path of the request is not UTF-8 after percent-decoding, or has an invalid percent escape."
+	detailTooLong = "The Idempotency-Key is too long: with caller, method and path it may have 512 bytes."
+)
+
+var (
+	errPath    = errors.New(detailPath)
+	errTooLong = errors.New(detailTooLong)
+)
+
+// detailOf returns what is wrong with a request without a valid identity. The text of other errors is private.
+func detailOf(err error) string {
+	if err == errPath || err == errTooLong {
+		return err.Error()
+	}
+	return detailKey
+}
+
+func keyInvalid(detail string) problem {
+	return problem{
+		contract + "key-invalid", "The Idempotency-Key is missing or invalid", http.StatusBadRequest, detail,
+	}
+}
 
 func bodyTooLarge(limit int64) problem {
 	return problem{
@@ -60,7 +81,7 @@ func (g *guard) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	case errors.Is(err, dedup.ErrPayloadMismatch):
 		write(w, keyReused)
 	case invalidID(err):
-		write(w, keyInvalid)
+		write(w, keyInvalid(detailKey))
 	default:
 		g.logger.WarnContext(r.Context(), "dedup: the request was not checked and not run", slog.Any("error", err))
 		write(w, unavailable)

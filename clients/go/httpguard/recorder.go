@@ -2,10 +2,11 @@ package httpguard
 
 import (
 	"bytes"
+	"mime"
 	"net/http"
 )
 
-// recorder buffers a response until it is recorded, exceeds the limit or is flushed.
+// recorder buffers a response until it is recorded, exceeds the limit or is streamed.
 type recorder struct {
 	to     http.ResponseWriter
 	limit  int
@@ -35,10 +36,16 @@ func (r *recorder) Write(p []byte) (int, error) {
 		return r.to.Write(p)
 	}
 	r.body.Write(p)
-	if r.body.Len() > r.limit {
+	if r.body.Len() > r.limit || r.isEventStream() {
 		r.flush()
 	}
 	return len(p), nil
+}
+
+// isEventStream reports whether the parts of the response must not wait for each other.
+func (r *recorder) isEventStream() bool {
+	media, _, _ := mime.ParseMediaType(r.Header().Get("Content-Type"))
+	return media == "text/event-stream"
 }
 
 // Flush passes the response through, so it is not stored.

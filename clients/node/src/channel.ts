@@ -13,6 +13,8 @@ const CHANNEL_OPTIONS: ChannelOptions = {
   "grpc.enable_retries": 0,
   // A service config from DNS could enable retries or hedging again.
   "grpc.service_config_disable_resolution": 1,
+  // Spreads calls over all addresses of a target, and moves on when one stops.
+  "grpc.service_config": JSON.stringify({ loadBalancingConfig: [{ round_robin: {} }] }),
   // No HTTP proxy is between a sidecar and its caller.
   "grpc.enable_http_proxy": 0,
   // gRPC's default reconnect backoff grows to two minutes.

@@ -40,18 +40,37 @@ interface Held {
 
 type HoldingRequest = CompleteTransactionRequest | ReleaseTransactionRequest | ExtendTransactionRequest;
 
+/** The rules of a namespace, as in the policy file of the service; what is left out has the service's default. */
+export interface Policy {
+  /** The lifetime of a claim that asks for none. */
+  defaultTtlMs?: number | undefined;
+  /** The longest lifetime that a caller may ask for. */
+  maxTtlMs?: number | undefined;
+  /** How long a completed transaction is kept. */
+  retentionMs?: number | undefined;
+  /** Grant duplicates, and mark them. */
+  shadow?: boolean | undefined;
+}
+
+type Rules = { [Name in keyof Policy]-?: NonNullable<Policy[Name]> };
+
 /**
  * The service in memory, for one process.
  *
- * Its decisions, token checks, expiries and rejections are the service's. A claim with `waitMs` is answered at once,
- * and every namespace has the default policy. Time passes only with `advance`.
+ * Its decisions, token checks, expiries and rejections are the service's. A claim with `waitMs` is answered at once.
+ * Time passes only with `advance`.
  */
 export class FakeService implements Transport {
   /** Rejects every call, as without a store. */
   unavailable = false;
+  /** Whether namespaces without a policy are accepted, with the defaults. */
+  allowUnknownNamespaces = true;
+  /** The largest result of a completion. */
+  maxResultBytes = MAX_RESULT_BYTES;
   /** Method and request of every attempt. */
   readonly calls: { method: string; request: object }[] = [];
   readonly #held = new Map<string, Held>();
+  readonly #policies = new Map<string, Rules>();
   readonly #timers = new Map<object, { at: number; run: () => void }>();
   #lostReplies = 0;
   #now: number;
@@ -88,6 +107,11 @@ export class FakeService implements Transport {
       await new Promise((resolve) => setImmediate(resolve));
     }
     this.#now = end;
+  }
+
+  /** Set the rules of a namespace. Throws RangeError if a lifetime is not positive or longer than `maxTtlMs`. */
+  setPolicy(namespace: string, policy: Policy): void {
+    this.#policies.set(namespace, rulesOf(policy));
   }
 
   /** Execute the next `count` attempts and lose their replies. */
@@ -137,8 +161,9 @@ export class FakeService implements Transport {
   }
 
   #claim(request: ClaimTransactionRequest): ClaimTransactionResponse {
-    const expiresAt = this.#expiry(request, DEFAULT_TTL_MS);
-    refuse([...identityFaults(request), ...this.#expiryFaults(request), ...claimFaults(request)]);
+    const rules = this.#rules(request);
+    const expiresAt = this.#expiry(request, rules.defaultTtlMs);
+    refuse([...identityFaults(request), ...this.#expiryFaults(request, rules), ...claimFaults(request)]);
     const token = request.claimToken || newToken();
     const reply = (outcome: ClaimOutcome, held: Held, more: Partial<ClaimTransactionResponse> = {}) =>
       ClaimTransactionResponse.fromPartial({ outcome, transaction: held.transaction, ...more });
@@ -160,20 +185,21 @@ export class FakeService implements Transport {
       return reply(ClaimOutcome.CLAIM_OUTCOME_CLAIMED, made, { claimToken: token });
     }
     const { payloadFingerprint: fingerprint } = request;
-    if (fingerprint.length > 0 && held.fingerprint.length > 0 && !fingerprint.equals(held.fingerprint)) {
-      return reply(ClaimOutcome.CLAIM_OUTCOME_PAYLOAD_MISMATCH, held);
-    }
-    if (held.token === token && isInProgress(held)) {
+    const mismatch = fingerprint.length > 0 && held.fingerprint.length > 0 && !fingerprint.equals(held.fingerprint);
+    if (!mismatch && held.token === token && isInProgress(held)) {
       return reply(ClaimOutcome.CLAIM_OUTCOME_CLAIMED, held, { claimToken: token, replayed: true });
     }
-    return reply(ClaimOutcome.CLAIM_OUTCOME_DUPLICATE, held);
+    if (rules.shadow) return reply(ClaimOutcome.CLAIM_OUTCOME_CLAIMED, held, { claimToken: token, shadowDuplicate: true });
+    return reply(mismatch ? ClaimOutcome.CLAIM_OUTCOME_PAYLOAD_MISMATCH : ClaimOutcome.CLAIM_OUTCOME_DUPLICATE, held);
   }
 
   #complete(request: CompleteTransactionRequest): CompleteTransactionResponse {
-    const expiresAt = this.#expiry(request, DEFAULT_RETENTION_MS);
+    const rules = this.#rules(request);
+    const expiresAt = this.#expiry(request, rules.retentionMs);
     const { length } = request.result;
-    const faults = [...identityFaults(request), ...this.#expiryFaults(request), ...tokenFaults(request)];
-    if (length > MAX_RESULT_BYTES) faults.push(fault("result", `has ${length} bytes; it must have at most ${MAX_RESULT_BYTES}`));
+    const limit = this.maxResultBytes;
+    const faults = [...identityFaults(request), ...this.#expiryFaults(request, rules), ...tokenFaults(request)];
+    if (length > limit) faults.push(fault("result", `has ${length} bytes; it must have at most ${limit}`));
     refuse(faults);
     const held = this.#find(request);
     const other = held && !isInProgress(held) && !held.transaction.result.equals(request.result);
@@ -191,6 +217,7 @@ export class FakeService implements Transport {
   }
 
   #release(request: ReleaseTransactionRequest): ReleaseTransactionResponse {
+    this.#rules(request);
     refuse([...identityFaults(request), ...tokenFaults(request)]);
     const held = this.#findInProgress(request);
     if (held !== undefined) this.#held.delete(keyOf(request));
@@ -199,8 +226,9 @@ export class FakeService implements Transport {
   }
 
   #extend(request: ExtendTransactionRequest): ExtendTransactionResponse {
-    const expiresAt = this.#expiry(request, DEFAULT_TTL_MS);
-    refuse([...identityFaults(request), ...this.#expiryFaults(request), ...tokenFaults(request)]);
+    const rules = this.#rules(request);
+    const expiresAt = this.#expiry(request, rules.defaultTtlMs);
+    refuse([...identityFaults(request), ...this.#expiryFaults(request, rules), ...tokenFaults(request)]);
     const held = this.#findInProgress(request);
     if (held === undefined) {
       return ExtendTransactionResponse.fromPartial({ outcome: ExtendOutcome.EXTEND_OUTCOME_NOT_HELD });
@@ -211,11 +239,19 @@ export class FakeService implements Transport {
   }
 
   #get(request: GetTransactionRequest): GetTransactionResponse {
+    this.#rules(request);
     refuse(identityFaults(request));
     const held = this.#find(request);
     if (held !== undefined) return GetTransactionResponse.fromPartial({ transaction: held.transaction });
     const failure = { code: status.NOT_FOUND, reason: "TRANSACTION_NOT_FOUND", applied: "no" as const };
     throw new UnavailableError("nobody holds the transaction", failure);
+  }
+
+  /** Return the rules for a request. Throws InvalidRequestError for an unknown namespace where those are rejected. */
+  #rules({ namespace }: { namespace: string }): Rules {
+    const rules = this.#policies.get(namespace || "default");
+    if (rules === undefined && !this.allowUnknownNamespaces) refuse([fault("namespace", "is not known here: set its policy")]);
+    return rules ?? rulesOf({});
   }
 
   #find(request: { transactionId: string; namespace: string }): Held | undefined {
@@ -240,13 +276,16 @@ export class FakeService implements Transport {
     return expireTime?.getTime() ?? this.#now + (ttl === undefined ? defaultMs : msOf(ttl));
   }
 
-  #expiryFaults({ ttl, expireTime }: { ttl?: Duration | undefined; expireTime?: Date | undefined }): FieldViolation[] {
+  #expiryFaults(
+    { ttl, expireTime }: { ttl?: Duration | undefined; expireTime?: Date | undefined },
+    { maxTtlMs }: Rules,
+  ): FieldViolation[] {
     if (ttl !== undefined && msOf(ttl) <= 0) return [fault("ttl", "must be at least 1 ms")];
-    if (ttl !== undefined && msOf(ttl) > MAX_TTL_MS) return [fault("ttl", "is longer than the maximum of 7d")];
+    if (ttl !== undefined && msOf(ttl) > maxTtlMs) return [fault("ttl", `is longer than the maximum of ${maxTtlMs} ms`)];
     if (expireTime === undefined) return [];
     const leftMs = expireTime.getTime() - this.#now;
     if (leftMs <= 0) return [fault("expire_time", "is in the past")];
-    return leftMs > MAX_TTL_MS ? [fault("expire_time", "is later than the maximum ttl of 7d allows")] : [];
+    return leftMs > maxTtlMs ? [fault("expire_time", `is later than the maximum ttl of ${maxTtlMs} ms allows`)] : [];
   }
 }
 
@@ -264,6 +303,17 @@ export class FakeClient extends Client {
 
 function keyOf({ namespace, transactionId }: { namespace: string; transactionId: string }): string {
   return `${namespace || "default"}:${transactionId}`;
+}
+
+/** Return a policy with the defaults of the service. Throws RangeError. */
+function rulesOf({ defaultTtlMs = DEFAULT_TTL_MS, maxTtlMs = MAX_TTL_MS, retentionMs, shadow = false }: Policy): Rules {
+  const rules = { defaultTtlMs, maxTtlMs, retentionMs: retentionMs ?? Math.min(DEFAULT_RETENTION_MS, maxTtlMs), shadow };
+  for (const name of ["maxTtlMs", "defaultTtlMs", "retentionMs"] as const) {
+    if (!(rules[name] > 0 && rules[name] <= maxTtlMs)) {
+      throw new RangeError(`${name} is ${rules[name]}; it must be between 1 and maxTtlMs, ${maxTtlMs}`);
+    }
+  }
+  return rules;
 }
 
 function isInProgress({ transaction }: Held): boolean {

@@ -21,7 +21,7 @@ interface Vectors {
   keys: { headers: string[]; key: string }[];
   invalid_keys: { headers: string[]; why: string }[];
   identities: { caller: string; method: string; target: string; header: string; path: string; transaction_id: string }[];
-  invalid_identities: { method: string; target: string; header: string; why: string }[];
+  invalid_identities: { method: string; target: string; header: string; why: string; detail: string }[];
   fingerprints: { method: string; target: string; body: string; input_head: string; fingerprint: string }[];
   stored: {
     name: string;
@@ -61,10 +61,14 @@ for (const { caller, method, target, header, path, transaction_id } of vectors.i
   });
 }
 
-for (const { method, target, header, why } of vectors.invalid_identities) {
+for (const { method, target, header, why, detail } of vectors.invalid_identities) {
   test(`a request is refused: ${why}`, () => {
     const make = () => requestId("", method, parseTarget(target).path, parseKey([header]));
-    assert.throws(make, (error) => answerTo(error, false)?.status === 400);
+    assert.throws(make, (error) => {
+      const { status, body } = answerTo(error, false)!;
+      assert.deepEqual([status, (JSON.parse(body.toString()) as { detail: string }).detail], [400, detail]);
+      return true;
+    });
   });
 }
 

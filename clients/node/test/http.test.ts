@@ -1,5 +1,6 @@
 import assert from "node:assert/strict";
 import { randomUUID } from "node:crypto";
+import { readFileSync } from "node:fs";
 import { request as httpRequest } from "node:http";
 import { connect } from "node:net";
 import { Readable } from "node:stream";
@@ -16,6 +17,12 @@ interface Sent {
   body?: string;
   headers?: Record<string, string>;
 }
+
+const STREAMED = (
+  JSON.parse(readFileSync(new URL("../../../golden/http.json", import.meta.url), "utf8")) as {
+    streamed: { name: string; content_type: string; parts: number[]; flushed: boolean; streamed: boolean }[];
+  }
+).streamed;
 
 const pay: Application = ({ body, send }) => send(201, { Location: "/rewards/17", "X-Run": "1" }, { paid: body });
 
@@ -128,7 +135,9 @@ for (const [framework, start] of Object.entries(FRAMEWORKS)) {
       const two = await raw(app.url, "POST /api/pay HTTP/1.1", ["Idempotency-Key: a", "Idempotency-Key: a"], "{}");
       assert.match(two, /^HTTP\/1.1 400 /);
       assert.match(two, /client-contract.md#key-invalid/);
-      assert.match(await raw(app.url, "POST /api/pay/%E9 HTTP/1.1", ["Idempotency-Key: a"], "{}"), /^HTTP\/1.1 400 /);
+      for (const path of ["/api/pay/%E9", "/api/pay/%zz", "/api/pay/100%"]) {
+        assert.match(await raw(app.url, `POST ${path} HTTP/1.1`, ["Idempotency-Key: a"], "{}"), /^HTTP\/1.1 400 /);
+      }
       assert.equal(app.runs, 0);
     });
 
@@ -223,6 +232,21 @@ for (const [framework, start] of Object.entries(FRAMEWORKS)) {
         assert.equal((await post(app.url, sent)).status, status);
       }
     });
+
+    for (const { name, content_type, parts, flushed, streamed } of STREAMED) {
+      test(`what counts as streamed: ${name}`, async () => {
+        await using app = await start(new FakeClient(), ({ res }) => {
+          res.writeHead(200, { "Content-Type": content_type });
+          if (flushed) res.flushHeaders();
+          for (const size of parts) res.write("x".repeat(size));
+          res.end();
+        });
+        const [first, again] = [await post(app.url, { key: "k-1" }), await post(app.url, { key: "k-1" })];
+        const size = parts.reduce((sum, part) => sum + part, 0);
+        assert.deepEqual([first.status, (await first.text()).length, again.status], [200, size, streamed ? 410 : 200]);
+        assert.equal(app.runs, 1);
+      });
+    }
 
     test("an event stream passes through as it is written", async () => {
       let write = (_: string) => {};

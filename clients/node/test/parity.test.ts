@@ -147,7 +147,7 @@ test("metadata of a claim is sent with each of its calls", async () => {
 });
 
 test("a refused connection certainly changed nothing", async () => {
-  for (const config of [[], [{ round_robin: {} }]]) {
+  for (const config of [[{ pick_first: {} }], [{ round_robin: {} }]]) {
     const channelOptions = { "grpc.service_config": JSON.stringify({ loadBalancingConfig: config }) };
     const client = new Client("127.0.0.1:1", { timeoutMs: 300, channelOptions });
     await assert.rejects(client.claim("order"), { name: "UnavailableError", applied: "no" });
@@ -175,6 +175,13 @@ test("a closed client stays closed, and says so", async () => {
   await assert.rejects(client.claim("order"), /the client is closed: create another one/);
   await assert.rejects(client.get("order"), ClientClosedError);
   assert.equal(transport.calls.length, 0);
+  const fake = new FakeClient(undefined, { onUnavailable: "allow" });
+  const claim = await fake.claim("order");
+  fake.close();
+  fake.close();
+  for (const call of [fake.claim("b"), fake.get("order"), claim.complete(), claim.release(), claim.extend()]) {
+    await assert.rejects(call, ClientClosedError);
+  }
 });
 
 test("calls in flight end when their client is closed", async () => {
@@ -211,8 +218,7 @@ test("nothing printed of a claim, an error or a client shows a token", async () 
 test("calls are spread over two servers, and go on when one ends", async () => {
   using one = await ScriptedService.start(CLAIMED);
   using two = await ScriptedService.start(CLAIMED);
-  const channelOptions = { "grpc.service_config": JSON.stringify({ loadBalancingConfig: [{ round_robin: {} }] }) };
-  const client = new Client(`ipv4:${one.address},${two.address}`, { ...PATIENT, channelOptions });
+  const client = new Client(`ipv4:${one.address},${two.address}`, PATIENT);
   try {
     // Both connections are made after some calls.
     for (let left = 500; left > 0 && (one.requests.length === 0 || two.requests.length === 0); left--) await client.claim("order");

@@ -5,7 +5,17 @@ from typing import Any, Unpack
 
 from dedup import aio
 from dedup.errors import DedupError
-from dedup.http_profile import KEY_HEADER, InvalidKey, Response, body_too_large, content_length, key_invalid, path_of
+from dedup.http_profile import (
+    KEY_HEADER,
+    InvalidKey,
+    Response,
+    body_too_large,
+    content_length,
+    decoded_path,
+    is_event_stream,
+    key_invalid,
+    path_of,
+)
 from dedup.idempotency import Options, Request, Rules, end_async, handling
 
 Message = MutableMapping[str, Any]
@@ -19,8 +29,8 @@ class IdempotencyMiddleware:
     """Passes on the first request with an Idempotency-Key, and replays its response to the others.
 
     `dedup.idempotency.Rules` describes the options. The claim ends before the last byte of the response is sent, so
-    callers with the response cannot repeat the work. A streamed response, in parts without a Content-Length, and one
-    that is too large to store, is passed on at once and not replayed.
+    callers with the response cannot repeat the work. An event stream, and a response that is too large to store, are
+    passed on at once and not replayed. All other responses are held back until they are complete.
     """
 
     def __init__(self, app: App, client: aio.Client, **options: Unpack[Options]) -> None:
@@ -70,7 +80,7 @@ class IdempotencyMiddleware:
 
 
 class _Responder:
-    """Holds back the response until the claim has ended, unless it is streamed or too large to store."""
+    """Holds back the response until the claim has ended, unless it is an event stream or too large to store."""
 
     def __init__(self, claim: aio.Claim, rules: Rules, send: Send) -> None:
         self._claim = claim
@@ -92,6 +102,7 @@ class _Responder:
             self._status = message["status"]
             self._headers = tuple(_text(name, value) for name, value in message.get("headers", ()))
             self._length = content_length(self._headers)
+            self._streamed = is_event_stream(self._headers)
         elif message["type"] == "http.response.body" and not self._ended:
             await self._take(message.get("body", b""), more=message.get("more_body", False))
         if self._streamed or self._ended:
@@ -99,16 +110,15 @@ class _Responder:
 
     async def _take(self, part: bytes, *, more: bool) -> None:
         self._size += len(part)
+        if not self._streamed:
+            self._body += part
         # The caller has the whole response once its Content-Length is reached.
         if not more or (self._length is not None and self._size >= self._length):
-            self._body += part if not self._streamed else b""
             self._ended = True
             await end_async(self._claim, self._rules.outcome(self._status), self._stored)
-        elif self._length is None or self._size > self._rules.max_stored_bytes:
+        elif self._size > self._rules.max_stored_bytes:
             self._streamed = True
             self._body.clear()
-        else:
-            self._body += part
 
     def _stored(self) -> bytes:
         return self._rules.stored(Response(self._status, self._headers, bytes(self._body)), streamed=self._streamed)
@@ -146,7 +156,7 @@ def _path(scope: Scope) -> str:
     root, path = scope.get("root_path", ""), scope["path"]
     # Not every server repeats the mounted prefix in the path.
     whole: str = path if path.startswith(root) else root + path
-    return whole
+    return decoded_path(whole.encode("utf-8", "surrogateescape"))
 
 
 def _text(name: bytes, value: bytes) -> tuple[str, str]:

@@ -11,7 +11,15 @@ from django.http.response import HttpResponseBase
 from dedup import aio, asgi, wsgi
 from dedup.client import Client
 from dedup.errors import DedupError
-from dedup.http_profile import InvalidKey, Outcome, Response, body_too_large, content_length, key_invalid
+from dedup.http_profile import (
+    InvalidKey,
+    Outcome,
+    Response,
+    body_too_large,
+    content_length,
+    is_event_stream,
+    key_invalid,
+)
 from dedup.idempotency import Options, Request, Rules, end, end_async, handling
 
 Handler = Callable[[HttpRequest], Any]
@@ -123,7 +131,8 @@ class IdempotencyMiddleware:
     def _stored(self, response: HttpResponseBase) -> bytes:
         body = b"" if response.streaming else response.content
         headers = tuple(response.items())
-        return self._rules.stored(Response(response.status_code, headers, body), streamed=response.streaming)
+        streamed = response.streaming or is_event_stream(headers)
+        return self._rules.stored(Response(response.status_code, headers, body), streamed=streamed)
 
 
 class _Passed(AsyncIterator[bytes]):

@@ -22,10 +22,12 @@ _CONTRACT = "https://github.com/dedup-service/dedup-service/blob/main/docs/clien
 _STRING = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])+)"')
 _BARE = re.compile(r"[!#-+\--~]+")
 _ABSOLUTE = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*://[^/?]*")
+_INVALID_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
+_EVENT_STREAM = "text/event-stream"
 
 
 class InvalidKey(ValueError):
-    """The request has no valid key or identity."""
+    """The request has no valid key or identity. Its text is the detail of the refusal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,11 @@ def key_of(values: Sequence[str]) -> str:
 
 def path_of(target: bytes) -> str:
     """Return the decoded path of a request target, without scheme, authority and query. Raises InvalidKey."""
-    return decoded_path(unquote_to_bytes(_ABSOLUTE.sub(b"", target, count=1).partition(b"?")[0]))
+    path = _ABSOLUTE.sub(b"", target, count=1).partition(b"?")[0]
+    if _INVALID_ESCAPE.search(path):
+        # Servers and frameworks read it in different ways.
+        raise _invalid_path()
+    return decoded_path(unquote_to_bytes(path))
 
 
 def decoded_path(path: bytes) -> str:
@@ -63,7 +69,11 @@ def decoded_path(path: bytes) -> str:
     try:
         return path.decode()
     except UnicodeDecodeError:
-        raise InvalidKey("The path of the request is not UTF-8 after percent-decoding.") from None
+        raise _invalid_path() from None
+
+
+def _invalid_path() -> InvalidKey:
+    return InvalidKey("The path of the request is not UTF-8 after percent-decoding, or has an invalid percent escape.")
 
 
 def identity(caller: str, method: str, path: str, key: str) -> str:
@@ -72,7 +82,9 @@ def identity(caller: str, method: str, path: str, key: str) -> str:
         return transaction_id("http", caller, method, path, key)
     except ValueError:
         limit = MAX_TRANSACTION_ID_BYTES
-        raise InvalidKey(f"The Idempotency-Key is too long: with method and path it may have {limit} bytes.") from None
+        raise InvalidKey(
+            f"The Idempotency-Key is too long: with caller, method and path it may have {limit} bytes."
+        ) from None
 
 
 def fingerprint(method: str, path: str, query: bytes, body: bytes) -> bytes:
@@ -89,6 +101,12 @@ def content_length(headers: Iterable[tuple[str, str]]) -> int | None:
     """Return the Content-Length in `headers`, or None without a valid one."""
     length = next((value for name, value in headers if name.lower() == "content-length"), "")
     return int(length) if length.isdecimal() else None
+
+
+def is_event_stream(headers: Iterable[tuple[str, str]]) -> bool:
+    """Return whether `headers` are those of an event stream, whose parts must not wait for each other."""
+    content_type = next((value for name, value in headers if name.lower() == "content-type"), "")
+    return content_type.partition(";")[0].strip().lower() == _EVENT_STREAM
 
 
 def outcome_of(status: int) -> Outcome:

@@ -16,7 +16,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
 from dedup import aio
-from dedup.calls import Calls, OnUnavailable
+from dedup.calls import Calls, OnUnavailable, Span, seconds
 from dedup.channels import MetadataEntry
 from dedup.client import Client
 from dedup.errors import CallFailed, InvalidRequest, Unavailable
@@ -26,7 +26,7 @@ from dedup.keep_alive import KeepAlive
 from dedup.retries import Retrier, RetryPolicy, Send, Steps
 from dedup.v1 import dedup_pb2
 
-__all__ = ["AsyncFakeClient", "FakeClient", "FakeService"]
+__all__ = ["AsyncFakeClient", "FakeClient", "FakeService", "Policy"]
 
 DEFAULT_TTL_MS = 60_000
 DEFAULT_RETENTION_MS = 24 * 3_600_000
@@ -42,6 +42,50 @@ _Holding = (
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """The rules of a namespace, as in the policy file of the service; None is the service's default.
+
+    `default_ttl` is the lifetime of a claim that asks for none, `max_ttl` the longest a caller may ask for, and
+    `retention` how long a completed transaction is kept. `shadow` grants duplicates and marks them.
+
+    Raises ValueError if a lifetime is not positive or longer than `max_ttl`.
+    """
+
+    default_ttl: Span | None = None
+    max_ttl: Span | None = None
+    retention: Span | None = None
+    shadow: bool = False
+
+    def __post_init__(self) -> None:
+        for name, ms in (
+            ("max_ttl", self._max_ttl_ms),
+            ("default_ttl", self._ttl_ms),
+            ("retention", self._retention_ms),
+        ):
+            if not 0 < ms <= self._max_ttl_ms:
+                raise ValueError(f"{name} is {ms} ms; it must be between 1 ms and max_ttl, {self._max_ttl_ms} ms")
+
+    @property
+    def _max_ttl_ms(self) -> int:
+        return _ms(self.max_ttl, MAX_TTL_MS)
+
+    @property
+    def _ttl_ms(self) -> int:
+        return _ms(self.default_ttl, DEFAULT_TTL_MS)
+
+    @property
+    def _retention_ms(self) -> int:
+        return _ms(self.retention, min(DEFAULT_RETENTION_MS, self._max_ttl_ms))
+
+
+def _ms(span: Span | None, default_ms: int) -> int:
+    return default_ms if span is None else round(seconds(span) * 1000)
+
+
+_DEFAULT_POLICY = Policy()
+
+
 @dataclass(slots=True)
 class _Held:
     transaction: dedup_pb2.Transaction
@@ -54,8 +98,10 @@ class FakeService:
     """The service in memory, for one process. It is thread-safe.
 
     Its decisions, token checks, expiries and rejections are the service's. `clock` returns Unix time in seconds.
-    `unavailable = True` rejects every call, as without a store. A claim with `wait` is answered at once, and every
-    namespace has the default policy.
+    `unavailable = True` rejects every call, as without a store. A claim with `wait` is answered at once.
+
+    `policies` has the rules of namespaces; the others have the defaults of `Policy`, unless
+    `allow_unknown_namespaces = False` rejects them. `max_result_bytes` limits results.
     """
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
@@ -67,6 +113,9 @@ class FakeService:
         self._lock = threading.Lock()
         self._keep_alives: weakref.WeakSet[KeepAlive] = weakref.WeakSet()
         self.unavailable = False
+        self.policies: dict[str, Policy] = {}
+        self.allow_unknown_namespaces = True
+        self.max_result_bytes = MAX_RESULT_BYTES
         self.calls: list[tuple[str, Message]] = []
         """Method and request of every attempt."""
 
@@ -122,8 +171,9 @@ class FakeService:
         raise AssertionError(f"the fake service does not support {type(request).__name__}")
 
     def _claim(self, request: dedup_pb2.ClaimTransactionRequest) -> dedup_pb2.ClaimTransactionResponse:
-        expire_time_ms = self._expire_time_ms(request, DEFAULT_TTL_MS)
-        _refuse([*_identity_faults(request), *self._expiry_faults(request), *_claim_faults(request)])
+        policy = self._policy(request)
+        expire_time_ms = self._expire_time_ms(request, policy._ttl_ms)
+        _refuse([*_identity_faults(request), *self._expiry_faults(request, policy), *_claim_faults(request)])
         token = request.claim_token or new_claim_token()
         held = self._find(request)
         if held is None:
@@ -143,26 +193,31 @@ class FakeService:
             return dedup_pb2.ClaimTransactionResponse(
                 outcome=dedup_pb2.CLAIM_OUTCOME_CLAIMED, claim_token=token, transaction=held.transaction
             )
+        outcome = dedup_pb2.CLAIM_OUTCOME_DUPLICATE
         if request.payload_fingerprint and held.fingerprint and request.payload_fingerprint != held.fingerprint:
-            return dedup_pb2.ClaimTransactionResponse(
-                outcome=dedup_pb2.CLAIM_OUTCOME_PAYLOAD_MISMATCH, transaction=held.transaction
-            )
-        if held.token == token and held.transaction.state == dedup_pb2.TRANSACTION_STATE_IN_PROGRESS:
+            outcome = dedup_pb2.CLAIM_OUTCOME_PAYLOAD_MISMATCH
+        elif held.token == token and held.transaction.state == dedup_pb2.TRANSACTION_STATE_IN_PROGRESS:
             return dedup_pb2.ClaimTransactionResponse(
                 outcome=dedup_pb2.CLAIM_OUTCOME_CLAIMED,
                 claim_token=token,
                 replayed=True,
                 transaction=held.transaction,
             )
-        return dedup_pb2.ClaimTransactionResponse(
-            outcome=dedup_pb2.CLAIM_OUTCOME_DUPLICATE, transaction=held.transaction
-        )
+        if policy.shadow:
+            return dedup_pb2.ClaimTransactionResponse(
+                outcome=dedup_pb2.CLAIM_OUTCOME_CLAIMED,
+                claim_token=token,
+                shadow_duplicate=True,
+                transaction=held.transaction,
+            )
+        return dedup_pb2.ClaimTransactionResponse(outcome=outcome, transaction=held.transaction)
 
     def _complete(self, request: dedup_pb2.CompleteTransactionRequest) -> dedup_pb2.CompleteTransactionResponse:
-        expire_time_ms = self._expire_time_ms(request, DEFAULT_RETENTION_MS)
-        faults = [*_identity_faults(request), *self._expiry_faults(request), *_token_faults(request)]
-        if len(request.result) > MAX_RESULT_BYTES:
-            faults.append(("result", f"has {len(request.result)} bytes; it must have at most {MAX_RESULT_BYTES}"))
+        policy = self._policy(request)
+        expire_time_ms = self._expire_time_ms(request, policy._retention_ms)
+        faults = [*_identity_faults(request), *self._expiry_faults(request, policy), *_token_faults(request)]
+        if len(request.result) > self.max_result_bytes:
+            faults.append(("result", f"has {len(request.result)} bytes; it must have at most {self.max_result_bytes}"))
         _refuse(faults)
         held = self._find(request)
         if held is None or held.token != request.claim_token:
@@ -180,6 +235,7 @@ class FakeService:
         )
 
     def _release(self, request: dedup_pb2.ReleaseTransactionRequest) -> dedup_pb2.ReleaseTransactionResponse:
+        self._policy(request)
         _refuse([*_identity_faults(request), *_token_faults(request)])
         if self._find_in_progress(request) is None:
             return dedup_pb2.ReleaseTransactionResponse(outcome=dedup_pb2.RELEASE_OUTCOME_NOT_HELD)
@@ -187,8 +243,9 @@ class FakeService:
         return dedup_pb2.ReleaseTransactionResponse(outcome=dedup_pb2.RELEASE_OUTCOME_RELEASED)
 
     def _extend(self, request: dedup_pb2.ExtendTransactionRequest) -> dedup_pb2.ExtendTransactionResponse:
-        expire_time_ms = self._expire_time_ms(request, DEFAULT_TTL_MS)
-        _refuse([*_identity_faults(request), *self._expiry_faults(request), *_token_faults(request)])
+        policy = self._policy(request)
+        expire_time_ms = self._expire_time_ms(request, policy._ttl_ms)
+        _refuse([*_identity_faults(request), *self._expiry_faults(request, policy), *_token_faults(request)])
         held = self._find_in_progress(request)
         if held is None:
             return dedup_pb2.ExtendTransactionResponse(outcome=dedup_pb2.EXTEND_OUTCOME_NOT_HELD)
@@ -199,6 +256,7 @@ class FakeService:
         )
 
     def _get(self, request: dedup_pb2.GetTransactionRequest) -> dedup_pb2.GetTransactionResponse:
+        self._policy(request)
         _refuse(list(_identity_faults(request)))
         held = self._find(request)
         if held is None:
@@ -209,6 +267,15 @@ class FakeService:
                 applied="no",
             )
         return dedup_pb2.GetTransactionResponse(transaction=held.transaction)
+
+    def _policy(
+        self, request: dedup_pb2.ClaimTransactionRequest | dedup_pb2.GetTransactionRequest | _Holding
+    ) -> Policy:
+        """Return the rules for a request. Raises InvalidRequest for an unknown namespace where those are rejected."""
+        policy = self.policies.get(request.namespace or "default")
+        if policy is None and not self.allow_unknown_namespaces:
+            _refuse([("namespace", "is not known here: add it to the policies of the fake service")])
+        return policy or _DEFAULT_POLICY
 
     def _read_clock(self) -> None:
         self._now_ms = int((self._clock() + self._advanced_s) * 1000)
@@ -250,15 +317,17 @@ class FakeService:
         request: dedup_pb2.ClaimTransactionRequest
         | dedup_pb2.CompleteTransactionRequest
         | dedup_pb2.ExtendTransactionRequest,
+        policy: Policy,
     ) -> Iterator[tuple[str, str]]:
+        max_ttl_ms = policy._max_ttl_ms
         if request.HasField("ttl"):
-            yield from _ttl_faults(request.ttl)
+            yield from _ttl_faults(request.ttl, max_ttl_ms)
         if request.HasField("expire_time"):
             left_ms = request.expire_time.ToMilliseconds() - self._now_ms
             if left_ms <= 0:
                 yield "expire_time", "is in the past"
-            elif left_ms > MAX_TTL_MS:
-                yield "expire_time", "is later than the maximum ttl of 7d allows"
+            elif left_ms > max_ttl_ms:
+                yield "expire_time", f"is later than the maximum ttl of {max_ttl_ms} ms allows"
 
 
 class FakeClient(Client):
@@ -365,11 +434,11 @@ class _AsyncTransport:
         """Implement Transport."""
 
 
-def _ttl_faults(ttl: Duration) -> Iterator[tuple[str, str]]:
+def _ttl_faults(ttl: Duration, max_ttl_ms: int) -> Iterator[tuple[str, str]]:
     if ttl.ToMilliseconds() <= 0:
         yield "ttl", "must be at least 1 ms"
-    elif ttl.ToMilliseconds() > MAX_TTL_MS:
-        yield "ttl", "is longer than the maximum of 7d"
+    elif ttl.ToMilliseconds() > max_ttl_ms:
+        yield "ttl", f"is longer than the maximum of {max_ttl_ms} ms"
 
 
 def _identity_faults(

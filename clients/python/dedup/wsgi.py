@@ -14,6 +14,7 @@ from dedup.http_profile import (
     body_too_large,
     content_length,
     decoded_path,
+    is_event_stream,
     key_invalid,
     path_of,
 )
@@ -27,8 +28,8 @@ class IdempotencyMiddleware:
     """Passes on the first request with an Idempotency-Key, and replays its response to the others.
 
     `dedup.idempotency.Rules` describes the options. The claim ends before the last byte of the response is sent, so
-    callers with the response cannot repeat the work. A streamed response, an iterable without a length or a
-    Content-Length, and one that is too large to store, is passed on at once and not replayed.
+    callers with the response cannot repeat the work. An event stream, and a response that is too large to store, are
+    passed on at once and not replayed. All other responses are held back until they are complete.
     """
 
     def __init__(self, app: "WSGIApplication", client: Client, **options: Unpack[Options]) -> None:
@@ -67,7 +68,7 @@ class IdempotencyMiddleware:
             parts = iter(chunks)
             for part in parts:
                 started.body += part
-                if started.is_streamed(chunks) or len(started.body) > self._rules.max_stored_bytes:
+                if len(started.body) > self._rules.max_stored_bytes or is_event_stream(started.headers):
                     started.pass_on(start_response)
                     rest = _with_first(bytes(started.body), parts)
                     return Passed(
@@ -122,10 +123,6 @@ class _Started:
         """Send status and headers."""
         self._write_on = start_response(self.status, self.headers)
         self.passed = start_response
-
-    def is_streamed(self, chunks: Iterable[bytes]) -> bool:
-        """Return whether nobody knows how much follows."""
-        return content_length(self.headers) is None and not hasattr(chunks, "__len__")
 
 
 class Passed(Iterator[bytes]):

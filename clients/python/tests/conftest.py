@@ -76,16 +76,16 @@ class World:
     def __init__(self, target: str | None, *, threaded: bool) -> None:
         self._target = target
         self._threaded = threaded
-        self._fake = FakeService()
+        self.fake = FakeService()
         self._open: list[Client | aio.Client] = []
 
     def client(self, **options: Any) -> Any:
         """Return a new client."""
         client: Client | aio.Client
         if self._threaded:
-            client = Client(self._target, **options) if self._target else FakeClient(self._fake, **options)
+            client = Client(self._target, **options) if self._target else FakeClient(self.fake, **options)
         else:
-            client = aio.Client(self._target, **options) if self._target else AsyncFakeClient(self._fake, **options)
+            client = aio.Client(self._target, **options) if self._target else AsyncFakeClient(self.fake, **options)
         self._open.append(client)
         return Threaded(client) if isinstance(client, Client) else client
 
@@ -94,7 +94,7 @@ class World:
         if self._target:
             await asyncio.sleep(seconds)
         else:
-            self._fake.advance(seconds)
+            self.fake.advance(seconds)
 
     async def close(self) -> None:
         """Close every client."""
@@ -160,6 +160,20 @@ async def world(request: pytest.FixtureRequest, live_target: str | None) -> Asyn
     world = World(live_target, threaded=request.param == "sync")
     yield world
     await world.close()
+
+
+@pytest.fixture
+async def make_world() -> AsyncIterator[Callable[..., World]]:
+    """Makes worlds of services that the test starts, and closes them."""
+    made: list[World] = []
+
+    def make(target: str | None, *, threaded: bool) -> World:
+        made.append(World(target, threaded=threaded))
+        return made[-1]
+
+    yield make
+    for world in made:
+        await world.close()
 
 
 @pytest.fixture

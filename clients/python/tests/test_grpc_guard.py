@@ -238,16 +238,34 @@ async def test_options(kind: str, shop: Shop) -> None:
 
 
 @pytest.mark.parametrize("kind", ["sync", "aio"])
+async def test_work_longer_than_its_ttl_runs_once(kind: str, shop: Shop) -> None:
+    """The guard keeps the claim alive while the call is handled."""
+    service = FakeService()
+    work = shop.pay
+
+    def pay(request: str, context: Any) -> str:
+        service.advance(150)
+        return work(request, context)
+
+    shop.pay = pay  # type: ignore[method-assign]
+    client = FakeClient(service) if kind == "sync" else AsyncFakeClient(service)
+    async with Guarded(kind, client, shop, ttl=60) as guarded:
+        assert [await guarded.pay("a", "k") for _ in range(2)] == ["paid 1", "paid 1"]
+
+
+@pytest.mark.parametrize("kind", ["sync", "aio"])
 async def test_an_older_reply_is_replayed(kind: str, shop: Shop) -> None:
     """Other results are not."""
     service = FakeService()
     client = FakeClient(service) if kind == "sync" else AsyncFakeClient(service)
-    for key, result in (("old", b"\x01" + write("of old")), ("other", b"paid 5")):
+    others = {"other": b"paid 5", "failed": b"dedup-grpc/1 error\n"}
+    for key, result in {"old": b"\x01" + write("of old"), **others}.items():
         with FakeClient(service).claim(f"grpc::/shop.Shop/Pay:{key}") as claim:
             claim.result = result
     async with Guarded(kind, client, shop) as guarded:
         assert await guarded.pay("a", "old") == "of old"
-        assert (await guarded.pay("a", "other"), guarded.reason) == ("ALREADY_EXISTS", "REPLY_NOT_KEPT")
+        for key in others:
+            assert (await guarded.pay("a", key), guarded.reason) == ("ALREADY_EXISTS", "REPLY_NOT_KEPT")
 
 
 @pytest.mark.parametrize("kind", ["sync", "aio"])

@@ -19,6 +19,7 @@ from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
 from django.urls import re_path
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Mount, Route
@@ -33,8 +34,16 @@ from dedup.testing import AsyncFakeClient, FakeClient, FakeService
 Post = Callable[..., Awaitable[httpx.Response]]
 Headers = list[tuple[str, str]]
 PROBLEM = "application/problem+json"
-STATUSES = json.loads((Path(__file__).parents[2] / "golden" / "http.json").read_text())["statuses"]
+VECTORS = json.loads((Path(__file__).parents[2] / "golden" / "http.json").read_text())
+STATUSES = VECTORS["statuses"]
 KINDS = ["asgi", "wsgi", "django", "django-asgi"]
+# ASGI and WSGI have no flush.
+STREAMED = [
+    pytest.param(kind, case, id=f"{kind} {case['name']}")
+    for kind in KINDS
+    for case in VECTORS["streamed"]
+    if not case["flushed"] or "django" in kind
+]
 
 if not settings.configured:
     settings.configure(ALLOWED_HOSTS=["*"], ROOT_URLCONF="", LOGGING_CONFIG=None, USE_TZ=True)
@@ -51,6 +60,9 @@ class Shop:
         self.entered = threading.Event()
         self.leave = threading.Event()
         self.extra: Headers = []
+        self.parts: list[bytes] = []
+        self.flushes = False
+        self.content_type = "application/json"
 
     def handle(self, path: str, body: bytes) -> tuple[int, Headers, bytes]:
         """Return status, headers and body."""
@@ -76,7 +88,9 @@ def starlette_app(shop: Shop) -> Starlette:
         # In a thread, as an endpoint that is not a coroutine function.
         status, headers, content = await asyncio.to_thread(shop.handle, request.url.path, body)
         response: Response
-        if request.url.path.endswith("stream"):
+        if shop.parts:
+            response = StreamingResponse(iter(shop.parts), status, media_type=shop.content_type)
+        elif request.url.path.endswith("stream"):
             response = StreamingResponse((content[at : at + 500] for at in range(0, len(content), 500)), status)
         else:
             response = Response(content, status, media_type="application/json")
@@ -95,8 +109,8 @@ def flask_app(shop: Shop) -> flask.Flask:
     @app.route("/<path:path>", methods=["GET", "POST"])
     def handle(path: str) -> flask.Response:
         status, headers, content = shop.handle(f"/{path}", flask.request.get_data())
-        body = iter([content]) if path.endswith("stream") else content
-        response = flask.Response(body, status, mimetype="application/json")
+        body = iter(shop.parts or [content]) if shop.parts or path.endswith("stream") else content
+        response = flask.Response(body, status, content_type=shop.content_type)
         for name, value in headers:
             response.headers.add(name, value)
         return response
@@ -109,12 +123,8 @@ def django_app(shop: Shop, middleware: DjangoMiddleware, handler: Callable[[], A
 
     def handle(request: HttpRequest) -> Any:
         status, headers, content = shop.handle(request.path, request.body)
-        streams = request.path.endswith("stream")
-        response = (
-            StreamingHttpResponse(iter([content]), status=status, content_type="application/json")
-            if streams
-            else HttpResponse(content, status=status, content_type="application/json")
-        )
+        make = StreamingHttpResponse if shop.flushes or request.path.endswith("stream") else HttpResponse
+        response = make(iter(shop.parts or [content]), status=status, content_type=shop.content_type)
         for name, value in headers:
             response[name] = value
         return response
@@ -296,11 +306,25 @@ async def test_an_exception_keeps_the_claim(post: Post, shop: Shop, unique: str)
     assert len(shop.payments) == 1
 
 
-@pytest.mark.parametrize("path", ["/large", "/stream", "/large/stream"])
+@pytest.mark.parametrize(("kind", "case"), STREAMED)
+async def test_what_counts_as_streamed(shop: Shop, service: FakeService, kind: str, case: dict[str, Any]) -> None:
+    """Event streams, large responses, and what Django streams. Small responses are replayed, in however many parts."""
+    shop.content_type, shop.flushes = case["content_type"], case["flushed"]
+    shop.parts = [b"x" * size for size in case["parts"]]
+    post = guarded(kind, shop, FakeClient(service), AsyncFakeClient(service))
+    first, again = [await post("/pay", idempotency_key="k") for _ in range(2)]
+    assert (first.status_code, len(first.content), len(shop.payments)) == (201, sum(case["parts"]), 1)
+    if case["streamed"]:
+        assert refused(again, 410, "response-not-stored")
+    else:
+        assert (again.status_code, again.content) == (201, first.content)
+
+
+@pytest.mark.parametrize("path", ["/large", "/large/stream"])
 async def test_a_response_that_is_not_stored(post: Post, shop: Shop, unique: str, path: str) -> None:
     """A large or streamed response is delivered once. Duplicates get 410, or are sent to its Location."""
     first = await post(path, idempotency_key=unique)
-    assert len(first.content) == (5_000 if "large" in path else len('{"paid": 1}'))
+    assert len(first.content) == 5_000
     again = await post(path, idempotency_key=unique)
     assert refused(again, 410, "response-not-stored")
     assert again.headers["idempotency-replayed"] == "true"
@@ -491,12 +515,63 @@ async def test_a_mounted_application_has_the_whole_path(shop: Shop, service: Fak
     assert request.transaction_id == "http::POST:/shop/pay:k"
 
 
+class Passing(BaseHTTPMiddleware):
+    """Starlette middleware that reads the response and passes it on in parts."""
+
+    async def dispatch(self, request: Request, call_next: Any) -> Response:
+        response: Response = await call_next(request)
+        response.headers["X-Passed"] = "yes"
+        return response
+
+
+@pytest.mark.parametrize("order", ["outside", "inside", "both"])
+async def test_http_middleware_of_starlette(target: str, shop: Shop, unique: str, order: str) -> None:
+    """BaseHTTPMiddleware runs the application in another task and passes its response on in parts."""
+    async with aio.Client(target) as client:
+        guard = Middleware(asgi.IdempotencyMiddleware, client=client)
+        passing = Middleware(Passing)
+        middleware = {"outside": [passing, guard], "inside": [guard, passing], "both": [passing, guard, passing]}[order]
+        post = over_asgi(Starlette(routes=starlette_app(shop).routes, middleware=middleware))
+        first, again = [await post("/pay", b"5", idempotency_key=unique) for _ in range(2)]
+        assert (first.status_code, first.json(), again.status_code, again.content) == (
+            201,
+            {"paid": 1},
+            201,
+            first.content,
+        )
+        assert again.headers["idempotency-replayed"] == "true"
+        assert (again.headers.get("x-passed") is None) is (order == "inside")
+        assert shop.claims[0].transaction_id == f"http::POST:/pay:{unique}"
+        with pytest.raises(ZeroDivisionError):
+            await post("/raise", idempotency_key=unique)
+        assert refused(await post("/raise", idempotency_key=unique), 409, "in-progress")
+        assert (await post("/large", idempotency_key=unique)).status_code == 201
+        assert refused(await post("/large", idempotency_key=unique), 410, "response-not-stored")
+        assert len(shop.payments) == 3
+
+
 @pytest.mark.parametrize("options", [{}, {"keep_alive": False}, {"max_hold": 60}])
 def test_a_guard_claims_with_keep_alive(options: dict[str, Any]) -> None:
     """Claims are kept alive by default, up to `max_hold`."""
     request = idempotency.Request("POST", "/pay", b"", {}, None)
     made = idempotency.Rules(**options).claim_options(request, b"")
     assert (made["keep_alive"], made["max_hold"]) == (options.get("keep_alive", True), options.get("max_hold"))
+
+
+async def test_work_longer_than_its_ttl_runs_once(
+    post_with: Callable[..., Post], shop: Shop, service: FakeService
+) -> None:
+    """The guard keeps the claim alive while the request is handled."""
+    work = shop.handle
+
+    def handle(path: str, body: bytes) -> Any:
+        service.advance(150)
+        return work(path, body)
+
+    shop.handle = handle  # type: ignore[method-assign]
+    post = post_with(ttl=60)
+    first, again = [await post("/pay", idempotency_key="k") for _ in range(2)]
+    assert (first.json(), again.json(), len(shop.payments)) == ({"paid": 1}, {"paid": 1}, 1)
 
 
 async def test_asgi_ignores_disconnected_callers() -> None:
@@ -547,7 +622,7 @@ async def test_asgi_passes_a_stream_on_and_completes_before_its_end(length: int 
     """Each part leaves at once, and the claim is completed before the last byte."""
     service = FakeService()
     seen: list[tuple[str, str]] = []
-    headers = [] if length is None else [(b"content-length", b"2")]
+    headers = [(b"content-type", b"text/event-stream")] if length is None else [(b"content-length", b"2")]
 
     async def app(_scope: Any, _receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -579,7 +654,7 @@ def test_wsgi_passes_a_stream_on_and_completes_before_its_end(length: int | None
             closed.append(True)
 
     def app(_environ: Any, start_response: Any) -> Any:
-        start_response("200 OK", [] if length is None else [("Content-Length", "2")])
+        start_response("200 OK", [("Content-Type", "text/event-stream") if length is None else ("Content-Length", "2")])
         return Parts()
 
     guarded = wsgi.IdempotencyMiddleware(app, FakeClient(service), max_stored_bytes=0)
@@ -597,7 +672,7 @@ def test_wsgi_keeps_the_claim_of_a_stream_that_ends_early() -> None:
     service = FakeService()
 
     def app(environ: Any, start_response: Any) -> Any:
-        start_response("200 OK", [])
+        start_response("200 OK", [("Content-Type", "text/event-stream")])
         yield b"a"
         if environ["PATH_INFO"] == "/raise":
             raise ZeroDivisionError

@@ -30,9 +30,11 @@ KINDS = [
     "wsgi with REQUEST_URI",
     "wsgi with RAW_URI",
     "mounted",
+    "mounted without raw_path",
     "django",
     "django with RAW_URI",
 ]
+DECODED = ["asgi without raw_path", "mounted without raw_path", "wsgi", "django"]
 
 if not settings.configured:
     settings.configure(ALLOWED_HOSTS=["*"], ROOT_URLCONF="", LOGGING_CONFIG=None, USE_TZ=True)
@@ -131,10 +133,10 @@ def send(kind: str, service: FakeService, case: dict[str, Any], body: bytes = b"
     async def sent(message: Any) -> None:
         statuses.extend([message["status"]] if "status" in message else [])
 
-    if kind != "asgi without raw_path":
+    if "without" not in kind:
         scope["raw_path"] = raw_path.encode()
-    if kind == "mounted":
-        scope |= {"root_path": raw_path[:2], "path": raw_path[2:]}
+    if "mounted" in kind:
+        scope |= {"root_path": scope["path"][:2], "path": scope["path"][2:]}
     asyncio.run(asgi.IdempotencyMiddleware(waiting_app, AsyncFakeClient(service), **options)(scope, receive, sent))
     return statuses[0]
 
@@ -149,12 +151,43 @@ def test_each_middleware_makes_the_same_identity(kind: str, case: dict[str, Any]
     assert request.transaction_id == case["transaction_id"]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "django"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in DECODED])
 @pytest.mark.parametrize("case", VECTORS["invalid_identities"], ids=lambda case: case["why"])
 def test_each_middleware_refuses_an_invalid_identity(kind: str, case: dict[str, Any]) -> None:
-    """The request gets 400 and makes no claim. Django hides such a path unless the server gives the target."""
+    """The request gets 400 and makes no claim."""
     service = FakeService()
     assert (send(kind, service, case), service.calls) == (400, [])
+
+
+@pytest.mark.parametrize("case", VECTORS["invalid_identities"], ids=lambda case: case["why"])
+def test_a_server_that_decodes_the_path_hides_its_faults(case: dict[str, Any]) -> None:
+    """The path is what the server makes of it: invalid escapes stay, and Django escapes what is not UTF-8."""
+    if "512" in case["why"]:
+        expected = dict.fromkeys(DECODED, "")
+    else:
+        made = "http::POST:" + case["target"].replace("%", "%25") + ":k"
+        refuses = "UTF-8" in case["why"]
+        expected = {kind: "" if refuses and kind != "django" else made for kind in DECODED}
+    for kind in DECODED:
+        service = FakeService()
+        assert send(kind, service, case) == (201 if expected[kind] else 400)
+        made_by_kind: list[Any] = [request for _, request in service.calls[:1]]
+        assert [request.transaction_id for request in made_by_kind] == [expected[kind]] * bool(expected[kind])
+
+
+def test_a_decoded_path_that_is_not_utf_8_is_named() -> None:
+    """ASGI servers mark its bytes by surrogates."""
+    scope = {"method": "POST", "path": "/caf\udce9", "headers": []}
+    with pytest.raises(InvalidKey, match="not UTF-8"):
+        asgi.request_of(scope, scope)
+
+
+@pytest.mark.parametrize("case", VECTORS["invalid_identities"], ids=lambda case: case["why"])
+def test_the_detail_of_an_invalid_identity(case: dict[str, Any]) -> None:
+    """It says what is wrong, in the words of every client."""
+    with pytest.raises(InvalidKey) as raised:
+        http_profile.identity("", case["method"], http_profile.path_of(case["target"].encode()), case["header"])
+    assert json.loads(http_profile.key_invalid(raised.value).body)["detail"] == case["detail"]
 
 
 def test_django_over_asgi_makes_the_same_identity() -> None:

@@ -32,7 +32,7 @@ export function answerTo(error: unknown, replayedHeader: string | false): Answer
   // Of the fields that the caller chose, only the id can be invalid.
   const tooLong = error instanceof InvalidRequestError && error.violations.some(({ field }) => field === "transaction_id");
   if (error instanceof KeyError || tooLong) {
-    const detail = "Send one header Idempotency-Key with 1 or more visible ASCII characters, such as a UUID.";
+    const detail = tooLong ? "The Idempotency-Key is too long: with caller, method and path it may have 512 bytes." : error.message;
     return problem("key-invalid", 400, "The Idempotency-Key is missing or invalid", detail);
   }
   if (error instanceof BodyTooLargeError) {

@@ -63,7 +63,7 @@ export function holdBack(res: ServerResponse, limit: number, watcher: Watcher): 
     if (begun) throw Object.assign(new Error("Cannot write headers after they are sent"), { code: "ERR_HTTP_HEADERS_SENT" });
     setHead(res, status, rest);
     begun = true;
-    if (/^text\/event-stream\b/i.test(String(res.getHeader("content-type")))) stream();
+    if (/^\s*text\/event-stream\s*(;|$)/i.test(String(res.getHeader("content-type")))) stream();
     return res;
   };
 

@@ -1,8 +1,12 @@
 import { createHash } from "node:crypto";
 import { transactionId } from "../transaction-id.js";
 
-/** The Idempotency-Key is missing or invalid. */
-export class KeyError extends Error {}
+/** The request has no valid key or path; the message is the detail of the refusal. */
+export class KeyError extends Error {
+  constructor(message = "Send one header Idempotency-Key with 1 or more visible ASCII characters, such as a UUID.") {
+    super(message);
+  }
+}
 
 const STRING = /^"((?:[\x20\x21\x23-\x5b\x5d-\x7e]|\\["\\])+)"$/;
 const BARE = /^[\x21\x23-\x2b\x2d-\x7e]+$/;
@@ -24,16 +28,20 @@ export interface Target {
   query: string;
 }
 
-/** Split the request target as the client sent it. Throws KeyError if its path is not UTF-8. */
+const INVALID_PATH = "The path of the request is not UTF-8 after percent-decoding, or has an invalid percent escape.";
+
+/** Split the request target as the client sent it. Throws KeyError if its path is not UTF-8 or has an invalid escape. */
 export function parseTarget(target: string): Target {
   // Proxies send the absolute form.
   const [, rawPath, query = ""] = /^(?:[a-z][a-z0-9+.-]*:\/\/[^/?#]*)?([^?#]*)(?:\?([^#]*))?/i.exec(target)!;
+  // Servers and frameworks read an invalid escape in different ways.
+  if (/%(?![0-9a-f]{2})/i.test(rawPath!)) throw new KeyError(INVALID_PATH);
   const bytes = (rawPath || "/").replace(/%([0-9a-f]{2})/gi, (_, hex: string) => String.fromCharCode(parseInt(hex, 16)));
   try {
     const path = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(Buffer.from(bytes, "latin1"));
     return { path, query };
   } catch {
-    throw new KeyError();
+    throw new KeyError(INVALID_PATH);
   }
 }
 

@@ -16,10 +16,10 @@ export class Service implements AsyncDisposable {
   ) {}
 
   /** Start the service and wait until it listens. */
-  static async start(storeUrl: string, listen = "127.0.0.1:0"): Promise<Service> {
+  static async start(storeUrl: string, listen = "127.0.0.1:0", ...options: string[]): Promise<Service> {
     // The service reads every DEDUP_ variable as a setting and rejects unknown ones.
     const env = Object.fromEntries(Object.entries(process.env).filter(([name]) => !name.startsWith("DEDUP_")));
-    const child = spawn(PYTHON, ["-m", "dedup_service", "serve", "--listen", listen, "--store-url", storeUrl], {
+    const child = spawn(PYTHON, ["-m", "dedup_service", "serve", "--listen", listen, "--store-url", storeUrl, ...options], {
       cwd: PACKAGE,
       env,
       stdio: ["ignore", "ignore", "pipe"],
