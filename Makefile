@@ -59,6 +59,7 @@ test-clients: .venv/dev.stamp redis ## Test the Python, Go and Node clients agai
 	$(if $(GO),cd clients/go && PROTOC="$(CURDIR)/.venv/bin/python -m grpc_tools.protoc" ./generate.sh --check)
 	$(if $(GO),cd clients/go && $(CLIENT_ENV) go vet ./... && $(CLIENT_ENV) go test -race ./...)
 	$(if $(GO),cd examples/lucky_box/go && go vet ./...)
+	$(if $(GO),cd examples/rewards/go && go vet ./...)
 	$(if $(GO),cd benchmarks/loadgen && go vet ./...)
 	$(if $(NODE),cd clients/node && npm ci --no-audit --no-fund && $(node_stubs_current) && $(CLIENT_ENV) npm test)
 	@echo "Tested: Python$(if $(GO),$(comma) Go)$(if $(NODE),$(comma) Node).\
