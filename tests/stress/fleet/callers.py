@@ -40,16 +40,18 @@ class Caller:
         await self._client.aclose()
 
     async def send(self, order: Order, patience: int) -> None:
-        """Send until a success, or until `patience` refusals with 409: the effect of the first request is unknown."""
+        """Send until a success, or until `patience` answers say that the effect is unknown: 409 and 500."""
+        failures = 0
         while patience:
             answer = await self.post(order)
             if answer is not None and answer.is_success:
                 return
+            patience -= answer is not None and answer.status_code in (409, 500)
             if answer is not None and answer.status_code == 409:
-                patience -= 1
-                await asyncio.sleep(int(answer.headers["retry-after"]))
+                await asyncio.sleep(int(answer.headers.get("retry-after", 1)))
             elif answer is None or answer.status_code >= 500:
-                await asyncio.sleep(self._rng.uniform(0.05, 0.3))
+                await asyncio.sleep(self._rng.uniform(0.05, min(2.0, 0.2 * 2**failures)))
+                failures += 1
             else:
                 # The checker reports it.
                 return

@@ -85,19 +85,24 @@ class Service:
         self._process: subprocess.Popen[str] | None = None
         self.url = ""
 
-    def start(self) -> Self:
-        """Return when the process listens; fail with its output if it exits instead."""
+    def start(self, tries: int = 1) -> Self:
+        """Return when the process listens; fail with its output if it exits instead, `tries` times."""
+        for _ in range(tries):
+            if address := self._try_to_start():
+                self.url = f"http://{address}"
+                return self
+        raise AssertionError(f"{self.name} exited at start:\n{self._log.read_text()}")
+
+    def _try_to_start(self) -> str:
+        """Return the address of the process; empty if it exits instead."""
         with self._log.open("a") as log:
             process = self._process = subprocess.Popen(
                 self._command, cwd=ROOT, env=self._environment, stdout=subprocess.PIPE, stderr=log, text=True
             )
-        announced: list[str] = []
-        threading.Thread(target=_read, args=(process, announced), daemon=True).start()
-        wait_until(lambda: announced or process.poll() is not None, _START_TIMEOUT_S, f"{self.name} to listen")
-        if not announced:
-            raise AssertionError(f"{self.name} exited with {process.poll()}:\n{self._log.read_text()}")
-        self.url = f"http://{announced[0].removeprefix('listening on ').strip()}"
-        return self
+        lines: list[str] = []
+        threading.Thread(target=_read, args=(process, lines), daemon=True).start()
+        wait_until(lambda: lines or process.poll() is not None, _START_TIMEOUT_S, f"{self.name} to listen")
+        return lines[0].removeprefix("listening on ").strip() if lines else ""
 
     def kill(self) -> None:
         """Kill the process with SIGKILL, and wait for its exit."""
