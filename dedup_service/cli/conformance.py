@@ -84,7 +84,7 @@ def conformance(
     except ModuleNotFoundError as error:
         if error.name != "httpx":
             raise
-        raise BadSettings("conformance needs httpx: install dedup-service[conformance]") from None
+        raise BadSettings(f"conformance cannot start ({error}): install the extra `conformance`") from None
     for url in base_url:
         _check_url(url)
     for name, path in (("--route", route), ("--other-route", other_route)):

@@ -5,9 +5,8 @@ import os
 
 from django.conf import settings
 from django.core.wsgi import get_wsgi_application
-from django.http import HttpRequest, HttpResponse
+from django.http import HttpRequest, HttpResponse, HttpResponseNotAllowed
 from django.urls import path
-from django.views.decorators.http import require_http_methods
 
 import dedup
 import rewards
@@ -22,11 +21,12 @@ ttl = float(os.environ["CLAIM_TTL"]) if "CLAIM_TTL" in os.environ else None
 idempotency = IdempotencyMiddleware(client, ttl=ttl)
 
 
-@require_http_methods(["GET", "POST"])
 def handle(request: HttpRequest) -> HttpResponse:
     """Pay a reward, or list the rewards."""
     if request.method == "GET":
         return _sent(rewards.paid(ledger))
+    if request.method != "POST":
+        return HttpResponseNotAllowed(["GET", "POST"])
     try:
         order = json.loads(request.body)
     except ValueError:
