@@ -70,7 +70,7 @@ def conformance(
     """Check that an HTTP service with a guard follows the client contract.
 
     WARNING: it sends real requests, and the service does the real work for each that the guard lets through: about
-    forty times, or more with several processes. Use it against a test environment.
+    twenty times, and more often if the guard is broken. Use it against a test environment.
 
     Several --base-url are the processes of one fleet: a first request and its repeats go to different processes. Every
     run uses fresh keys, whose prefix it prints. A check whose option is not given is skipped.
