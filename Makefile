@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test test-nightly test-clients demo chaos fuzz soak bench h2spec nightly check audit deploy-tools deploy-check \
+.PHONY: help run test test-nightly test-clients conformance demo chaos fuzz soak bench h2spec nightly check audit deploy-tools deploy-check \
 	smoke docs docs-reference format protos stubs-current lock redis h2load clean no-environment
 
 # The lock has wheels for these versions; a newer Python would compile grpcio for half an hour. Each candidate is run,
@@ -40,7 +40,7 @@ node_stubs_current = (stubs=$$(mktemp -d) && trap 'rm -rf "$$stubs"' EXIT && \
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
-	@echo 'ARGS="..." adds arguments to run, test, test-clients, demo, chaos, fuzz, soak, bench, deploy-check and lock.'
+	@echo 'ARGS="..." adds arguments to run, test, test-clients, conformance, demo, chaos, fuzz, soak, bench, deploy-check and lock.'
 	@echo 'PYTHON=... selects the Python of a new .venv.'
 
 run: .venv/run.stamp ## Start the service (ARGS="--store-url redis://127.0.0.1:6379")
@@ -64,6 +64,14 @@ test-clients: .venv/dev.stamp redis ## Test the Python, Go and Node clients agai
 	$(if $(NODE),cd clients/node && npm ci --no-audit --no-fund && $(node_stubs_current) && $(CLIENT_ENV) npm test)
 	@echo "Tested: Python$(if $(GO),$(comma) Go)$(if $(NODE),$(comma) Node).\
 	$(if $(GO),, Go is missing: its client was NOT tested.)$(if $(NODE),, Node is missing: its client was NOT tested.)"
+
+# Without Go or Node their guards are skipped, and the last line says so.
+conformance: .venv/dev.stamp redis ## Check each HTTP guard, and a fleet of all, against the client contract
+	$(if $(NODE),cd clients/node && npm ci --no-audit --no-fund && npm run build)
+	$(if $(NODE),cd examples/rewards/node && npm ci --no-audit --no-fund)
+	.venv/bin/pytest -m every_language tests/wire/conformance -n 2 $(ARGS)
+	@echo "Checked: Python$(if $(GO),$(comma) Go)$(if $(NODE),$(comma) Node).\
+	$(if $(GO),, Go is missing: its guard was NOT checked.)$(if $(NODE),, Node is missing: its guards were NOT checked.)"
 
 demo: .venv/dev.stamp redis ## Show three clicks within a millisecond, without and with the service (ARGS="--rounds 50")
 	@.venv/bin/python examples/lucky_box/demo.py $(ARGS)

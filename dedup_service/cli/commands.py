@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from dedup_service.cli.batch import batch
+from dedup_service.cli.conformance import conformance
 from dedup_service.cli.diagnosis import doctor, hash_id, healthcheck
 from dedup_service.cli.serve import run_serve, version_text
 from dedup_service.cli.transactions import claim, complete, extend, get, release
@@ -44,5 +45,5 @@ def serve(arguments: Annotated[list[str] | None, typer.Argument()] = None) -> No
     run_serve(arguments or [])
 
 
-for _command in (claim, get, complete, release, extend, watch, batch, healthcheck, doctor, hash_id):
+for _command in (claim, get, complete, release, extend, watch, batch, healthcheck, doctor, hash_id, conformance):
     app.command()(_command)

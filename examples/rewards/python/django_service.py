@@ -5,7 +5,7 @@ import os
 
 from django.conf import settings
 from django.core.wsgi import get_wsgi_application
-from django.http import HttpRequest, HttpResponse
+from django.http import HttpRequest, HttpResponse, HttpResponseNotAllowed
 from django.urls import path
 
 import dedup
@@ -25,6 +25,8 @@ def handle(request: HttpRequest) -> HttpResponse:
     """Pay a reward, or list the rewards."""
     if request.method == "GET":
         return _sent(rewards.paid(ledger))
+    if request.method != "POST":
+        return HttpResponseNotAllowed(["GET", "POST"])
     try:
         order = json.loads(request.body)
     except ValueError:
