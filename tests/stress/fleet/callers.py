@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import httpx
 
 _TIMEOUT_S = 300.0
+# A query that frameworks decode differently: it is part of the fingerprint as sent.
+_TARGET = "/rewards?from=a%20b&c+d"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,6 @@ class Caller:
     async def post(self, order: Order) -> httpx.Response | None:
         """Send once, and return the answer; None if the connection closed before it."""
         try:
-            return await self._client.post("/rewards", json=order.body, headers={"Idempotency-Key": order.key})
+            return await self._client.post(_TARGET, json=order.body, headers={"Idempotency-Key": order.key})
         except httpx.TransportError:
             return None

@@ -1,6 +1,7 @@
 """The record of a run: attempts, disturbances and the rows of the database, and the file that keeps them."""
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -83,6 +84,16 @@ class History:
     rows: list[Row] = field(default_factory=list)
     keys: dict[str, str] = field(default_factory=dict)
     """What the work of each key is like."""
+
+    discarded: list[str] = field(default_factory=list)
+    """Keys of long work during which the machine stalled, so that they prove nothing."""
+
+    def discard(self, keys: Collection[str]) -> None:
+        """Forget these keys."""
+        self.discarded += keys
+        self.attempts = [one for one in self.attempts if one.key not in keys]
+        for key in keys:
+            del self.keys[key]
 
     def write(self, path: Path) -> None:
         """Write the history as JSON."""

@@ -85,6 +85,7 @@ def count(history: History, verdict: Verdict) -> tuple[dict[str, int], dict[str,
     per_key = Counter(one.key for one in attempts).values()
     numbers = {
         "keys": len(history.keys),
+        "keys discarded after a stall": len(history.discarded),
         **{f"keys with {kind}": kinds[kind] for kind in (SHORT, FAILING, LONG)},
         **{fate: fates[fate] for fate in (ONCE, KEPT_DONE, KEPT_NOT_DONE)},
         f"{ONCE}, no attempt in doubt": sum(

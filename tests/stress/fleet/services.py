@@ -55,10 +55,16 @@ def build(tool: str) -> bool:
         _run("go", "build", "-o", str(_GO_BINARY), ".", folder=_EXAMPLES / "go")
     else:
         for folder in (ROOT / "clients/node", _EXAMPLES / "node"):
-            if not (folder / "node_modules").exists():
-                _run("npm", "ci", "--no-audit", "--no-fund", folder=folder)
+            _install(folder)
         _run("npm", "run", "build", folder=ROOT / "clients/node")
     return True
+
+
+def _install(folder: Path) -> None:
+    """Install the locked packages of a folder, unless they are."""
+    installed = folder / "node_modules/.package-lock.json"
+    if not installed.exists() or installed.stat().st_mtime < (folder / "package-lock.json").stat().st_mtime:
+        _run("npm", "ci", "--no-audit", "--no-fund", folder=folder)
 
 
 def _run(*command: str, folder: Path) -> None:
