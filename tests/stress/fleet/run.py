@@ -42,14 +42,14 @@ _PROGRESS_S = 5
 _LEAST_KEYS = 200
 # At so many keys at a time a slow machine is slower, and not overloaded.
 _KEYS_AT_ONCE = 16
-_LONG_KEYS_OF_EACH_SERVICE = 3
+_LONG_KEYS_OF_EACH_SERVICE = 2
 # Of long work, while the machine stalls.
 _TRIES = 3
 _LONGEST_WORK_MS = 500
 _FAILING_SHARE = 0.04
 # Callers give up on a key after so many refusals; the audit asks for it again.
 _PATIENCE = 3
-_AUDIT_ROUNDS = 4
+_AUDIT_ROUNDS = 3
 _AUDITED_AT_ONCE = 10
 _LONG_LEASE_S = 24 * 3600
 _SHORTEST_LEASE_S = 4
