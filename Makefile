@@ -2,8 +2,8 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test test-nightly test-clients demo chaos fuzz soak bench h2spec nightly check audit deploy-tools deploy-check \
-	smoke docs docs-reference format protos stubs-current lock redis h2load clean no-environment
+.PHONY: help run test test-nightly test-clients conformance demo chaos fleet fleet-nightly fuzz soak bench h2spec nightly check audit \
+	deploy-tools deploy-check smoke docs docs-reference format protos stubs-current lock redis postgresql h2load clean no-environment
 
 # The lock has wheels for these versions; a newer Python would compile grpcio for half an hour. Each candidate is run,
 # since version managers put names on PATH that do not work.
@@ -43,7 +43,7 @@ node_stubs_current = (stubs=$$(mktemp -d) && trap 'rm -rf "$$stubs"' EXIT && \
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
-	@echo 'ARGS="..." adds arguments to run, test, test-clients, demo, chaos, fuzz, soak, bench, deploy-check and lock.'
+	@echo 'ARGS="..." adds arguments to run, test, test-clients, conformance, demo, chaos, fleet, fuzz, soak, bench, deploy-check and lock.'
 	@echo 'PYTHON=... selects the Python of a new .venv.'
 
 run: .venv/run.stamp ## Start the service (ARGS="--store-url redis://127.0.0.1:6379")
@@ -53,7 +53,7 @@ run: .venv/run.stamp ## Start the service (ARGS="--store-url redis://127.0.0.1:6
 test: .venv/dev.stamp redis ## Run the tests (ARGS="-k claim" selects)
 	.venv/bin/pytest -n $$((2 * $$(getconf _NPROCESSORS_ONLN))) --dist worksteal $(ARGS)
 
-test-nightly: .venv/dev.stamp redis
+test-nightly: .venv/dev.stamp redis postgresql
 	.venv/bin/pytest -m nightly -n $$(getconf _NPROCESSORS_ONLN) --dist worksteal
 
 # Without Go or Node their client is skipped, and the last line says so.
@@ -62,16 +62,32 @@ test-clients: .venv/dev.stamp redis ## Test the Python, Go and Node clients agai
 	$(if $(GO),cd clients/go && PROTOC="$(CURDIR)/.venv/bin/python -m grpc_tools.protoc" ./generate.sh --check)
 	$(if $(GO),cd clients/go && $(CLIENT_ENV) go vet ./... && $(CLIENT_ENV) go test -race ./...)
 	$(if $(GO),cd examples/lucky_box/go && go vet ./...)
+	$(if $(GO),cd examples/rewards/go && go vet ./...)
 	$(if $(GO),cd benchmarks/loadgen && go vet ./...)
 	$(if $(NODE),cd clients/node && npm ci --no-audit --no-fund && $(node_stubs_current) && $(CLIENT_ENV) npm test)
 	@echo "Tested: Python$(if $(GO),$(comma) Go)$(if $(NODE),$(comma) Node).\
 	$(if $(GO),, Go is missing: its client was NOT tested.)$(if $(NODE),, Node is missing: its client was NOT tested.)"
+
+# Without Go or Node their guards are skipped, and the last line says so.
+conformance: .venv/dev.stamp redis ## Check each HTTP guard, and a fleet of all, against the client contract
+	$(if $(NODE),cd clients/node && npm ci --no-audit --no-fund && npm run build)
+	$(if $(NODE),cd examples/rewards/node && npm ci --no-audit --no-fund)
+	.venv/bin/pytest -m every_language tests/wire/conformance -n 2 $(ARGS)
+	@echo "Checked: Python$(if $(GO),$(comma) Go)$(if $(NODE),$(comma) Node).\
+	$(if $(GO),, Go is missing: its guard was NOT checked.)$(if $(NODE),, Node is missing: its guards were NOT checked.)"
 
 demo: .venv/dev.stamp redis ## Show three clicks within a millisecond, without and with the service (ARGS="--rounds 50")
 	@.venv/bin/python examples/lucky_box/demo.py $(ARGS)
 
 chaos: .venv/dev.stamp redis ## Check the guarantees under faults for 3 minutes (ARGS="--seed 1")
 	@.venv/bin/python -m tests.stress.chaos.run $(ARGS)
+
+# Without Go or Node their services are left out, and the last line says so; --require go makes that an error.
+fleet: .venv/dev.stamp redis postgresql ## Check that services of all languages do work once under faults (ARGS="--seed 1")
+	@.venv/bin/python -m tests.stress.fleet.run $(ARGS)
+
+fleet-nightly:
+	@$(MAKE) --no-print-directory fleet ARGS="--seconds 300"
 
 fuzz: .venv/dev.stamp ## Fuzz each parser for a minute; Linux (ARGS="--seconds 10 --seed 1")
 	@.venv/bin/python -m tests.stress.fuzz.run $(ARGS)
@@ -89,9 +105,9 @@ h2spec: .venv/dev.stamp ## Check each engine's conformance to HTTP/2 for 3 minut
 	@GOBIN="$(CURDIR)/build/bin" go install github.com/summerwind/h2spec/cmd/h2spec@v2.2.1+incompatible
 	@PYTHONPATH=. .venv/bin/python scripts/h2spec.py
 
-# About half an hour. A failure does not stop the later steps.
-nightly: ## Run the long checks in turn: the rest of the tests, chaos, fuzz, soak, bench, h2spec
-	@failed=""; for step in test-nightly chaos fuzz soak bench $(if $(GO),h2spec); do \
+# About 40 minutes. A failure does not stop the later steps.
+nightly: ## Run the long checks in turn: the rest of the tests, chaos, fleet, fuzz, soak, bench, h2spec
+	@failed=""; for step in test-nightly chaos fleet-nightly fuzz soak bench $(if $(GO),h2spec); do \
 		echo "=== $$(date '+%H:%M:%S') $$step ==="; \
 		$(MAKE) --no-print-directory $$step ARGS= || failed="$$failed $$step"; \
 	done; echo "=== $$(date '+%H:%M:%S') failed:$${failed:- none} ==="; [ -z "$$failed" ]
@@ -182,6 +198,11 @@ clean: ## Remove the environment, caches and builds
 redis:
 	@command -v redis-server >/dev/null || { $(call install,redis-server,$(if \
 		$(filter Darwin,$(shell uname)),brew install redis,sudo apt-get install redis-server)); }
+
+# Debian leaves the server off PATH.
+postgresql:
+	@command -v postgres >/dev/null || ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || { \
+		$(call install,postgresql,$(if $(filter Darwin,$(shell uname)),brew install postgresql,sudo apt-get install postgresql)); }
 
 h2load:
 	@command -v h2load >/dev/null || { $(call install,nghttp2-client,sudo apt-get install nghttp2-client); }

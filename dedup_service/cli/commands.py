@@ -6,6 +6,7 @@ import typer
 
 from dedup_service import __version__
 from dedup_service.cli.batch import batch
+from dedup_service.cli.conformance import conformance
 from dedup_service.cli.diagnosis import doctor, hash_id, healthcheck
 from dedup_service.cli.transactions import claim, complete, extend, get, release
 from dedup_service.cli.watch import watch
@@ -46,5 +47,5 @@ def serve(arguments: Annotated[list[str] | None, typer.Argument()] = None) -> No
     run_serve(arguments or [])
 
 
-for _command in (claim, get, complete, release, extend, watch, batch, healthcheck, doctor, hash_id):
+for _command in (claim, get, complete, release, extend, watch, batch, healthcheck, doctor, hash_id, conformance):
     app.command()(_command)

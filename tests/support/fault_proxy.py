@@ -1,4 +1,4 @@
-"""A TCP proxy in front of Redis that can drop replies, inject bytes and close connections."""
+"""A TCP proxy in front of a server that can drop replies, inject bytes and close connections."""
 
 import asyncio
 import contextlib
@@ -6,10 +6,13 @@ from typing import Self
 
 
 class FaultProxy:
-    """Forwards bytes both ways. Faults apply to the connections that are open now."""
+    """Forwards bytes both ways. Faults apply to the connections that are open now.
+
+    New connections go to `upstream_port`, and are closed while nothing listens there.
+    """
 
     def __init__(self, upstream_port: int) -> None:
-        self._upstream_port = upstream_port
+        self.upstream_port = upstream_port
         self._server: asyncio.Server | None = None
         self._clients: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -37,8 +40,14 @@ class FaultProxy:
     @property
     def url(self) -> str:
         """The Redis URL of the proxy."""
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    @property
+    def port(self) -> int:
+        """The port of the proxy."""
         assert self._server is not None
-        return f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/0"
+        port: int = self._server.sockets[0].getsockname()[1]
+        return port
 
     def drop_connections(self) -> None:
         """Reset every client connection."""
@@ -56,15 +65,17 @@ class FaultProxy:
         assert task is not None
         self._tasks.add(task)
         self._clients.add(writer)
-        upstream_reader, upstream_writer = await asyncio.open_connection("127.0.0.1", self._upstream_port)
+        ends = [writer]
         try:
+            upstream_reader, upstream_writer = await asyncio.open_connection("127.0.0.1", self.upstream_port)
+            ends.append(upstream_writer)
             await asyncio.gather(self._upstream(reader, upstream_writer), self._downstream(upstream_reader, writer))
         except (OSError, asyncio.CancelledError):
             pass
         finally:
             self._clients.discard(writer)
             self._tasks.discard(task)
-            for end in (writer, upstream_writer):
+            for end in ends:
                 end.close()
                 with contextlib.suppress(OSError):
                     await end.wait_closed()
