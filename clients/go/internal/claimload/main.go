@@ -1,5 +1,6 @@
-// Command claimload claims fresh transactions from many goroutines, alone or coalesced. It prints one line of JSON with
-// the number of claims, the duration and the latencies. benchmarks/coalescing.py runs it.
+// Command claimload claims fresh transactions from many goroutines, through the plain stub or the client with or without
+// coalescing. It prints one line of JSON with the number of claims, the duration and the latencies.
+// benchmarks/coalescing.py runs it.
 package main
 
 import (
