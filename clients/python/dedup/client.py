@@ -197,7 +197,7 @@ class Client:
         attempt_timeout: float = 1.0,
         on_unavailable: OnUnavailable = "deny",
         release_on: ReleaseOn = (),
-        coalesce: bool = True,
+        coalesce: bool = False,
         options: Sequence[ChannelOption] = (),
     ) -> None:
         retrier = Retrier(RetryPolicy(budget_s=timeout, attempt_timeout_s=attempt_timeout))

@@ -94,7 +94,7 @@ class Clients:
 
     async def client(self, target: str, **options: Any) -> Any:
         """Return a connected client."""
-        client: Any = (aio.Client if self.kind == "aio" else Client)(target, **(PATIENT | options))
+        client: Any = (aio.Client if self.kind == "aio" else Client)(target, **({"coalesce": True} | PATIENT | options))
         self._open.append(client)
         if self.kind == "aio":
             client._transport._open()
@@ -222,9 +222,17 @@ async def test_claims_that_cannot_share_travel_alone(clients: Clients, target: s
 
 
 async def test_coalescing_can_be_switched_off(clients: Clients, target: str) -> None:
-    """It is on by default."""
-    assert (await clients.client(target))._transport._coalescer is not None
+    """A client then has no coalescer."""
     assert (await clients.client(target, coalesce=False))._transport._coalescer is None
+
+
+async def test_only_the_asynchronous_client_coalesces_by_default(target: str) -> None:
+    """Threads that wait for each other are not always faster."""
+    async with aio.Client(target) as waiting:
+        await waiting.get("nothing")
+        assert cast("Any", waiting._transport)._coalescer is not None
+    with Client(target) as blocking:
+        assert cast("Any", blocking._transport)._coalescer is None
 
 
 @pytest.fixture
@@ -459,7 +467,7 @@ async def test_no_batch_is_larger_than_the_limit(waiting: Any, unique: str) -> N
 
 def test_an_interrupted_thread_does_not_strand_the_others(target: str, unique: str) -> None:
     """The claims that waited with it leave."""
-    with Client(target, timeout=120, attempt_timeout=60) as client, ThreadPoolExecutor(1) as pool:
+    with Client(target, timeout=120, attempt_timeout=60, coalesce=True) as client, ThreadPoolExecutor(1) as pool:
         coalescer: Any = cast("Any", client._transport)._coalescer
         clients = Clients("sync")
         _, waiting = clients.crowd(client)

@@ -24,6 +24,9 @@ import (
 	"github.com/dedup-service/dedup-service/clients/go/dedupv1"
 )
 
+// timeout outlasts a stall of a busy machine.
+const timeout = 10 * time.Second
+
 type round struct {
 	Claims  int     `json:"claims"`
 	Seconds float64 `json:"seconds"`
@@ -94,7 +97,7 @@ func claimerOf(target, kind string) (claimer, io.Closer, error) {
 		}
 		return plain(dedupv1.NewDedupServiceClient(conn)), conn, nil
 	case "unary", "adaptive":
-		client, err := dedup.New(target, dedup.WithCoalescing(kind == "adaptive"))
+		client, err := dedup.New(target, dedup.WithBudget(timeout), dedup.WithCoalescing(kind == "adaptive"))
 		if err != nil {
 			return nil, nil, err
 		}
@@ -117,7 +120,7 @@ func guarded(client *dedup.Client) claimer {
 // plain claims as a program without the client would: with a token and a deadline.
 func plain(stub dedupv1.DedupServiceClient) claimer {
 	return func(ctx context.Context, id string) error {
-		ctx, cancel := context.WithTimeout(ctx, time.Second)
+		ctx, cancel := context.WithTimeout(ctx, timeout)
 		defer cancel()
 		reply, err := stub.ClaimTransaction(ctx, &dedupv1.ClaimTransactionRequest{TransactionId: id, ClaimToken: rand.Text()})
 		if err != nil {
