@@ -1,4 +1,4 @@
-"""Claims fresh transactions through the Python client with many callers, coalesced or not.
+"""Claims fresh transactions with many callers: through the plain stub, or the Python client with or without coalescing.
 
 Prints a JSON object: number of claims, duration and latencies. clients/go/internal/claimload has the same flags and
 output.
@@ -7,13 +7,24 @@ output.
 import argparse
 import asyncio
 import json
+import secrets
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import grpc
+import grpc.aio
 
 from benchmarks.results import percentile
-from dedup import Client, DuplicateTransaction, aio
+from dedup import Claim, Client, DuplicateTransaction, aio
+from dedup.v1 import dedup_pb2, dedup_pb2_grpc
+
+KINDS = ("plain", "unary", "adaptive")
+# Outlasts a stall of a busy machine.
+_TIMEOUT_S = 10.0
 
 
 class Window:
@@ -37,49 +48,86 @@ class WrongAnswer(Exception):
     """A fresh id was not claimed, or a held id was claimed again."""
 
 
-def check(claim: aio.Claim | object, transaction_id: str) -> None:
-    """Raise WrongAnswer unless `claim` newly holds this id."""
-    transaction = getattr(claim, "transaction", None)
-    if getattr(claim, "replayed", True) or transaction is None or transaction.transaction_id != transaction_id:
-        raise WrongAnswer(f"a fresh claim of {transaction_id} was answered with {transaction}")
+class Held(Exception):
+    """A claim through the plain stub was a duplicate."""
 
 
-async def awaiting(target: str, callers: int, window: Window, prefix: str, *, coalesce: bool) -> list[float]:
+def request(transaction_id: str) -> dedup_pb2.ClaimTransactionRequest:
+    """Return the request of a program without the client."""
+    return dedup_pb2.ClaimTransactionRequest(transaction_id=transaction_id, claim_token=secrets.token_urlsafe(16))
+
+
+def check_reply(reply: dedup_pb2.ClaimTransactionResponse, transaction_id: str) -> None:
+    """Raise Held for a duplicate, and WrongAnswer unless this id was claimed."""
+    if reply.outcome == dedup_pb2.CLAIM_OUTCOME_DUPLICATE:
+        raise Held
+    claimed = reply.outcome == dedup_pb2.CLAIM_OUTCOME_CLAIMED
+    if not claimed or reply.transaction.transaction_id != transaction_id:
+        raise WrongAnswer(f"a fresh claim of {transaction_id} was answered with {reply}")
+
+
+def check(claim: aio.Claim | Claim, transaction_id: str) -> None:
+    """Raise WrongAnswer unless `claim` holds this id. It is a replay if its batch was late."""
+    if claim.transaction is None or claim.transaction.transaction_id != transaction_id:
+        raise WrongAnswer(f"a fresh claim of {transaction_id} was answered with {claim.transaction}")
+
+
+@asynccontextmanager
+async def awaited(target: str, kind: str) -> AsyncIterator[Callable[[str], Awaitable[None]]]:
+    """Provide a function that claims an id."""
+    if kind == "plain":
+        async with grpc.aio.insecure_channel(target) as channel:
+            stub = dedup_pb2_grpc.DedupServiceStub(channel)
+
+            async def claim_plainly(transaction_id: str) -> None:
+                reply: Any = await stub.ClaimTransaction(request(transaction_id), timeout=_TIMEOUT_S)
+                check_reply(reply, transaction_id)
+
+            yield claim_plainly
+        return
+    async with aio.Client(target, timeout=_TIMEOUT_S, coalesce=kind == "adaptive") as client:
+
+        async def claim(transaction_id: str) -> None:
+            check(await client.claim(transaction_id), transaction_id)
+
+        yield claim
+
+
+async def awaiting(target: str, callers: int, window: Window, prefix: str, kind: str) -> list[float]:
     """Claim with this many tasks, and return the latencies in seconds."""
     latencies: list[float] = []
 
-    async def caller(client: aio.Client, name: str) -> None:
+    async def caller(claim: Callable[[str], Awaitable[None]], name: str) -> None:
         number = 0
         while True:
             transaction_id = f"{name}:{number}"
             sent = time.perf_counter()
-            claim = await client.claim(transaction_id)
+            await claim(transaction_id)
             answered = time.perf_counter()
-            check(claim, transaction_id)
             if window.counts(answered):
                 latencies.append(answered - sent)
             if window.over(answered):
                 break
             number += 1
         try:
-            await client.claim(transaction_id)
-        except DuplicateTransaction:
+            await claim(transaction_id)
+        except (DuplicateTransaction, Held):
             return
         raise WrongAnswer(f"{transaction_id} was claimed twice")
 
-    async with aio.Client(target, coalesce=coalesce) as client:
-        await asyncio.gather(*(caller(client, f"{prefix}:{number}") for number in range(callers)))
+    async with awaited(target, kind) as claim:
+        await asyncio.gather(*(caller(claim, f"{prefix}:{number}") for number in range(callers)))
     return latencies
 
 
 class Thread(threading.Thread):
     """One blocking caller, with its latencies in seconds and its failure."""
 
-    def __init__(self, client: Client, prefix: str, window: Window) -> None:
+    def __init__(self, claim: Callable[[str], None], prefix: str, window: Window) -> None:
         super().__init__()
         self.latencies: list[float] = []
         self.failure: Exception | None = None
-        self._client = client
+        self._claim = claim
         self._prefix = prefix
         self._window = window
 
@@ -91,8 +139,8 @@ class Thread(threading.Thread):
             self.failure = error
             return
         try:
-            self._client.claim(last)
-        except DuplicateTransaction:
+            self._claim(last)
+        except (DuplicateTransaction, Held):
             return
         except Exception as error:  # noqa: BLE001 - as above
             self.failure = error
@@ -104,9 +152,8 @@ class Thread(threading.Thread):
         while True:
             transaction_id = f"{self._prefix}:{number}"
             sent = time.perf_counter()
-            claim = self._client.claim(transaction_id)
+            self._claim(transaction_id)
             answered = time.perf_counter()
-            check(claim, transaction_id)
             if self._window.counts(answered):
                 self.latencies.append(answered - sent)
             if self._window.over(answered):
@@ -114,10 +161,22 @@ class Thread(threading.Thread):
             number += 1
 
 
-def blocking(target: str, callers: int, window: Window, prefix: str, *, coalesce: bool) -> list[float]:
+@contextmanager
+def called(target: str, kind: str) -> Iterator[Callable[[str], None]]:
+    """Provide a function that claims an id."""
+    if kind == "plain":
+        with grpc.insecure_channel(target) as channel:
+            stub = dedup_pb2_grpc.DedupServiceStub(channel)
+            yield lambda name: check_reply(stub.ClaimTransaction(request(name), timeout=_TIMEOUT_S), name)
+        return
+    with Client(target, timeout=_TIMEOUT_S, coalesce=kind == "adaptive") as client:
+        yield lambda name: check(client.claim(name), name)
+
+
+def blocking(target: str, callers: int, window: Window, prefix: str, kind: str) -> list[float]:
     """Claim with this many threads, and return the latencies in seconds."""
-    with Client(target, coalesce=coalesce) as client:
-        threads = [Thread(client, f"{prefix}:{number}", window) for number in range(callers)]
+    with called(target, kind) as claim:
+        threads = [Thread(claim, f"{prefix}:{number}", window) for number in range(callers)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -143,14 +202,11 @@ def main() -> None:
     parser.add_argument("--callers", type=int, required=True)
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--prefix", required=True, help="prefix of every transaction id; must differ in each run")
-    parser.add_argument("--coalesce", action="store_true")
+    parser.add_argument("--kind", choices=KINDS, default="adaptive", help="the plain stub, or the client")
     options = parser.parse_args()
     window = Window(options.seconds)
-    asked = (options.target, options.callers, window, options.prefix)
-    if options.client == "aio":
-        latencies = asyncio.run(awaiting(*asked, coalesce=options.coalesce))
-    else:
-        latencies = blocking(*asked, coalesce=options.coalesce)
+    asked = (options.target, options.callers, window, options.prefix, options.kind)
+    latencies = asyncio.run(awaiting(*asked)) if options.client == "aio" else blocking(*asked)
     sys.stdout.write(json.dumps(round_of(latencies, options.seconds)) + "\n")
 
 

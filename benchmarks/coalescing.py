@@ -1,11 +1,13 @@
-"""Measures coalescing: concurrent callers with one claim per call, compared with coalesced claims.
+"""Measures coalescing: the plain stub, the client without coalescing, and the client with its defaults.
 
-The Go client and both Python clients call the service on grpcio over a fresh Redis, in interleaved rounds, each with
-its own client process. Every fresh id must be CLAIMED, and a second claim of each caller's last id a DUPLICATE. Linux
-only. Progress goes to standard error.
+The Go client and both Python clients call the service on grpcio over a fresh Redis, at several numbers of callers, in
+interleaved rounds, each with its own client process. Every fresh id must be CLAIMED, and a second claim of each
+caller's last id a DUPLICATE. Linux only. Progress goes to standard error.
 """
 
+import itertools
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine, publishing
+from benchmarks.claim_load import KINDS
 from benchmarks.publishing import ROOT, number, say, table, with_range
 from benchmarks.results import Spread, paired_ratios, spread
 from benchmarks.servers import CannotMeasure, Server, Subject, running_redis
 
-CALLERS = 64
-KINDS = ("unary", "coalesced")
+CALLERS = (1, 4, 16, 64)
 _TIMEOUT_S = 60
+_FIGURES = ("rate", "p50_ms", "p99_ms", "server_cpu_us", "client_cpu_us")
 
 
 def loads(folder: Path) -> dict[str, list[str]]:
@@ -40,8 +43,8 @@ def loads(folder: Path) -> dict[str, list[str]]:
 
 
 def measure(rounds: int, seconds: float) -> dict[str, Any]:
-    """Return all figures by round. Raises CannotMeasure for a wrong answer."""
-    found: dict[str, dict[str, list[dict[str, float]]]] = {}
+    """Return all figures by client, callers and kind. Raises CannotMeasure for a wrong answer."""
+    found: dict[str, dict[str, dict[str, list[dict[str, float]]]]] = {}
     with tempfile.TemporaryDirectory(prefix="dedup-benchmark-") as name, running_redis(Path(name)) as redis:
         commands = loads(Path(name))
         arguments = ("-m", "dedup_service", "serve", "--log-level", "warning", "--store-url", redis.tcp_url)
@@ -49,36 +52,49 @@ def measure(rounds: int, seconds: float) -> dict[str, Any]:
         server.start()
         try:
             for done in range(rounds):
-                for client, command in commands.items():
-                    for kind in KINDS:
+                for callers, (client, command) in itertools.product(CALLERS, commands.items()):
+                    # Another kind is the first in each round.
+                    for kind in (*KINDS[done % 3 :], *KINDS[: done % 3]):
                         cpu_s = server.cpu_s
-                        figures = one_round(command, server.target, f"{done}:{client}:{kind}", kind, seconds)
+                        figures = one_round(
+                            [*command, "--seconds", str(seconds)],
+                            target=server.target,
+                            prefix=f"{done}:{client}",
+                            kind=kind,
+                            callers=callers,
+                        )
                         # Slightly too high: includes warm-up and final duplicates.
                         figures["server_cpu_us"] = (server.cpu_s - cpu_s) * 1e6 / figures["claims"]
-                        found.setdefault(client, {}).setdefault(kind, []).append(figures)
-                        rate = figures["claims"] / figures["seconds"]
-                        say(f"round {done + 1} of {rounds}, {client}, {kind}: {rate:,.0f} claims/s")
+                        found.setdefault(client, {}).setdefault(str(callers), {}).setdefault(kind, []).append(figures)
+                    say(f"round {done + 1} of {rounds}, {client}, {callers} callers")
         finally:
             server.stop()
-    return {"machine": machine.describe(), "callers": CALLERS, "seconds": seconds, "clients": found}
+    return {"machine": machine.describe(), "seconds": seconds, "clients": found}
 
 
-def one_round(command: list[str], target: str, prefix: str, kind: str, seconds: float) -> dict[str, float]:
-    """Return one client process's figures."""
-    asked = ["--target", target, "--callers", str(CALLERS), "--seconds", str(seconds), "--prefix", prefix]
-    if kind == "coalesced":
-        asked.append("--coalesce")
+def one_round(command: list[str], *, target: str, prefix: str, kind: str, callers: int) -> dict[str, float]:
+    """Return one client process's figures, with its CPU time."""
+    asked = ["--target", target, "--callers", str(callers), "--kind", kind, "--prefix", f"{prefix}:{kind}:{callers}"]
+    cpu_s = _children_cpu_s()
     done = subprocess.run([*command, *asked], cwd=ROOT, stdout=subprocess.PIPE, timeout=_TIMEOUT_S, check=False)
     if done.returncode:
         raise CannotMeasure(f"a client failed or received a wrong answer: {' '.join(command)}")
     figures: dict[str, float] = json.loads(done.stdout)
+    # Includes the start of the process.
+    figures["client_cpu_us"] = (_children_cpu_s() - cpu_s) * 1e6 / figures["claims"]
     return figures
 
 
-def gain(client: dict[str, list[dict[str, float]]], figure: str) -> Spread:
-    """Return the ratio of a figure with coalescing to that without, paired by rounds."""
-    alone, together = ([_figure(each, figure) for each in client[kind]] for kind in KINDS)
-    return paired_ratios(together, alone)
+def _children_cpu_s() -> float:
+    """Return the CPU seconds of the child processes that have ended: of the clients, while the server runs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def ratio(of_callers: dict[str, list[dict[str, float]]], figure: str, base: str) -> Spread:
+    """Return the ratio of a figure with the defaults to that of another kind, paired by rounds."""
+    with_defaults, other = ([_figure(each, figure) for each in of_callers[kind]] for kind in ("adaptive", base))
+    return paired_ratios(with_defaults, other)
 
 
 def _figure(of_round: dict[str, float], figure: str) -> float:
@@ -86,23 +102,22 @@ def _figure(of_round: dict[str, float], figure: str) -> float:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Return the table for the documentation."""
+    """Return the table for the documentation: ratios of the defaults to the client without coalescing."""
     rows = []
-    for name, client in results["clients"].items():
-        rates = [spread([_figure(each, "rate") for each in client[kind]]) for kind in KINDS]
-        p99 = [number(spread([each["p99_ms"] for each in client[kind]]).median) for kind in KINDS]
-        cpu = [number(spread([each["server_cpu_us"] for each in client[kind]]).median) for kind in KINDS]
-        ratios = [with_range(gain(client, figure)) for figure in ("rate", "p99_ms")]
-        rows.append([name, *(number(each.median) for each in rates), ratios[0], *p99, ratios[1], *cpu])
-    header = ["client", "claims/s alone", "coalesced", "ratio", "p99 ms alone", "coalesced", "ratio"]
-    return table([*header, "CPU µs of the server alone", "coalesced"], rows)
+    for (name, client), callers in itertools.product(results["clients"].items(), CALLERS):
+        found = client[str(callers)]
+        rates = [number(spread([_figure(each, "rate") for each in found[kind]]).median) for kind in KINDS]
+        ratios = [with_range(ratio(found, figure, "unary")) for figure in _FIGURES]
+        rows.append([f"{name}, {callers}", *rates, *ratios, with_range(ratio(found, "rate", "plain"))])
+    header = ["client, callers", "claims/s by the plain stub", "alone", "coalesced", "ratio to alone", "p50", "p99"]
+    return table([*header, "CPU of the server a claim", "of the client", "claims/s to the plain stub"], rows)
 
 
 def main() -> None:
     """Publish the figures."""
     chosen = publishing.options(__doc__)
     try:
-        results = publishing.earlier(chosen) or measure(*((1, 0.5) if chosen.quick else (7, 3.0)))
+        results = publishing.earlier(chosen) or measure(*((1, 0.2) if chosen.quick else (7, 2.0)))
     except CannotMeasure as error:
         sys.exit(f"coalescing: {error}")
     publishing.publish("coalescing", results, markdown(results), chosen)

@@ -29,7 +29,7 @@ type Client struct {
 	settings  settings
 	stub      dedupv1.DedupServiceClient
 	conn      *grpc.ClientConn // nil for NewFromStub
-	coalescer *coalescer       // nil unless WithCoalescing is set
+	coalescer *coalescer       // nil if claims are not coalesced
 	keeper    *keeper
 	releases  releases
 	closed    atomic.Bool
@@ -59,13 +59,16 @@ func NewFromStub(stub dedupv1.DedupServiceClient, opts ...Option) (*Client, erro
 	if err != nil {
 		return nil, err
 	}
+	if s.coalescing == nil {
+		s.coalescing = new(bool)
+	}
 	return newClient(stub, s), nil
 }
 
 func newClient(stub dedupv1.DedupServiceClient, s settings) *Client {
 	c := &Client{settings: s, stub: stub, keeper: newKeeper(stub, s.attemptTimeout)}
-	if s.maxBatch > 0 {
-		c.coalescer = &coalescer{stub: stub, maxBatch: s.maxBatch, maxDelay: s.maxDelay, expected: s.maxBatch}
+	if s.coalesces() {
+		c.coalescer = newCoalescer(stub, s.attemptTimeout)
 	}
 	return c
 }
@@ -100,7 +103,7 @@ func (c *Client) Claim(ctx context.Context, id string, opts ...CallOption) (*Cla
 	}
 	wait := max(0, request.GetWait().AsDuration())
 	send := c.claimAlone
-	if c.coalescer != nil && wait == 0 {
+	if c.coalescer != nil {
 		send = c.coalescer.claim
 	}
 	var reply *dedupv1.ClaimTransactionResponse
@@ -111,6 +114,7 @@ func (c *Client) Claim(ctx context.Context, id string, opts ...CallOption) (*Cla
 			first = sent
 		}
 		reply, err = send(ctx, request)
+		send = c.claimAlone // Retries travel alone: the batch may have been the fault.
 		return err
 	})
 	if failure != nil {

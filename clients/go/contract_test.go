@@ -114,7 +114,7 @@ func TestRejectedResultIsCompletedWithoutIt(t *testing.T) {
 // Hazard 26: a cancelled call must not hold its claim.
 func TestCancelledClaimsAreReleased(t *testing.T) {
 	onEachStore(t, func(t *testing.T, server *servertest.Server) {
-		for name, opts := range map[string][]dedup.Option{"alone": nil, "coalescing": {dedup.WithCoalescing(8, time.Millisecond)}} {
+		for name, opts := range map[string][]dedup.Option{"coalescing": nil, "alone": {dedup.WithCoalescing(false)}} {
 			client, direct := newClient(t, server.Target, opts...), newClient(t, server.Target)
 			mustClaim(t, client, newID()) // Connect.
 			random := rand.New(rand.NewPCG(1, 2))
@@ -237,7 +237,7 @@ func TestFailedBackgroundReleaseIsLogged(t *testing.T) {
 }
 
 func TestRefusedConnectionIsNotApplied(t *testing.T) {
-	for name, opts := range map[string][]dedup.Option{"alone": nil, "coalescing": {dedup.WithCoalescing(8, time.Millisecond)}} {
+	for name, opts := range map[string][]dedup.Option{"coalescing": nil, "alone": {dedup.WithCoalescing(false)}} {
 		client := newClient(t, "127.0.0.1:1", append(opts, dedup.WithBudget(200*time.Millisecond))...)
 		_, err := client.Claim(ctx, newID())
 		var e *dedup.Error

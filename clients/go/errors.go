@@ -154,8 +154,16 @@ func (e *Error) retryable() bool {
 func newError(err error) *Error {
 	applied := AppliedUnknown
 	var unsent *unsentError
+	var doubtful *doubtfulError
+	inDoubt := errors.As(err, &doubtful)
+	if inDoubt {
+		err = doubtful.cause
+	}
 	if errors.As(err, &unsent) {
-		applied, err = AppliedNo, unsent.cause
+		err = unsent.cause
+		if !inDoubt {
+			applied = AppliedNo
+		}
 	}
 	s, ok := status.FromError(err)
 	if !ok {
@@ -167,7 +175,7 @@ func newError(err error) *Error {
 		case *errdetails.ErrorInfo:
 			if detail.GetDomain() == errorDomain {
 				e.Reason = detail.GetReason()
-				if detail.GetMetadata()["applied"] == string(AppliedNo) {
+				if detail.GetMetadata()["applied"] == string(AppliedNo) && !inDoubt {
 					e.Applied = AppliedNo
 				}
 			}

@@ -80,7 +80,7 @@ func ExampleWithCoalescing() {
 	ctx := context.Background()
 	target := exampleServer()
 
-	client, err := dedup.New(target, dedup.WithCoalescing(100, time.Millisecond))
+	client, err := dedup.New(target, dedup.WithCoalescing(false))
 	if err != nil {
 		log.Fatal(err)
 	}
@@ -163,7 +163,7 @@ func report(context.Context) ([]byte, error) { return []byte("reports/2025-11.pd
 func Example_loadBalancing() {
 	client, err := dedup.New("dns:///dedup:50051", dedup.WithDialOptions(
 		grpc.WithDefaultServiceConfig(`{"loadBalancingConfig": [{"pick_first": {}}]}`),
-	))
+	), dedup.WithCoalescing(true))
 	if err != nil {
 		log.Fatal(err)
 	}

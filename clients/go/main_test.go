@@ -73,13 +73,13 @@ func newClient(t *testing.T, target string, opts ...dedup.Option) *dedup.Client 
 	return client
 }
 
-// onEach runs a test against the fake, against the service with each store, and with coalescing.
+// onEach runs a test against the fake, against the service with each store, and without coalescing.
 func onEach(t *testing.T, test func(*testing.T, dedup.Guard)) {
 	t.Run("fake", func(t *testing.T) { test(t, deduptest.NewGuard()) })
 	t.Run("embedded", func(t *testing.T) { test(t, newClient(t, embeddedServer(t).Target)) })
 	t.Run("redis", func(t *testing.T) { test(t, newClient(t, redisServer(t).Target)) })
-	t.Run("coalescing", func(t *testing.T) {
-		test(t, newClient(t, embeddedServer(t).Target, dedup.WithCoalescing(16, time.Millisecond)))
+	t.Run("without coalescing", func(t *testing.T) {
+		test(t, newClient(t, embeddedServer(t).Target, dedup.WithCoalescing(false)))
 	})
 }
 

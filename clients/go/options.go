@@ -2,7 +2,6 @@ package dedup
 
 import (
 	"errors"
-	"fmt"
 	"log/slog"
 	"math"
 	"time"
@@ -23,8 +22,6 @@ const (
 	defaultBackoffBase    = 50 * time.Millisecond
 	defaultBackoffMax     = time.Second
 
-	// maxBatchEntries is the contract's limit for a batch.
-	maxBatchEntries = 1000
 	// maxResultBytes is the largest result that any service can be configured to keep.
 	maxResultBytes = 1 << 20
 )
@@ -41,8 +38,7 @@ type settings struct {
 	backoffMax     time.Duration
 	logger         *slog.Logger
 	defaults       []CallOption
-	maxBatch       int
-	maxDelay       time.Duration
+	coalescing     *bool // nil if not set
 }
 
 func newSettings(opts []Option) (settings, error) {
@@ -61,10 +57,16 @@ func newSettings(opts []Option) (settings, error) {
 		return s, errors.New("dedup: the budget and the attempt timeout must be positive")
 	case s.backoffBase <= 0 || s.backoffMax < s.backoffBase:
 		return s, errors.New("dedup: the backoff must be positive and its maximum at least its base")
-	case s.maxBatch < 0 || s.maxBatch > maxBatchEntries || s.maxDelay < 0:
-		return s, fmt.Errorf("dedup: coalescing needs 1 to %d claims and a delay of at least 0", maxBatchEntries)
 	}
 	return s, nil
+}
+
+// coalesces reports whether claims are coalesced.
+func (s *settings) coalesces() bool {
+	if s.coalescing != nil {
+		return *s.coalescing
+	}
+	return len(s.dialOptions) == 0
 }
 
 // dial returns the options of the connection.
@@ -125,11 +127,11 @@ func WithDefaults(opts ...CallOption) Option {
 	return func(s *settings) { s.defaults = append(s.defaults, opts...) }
 }
 
-// WithCoalescing sends up to maxBatch concurrent claims in one batch. A claim waits at most maxDelay for others. It
-// keeps its own token, context, retries and error, but not its context's gRPC metadata. Claims with [Wait] are sent
-// alone.
-func WithCoalescing(maxBatch int, maxDelay time.Duration) Option {
-	return func(s *settings) { s.maxBatch, s.maxDelay = maxBatch, maxDelay }
+// WithCoalescing sets whether claims that find another in flight are sent together in one call. It is the default, except
+// with [WithDialOptions] and [NewFromStub]: interceptors and stats handlers may read the context of a caller, which a
+// batch does not have.
+func WithCoalescing(on bool) Option {
+	return func(s *settings) { s.coalescing = &on }
 }
 
 // Policy selects the result of a claim while the service is unavailable.

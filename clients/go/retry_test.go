@@ -449,7 +449,6 @@ func TestInvalidOptionsAreRejected(t *testing.T) {
 		"budget":  dedup.WithBudget(-1),
 		"attempt": dedup.WithAttemptTimeout(0),
 		"backoff": dedup.WithBackoff(time.Second, time.Millisecond),
-		"batch":   dedup.WithCoalescing(1001, 0),
 	} {
 		if _, err := dedup.New("127.0.0.1:1", opt); err == nil {
 			t.Errorf("%s: no error", name)

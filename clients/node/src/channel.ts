@@ -1,9 +1,9 @@
 import { Client as GrpcClient, Metadata, credentials as grpcCredentials } from "@grpc/grpc-js";
 import type { ChannelCredentials, ChannelOptions, MethodDefinition } from "@grpc/grpc-js";
-import { Coalescer } from "./coalescer.js";
+import type { Coalescer } from "./coalescer.js";
 import { ClientClosedError } from "./errors.js";
 import { errorFrom } from "./failure.js";
-import { ClaimTransactionRequest, DedupServiceService } from "./gen/dedup/v1/dedup.js";
+import { DedupServiceService, type ClaimTransactionRequest } from "./gen/dedup/v1/dedup.js";
 import { systemTimers, type Timers } from "./keep-alive.js";
 import type { CallMetadata } from "./options.js";
 import { systemClock, withRetries, type Attempt, type Clock } from "./retry.js";
@@ -55,6 +55,8 @@ export interface AttemptOptions {
   limitMs: number;
   signal?: AbortSignal | undefined;
   metadata?: CallMetadata | undefined;
+  /** Whether it repeats an attempt that failed. */
+  again?: boolean;
 }
 
 /** Makes single attempts. */
@@ -77,11 +79,11 @@ export class Channel {
   readonly timers: Timers;
   #closed = false;
 
-  constructor(transport: Transport, coalesce = false, clock: Clock = systemClock, timers: Timers = systemTimers) {
+  constructor(transport: Transport, coalescer?: Coalescer, clock: Clock = systemClock, timers: Timers = systemTimers) {
     this.#transport = transport;
     this.#clock = clock;
     this.timers = timers;
-    this.#coalescer = coalesce ? new Coalescer(transport) : undefined;
+    this.#coalescer = coalescer;
   }
 
   /** Retry until a reply arrives or the budget ends; `request` makes the request of each attempt. */
@@ -95,14 +97,14 @@ export class Channel {
     if (!(timeoutMs >= 0 && attemptTimeoutMs >= 0 && timeoutMs + attemptTimeoutMs + waitMs < Infinity)) {
       throw new RangeError("timeouts must be finite and not negative");
     }
-    const attempt = async ({ leftMs, doubt }: Attempt) => {
+    const attempt = async ({ leftMs, doubt, again }: Attempt) => {
       // The wait shrinks with time, so the timeout stays available for attempts.
       const waitLeft = Math.floor(Math.max(0, Math.min(waitMs, leftMs - timeoutMs)));
       const limitMs = Math.floor(Math.min(leftMs, waitLeft + attemptTimeoutMs));
       this.#requireOpen();
       const made = request({ waitMs: waitLeft });
       const sentAt = this.timers.now();
-      return { reply: await this.attempt(method, made, { limitMs, signal, metadata }), doubt, sentAt };
+      return { reply: await this.attempt(method, made, { limitMs, signal, metadata, again }), doubt, sentAt };
     };
     return withRetries(timeoutMs + waitMs, signal, attempt, this.#clock);
   }
@@ -115,13 +117,10 @@ export class Channel {
   ): Promise<Reply> {
     this.#requireOpen();
     try {
-      // A wait would delay the other claims, and a batch has one set of metadata.
-      const alone = this.#coalescer === undefined || method.path !== DedupServiceService.claimTransaction.path;
-      const claim = request as ClaimTransactionRequest;
-      if (alone || claim.wait !== undefined || options.metadata !== undefined) {
+      if (this.#coalescer === undefined || method.path !== DedupServiceService.claimTransaction.path) {
         return await this.#transport.send(method, request, options);
       }
-      return (await this.#coalescer!.claim(claim, options)) as Reply;
+      return (await this.#coalescer.claim(request as ClaimTransactionRequest, options)) as Reply;
     } catch (error) {
       this.#requireOpen();
       throw error;

@@ -2,6 +2,7 @@ import { randomBytes } from "node:crypto";
 import { status } from "@grpc/grpc-js";
 import { Channel, GrpcTransport, type Budget } from "./channel.js";
 import { Claim, type Grant } from "./claim.js";
+import { Coalescer } from "./coalescer.js";
 import { ATTEMPT_TIMEOUT_MS, BUDGET_MS } from "./defaults.js";
 import { encodeBytes, encodeDuration, encodeExpiry, encodeText } from "./encoding.js";
 import { ClientClosedError, InvalidRequestError, NotHeldError, UnavailableError } from "./errors.js";
@@ -29,10 +30,7 @@ export class Client {
   /** @internal */
   constructor(target: string | Channel, options?: ClientOptions);
   constructor(target: string | Channel, options: ClientOptions = {}) {
-    this.#channel =
-      target instanceof Channel
-        ? target
-        : new Channel(new GrpcTransport(target, options.credentials, options.channelOptions), options.coalesce);
+    this.#channel = target instanceof Channel ? target : channelTo(target, options);
     this.#options = options;
     this.#keepAlive = new KeepAlive(this.#channel.timers);
   }
@@ -195,6 +193,12 @@ export class Client {
   #budget({ timeoutMs = this.#options.timeoutMs ?? BUDGET_MS, signal }: CallOptions, metadata?: CallMetadata): Budget {
     return { timeoutMs, attemptTimeoutMs: this.#options.attemptTimeoutMs ?? ATTEMPT_TIMEOUT_MS, signal, metadata };
   }
+}
+
+function channelTo(target: string, options: ClientOptions): Channel {
+  const transport = new GrpcTransport(target, options.credentials, options.channelOptions);
+  if (options.coalesce === false) return new Channel(transport);
+  return new Channel(transport, new Coalescer(transport, options.attemptTimeoutMs ?? ATTEMPT_TIMEOUT_MS));
 }
 
 function matches(error: unknown, listed: OnceOptions["releaseOn"] = []): boolean {

@@ -1,128 +1,193 @@
+import { AsyncResource } from "node:async_hooks";
 import { status } from "@grpc/grpc-js";
 import type { AttemptOptions, Transport } from "./channel.js";
-import { UnavailableError } from "./errors.js";
+import { InvalidRequestError, UnavailableError } from "./errors.js";
 import { errorFromStatus } from "./failure.js";
+import { BATCH_TIMEOUT_SHARE, Gathering, MAX_CLAIM_BYTES, MAX_DELAY_MS, type GatheredCall } from "./gathering.js";
 import {
   BatchClaimTransactionsRequest,
+  ClaimTransactionRequest,
   ClaimTransactionResponse,
   DedupServiceService,
   type BatchClaimTransactionsResponse,
-  type ClaimTransactionRequest,
 } from "./gen/dedup/v1/dedup.js";
 
-const MAX_BATCH = 1000;
-/** How long a claim waits for the one in flight. */
-const MAX_DELAY_MS = 2;
+/** The answer to a claim: of its batch, or that it is to be sent alone, also `after` a batch that failed. */
+type Answer = { reply: ClaimTransactionResponse } | { error: unknown } | { alone: true; after?: Error };
 
 interface Entry {
-  request: ClaimTransactionRequest;
+  readonly request: ClaimTransactionRequest;
   /** When its attempt ends. */
-  endsAt: number;
+  readonly endsAt: number;
+  /** The call it left in. */
+  call?: GatheredCall<Entry>;
   /** False after its caller has left. */
-  waiting: boolean;
-  settle(answer: ClaimTransactionResponse | Error): void;
-  /** Called when the caller leaves. */
-  left: () => void;
+  present: boolean;
+  settle(answer: Answer): void;
+  /** Called when its caller leaves. */
+  left?(): void;
 }
 
 /**
- * Sends a claim alone if no other is in flight, and otherwise in the next batch.
+ * Sends claims that find others in flight in batches.
  *
  * It works below the retries: every attempt keeps its own token, deadline and error.
  */
 export class Coalescer {
   readonly #transport: Transport;
-  #pending: Entry[] = [];
-  #inFlight = 0;
+  readonly #batchTimeoutMs: number;
+  readonly #gathering = new Gathering<Entry>();
+  // A batch has no caller's context.
+  readonly #outside = new AsyncResource("DedupBatch");
   #timer: NodeJS.Timeout | undefined;
+  #settling = false;
 
-  constructor(transport: Transport) {
+  constructor(
+    transport: Transport,
+    attemptTimeoutMs: number,
+    private readonly delayMs = MAX_DELAY_MS,
+  ) {
     this.#transport = transport;
+    this.#batchTimeoutMs = attemptTimeoutMs * BATCH_TIMEOUT_SHARE;
   }
 
   /** Make one attempt of a claim. */
-  claim(request: ClaimTransactionRequest, { limitMs, signal }: AttemptOptions): Promise<ClaimTransactionResponse> {
-    if (this.#inFlight === 0) return this.#alone(request, { limitMs, signal });
-    return new Promise((resolve, reject) => {
-      const leave = (reason: unknown) => {
-        entry.waiting = false;
-        settled();
-        reject(reason);
-        entry.left();
-      };
-      const aborted = () => leave(signal!.reason);
-      const timer = setTimeout(() => leave(timedOut(limitMs)), limitMs);
-      const settled = () => {
-        clearTimeout(timer);
-        signal?.removeEventListener("abort", aborted);
-      };
-      const entry: Entry = {
-        request,
-        endsAt: performance.now() + limitMs,
-        waiting: true,
-        settle: (answer) => {
-          settled();
-          if (answer instanceof Error) reject(answer);
-          else resolve(answer);
-        },
-        left: () => undefined,
-      };
-      signal?.addEventListener("abort", aborted);
-      this.#pending.push(entry);
-      if (this.#pending.length >= MAX_BATCH) this.#flush();
-      else this.#timer ??= setTimeout(() => this.#flush(), MAX_DELAY_MS);
-    });
-  }
-
-  async #alone(request: ClaimTransactionRequest, options: AttemptOptions): Promise<ClaimTransactionResponse> {
-    this.#inFlight++;
+  async claim(request: ClaimTransactionRequest, options: AttemptOptions): Promise<ClaimTransactionResponse> {
+    const now = performance.now();
+    if (!this.#mayGather(request, options) || !this.#gathering.admits(now)) return this.#alone(request, options);
+    const { limitMs, signal } = options;
+    const endsAt = now + limitMs;
+    const entry: Entry = { request, endsAt, present: true, settle: () => undefined };
+    const answered = new Promise<Answer>((resolve) => (entry.settle = resolve));
+    const leave = () => this.#leave(entry, signal!.reason);
+    signal?.addEventListener("abort", leave);
+    this.#add(entry);
+    const answer = await answered;
+    signal?.removeEventListener("abort", leave);
+    if ("reply" in answer) return answer.reply;
+    if ("error" in answer) throw answer.error;
     try {
-      return await this.#transport.send(DedupServiceService.claimTransaction, request, options);
+      signal?.throwIfAborted();
+      return await this.#alone(request, { ...options, limitMs: Math.max(0, endsAt - performance.now()) });
+    } catch (error) {
+      throw answer.after === undefined ? error : doubted(answer.after, error);
     } finally {
-      this.#answered();
+      if (answer.after === undefined) this.#ended(entry.call!);
     }
   }
 
-  #answered(): void {
-    this.#inFlight--;
-    this.#flush();
+  /** Whether nothing about a claim is lost in a batch, and nothing of it harms the others. */
+  #mayGather(request: ClaimTransactionRequest, { again, limitMs, metadata }: AttemptOptions): boolean {
+    return (
+      !again &&
+      limitMs >= this.#batchTimeoutMs &&
+      request.wait === undefined &&
+      metadata === undefined &&
+      !inSampledSpan() &&
+      ClaimTransactionRequest.encode(request).finish().length <= MAX_CLAIM_BYTES
+    );
   }
 
-  #flush(): void {
-    clearTimeout(this.#timer);
-    this.#timer = undefined;
-    // Nobody would hold the claim of a caller that has left.
-    const batch = this.#pending.filter((entry) => entry.waiting);
-    this.#pending = [];
-    if (batch.length > 0) void this.#send(batch);
+  #alone(request: ClaimTransactionRequest, options: AttemptOptions): Promise<ClaimTransactionResponse> {
+    return this.#transport.send(DedupServiceService.claimTransaction, request, options);
   }
 
-  async #send(batch: Entry[]): Promise<void> {
-    this.#inFlight++;
+  #add(entry: Entry): void {
+    let call = this.#gathering.add(entry);
+    if (call === undefined && !this.#gathering.crowded) {
+      if (this.#gathering.together) {
+        // Callers answered together mostly claim again in the same turn of the event loop.
+        if (!this.#settling) setImmediate(() => this.#settle());
+        this.#settling = true;
+        return;
+      }
+      call = this.#gathering.settle();
+    }
+    this.#start(call);
+  }
+
+  #settle(): void {
+    this.#settling = false;
+    this.#start(this.#gathering.settle());
+  }
+
+  #ended(call: GatheredCall<Entry>, failed = false): void {
+    this.#start(this.#gathering.ended(call, performance.now(), failed));
+  }
+
+  #leave(entry: Entry, reason: unknown): void {
+    entry.present = false;
+    if (entry.call === undefined) {
+      const { waiting } = this.#gathering;
+      waiting.splice(waiting.indexOf(entry), 1);
+      this.#start(undefined);
+    }
+    // Without effect on one that is about to send its claim alone.
+    entry.settle({ error: reason });
+    entry.left?.();
+  }
+
+  /** Make a call, and limit the wait of the claims left. */
+  #start(call: GatheredCall<Entry> | undefined): void {
+    if (call !== undefined) {
+      for (const entry of call.claims) entry.call = call;
+      if (call.claims.length === 1) call.claims[0]!.settle({ alone: true });
+      else this.#outside.runInAsyncScope(() => void this.#send(call));
+    }
+    if (this.#gathering.waiting.length === 0) {
+      clearTimeout(this.#timer);
+      this.#timer = undefined;
+    } else {
+      this.#timer ??= setTimeout(() => {
+        this.#timer = undefined;
+        this.#start(this.#gathering.expired());
+      }, this.delayMs);
+    }
+  }
+
+  async #send(call: GatheredCall<Entry>): Promise<void> {
+    const { claims } = call;
     const allLeft = new AbortController();
-    for (const entry of batch) {
+    for (const entry of claims) {
       entry.left = () => {
-        if (batch.every(({ waiting }) => !waiting)) allLeft.abort();
+        if (claims.every(({ present }) => !present)) allLeft.abort();
       };
     }
-    let answers: (ClaimTransactionResponse | Error)[];
+    let answers: Answer[];
+    let failed = false;
     try {
-      const latest = batch.reduce((end, entry) => Math.max(end, entry.endsAt), 0);
+      // The service must not work for a caller that has timed out.
+      const earliest = claims.reduce((end, { endsAt }) => Math.min(end, endsAt), Infinity);
       const reply = await this.#transport.send(
         DedupServiceService.batchClaimTransactions,
-        BatchClaimTransactionsRequest.fromPartial({ requests: batch.map(({ request }) => request) }),
-        { limitMs: latest - performance.now(), signal: allLeft.signal },
+        BatchClaimTransactionsRequest.fromPartial({ requests: claims.map(({ request }) => request) }),
+        { limitMs: Math.min(this.#batchTimeoutMs, earliest - performance.now()), signal: allLeft.signal },
       );
-      answers = answersOf(reply, batch.length);
+      answers = answersOf(reply, claims.length);
     } catch (error) {
-      answers = batch.map(() => error as Error);
+      failed = isFaultOfBatch(error);
+      answers = claims.map(() => (failed ? { alone: true, after: error as Error } : { error }));
     }
-    batch.forEach((entry, index) => entry.waiting && entry.settle(answers[index]!));
-    this.#answered();
+    this.#ended(call, failed);
+    claims.forEach((entry, index) => entry.settle(answers[index]!));
   }
 }
 
-function answersOf({ entries }: BatchClaimTransactionsResponse, claims: number): (ClaimTransactionResponse | Error)[] {
+/** Whether a claim alone may succeed at once. Otherwise each claim is repeated by the rules of retries. */
+function isFaultOfBatch(error: unknown): boolean {
+  if (error instanceof InvalidRequestError) return true;
+  if (!(error instanceof UnavailableError) || error.retryAfterMs !== undefined) return false;
+  return error.code !== status.UNAVAILABLE && error.code !== status.CANCELLED;
+}
+
+/** Return the error of a claim whose batch failed before: the batch may have made it. */
+function doubted(batch: Error, error: unknown): unknown {
+  if (!(error instanceof UnavailableError) || !(batch instanceof UnavailableError) || batch.applied === "no") return error;
+  const { code, reason, retryAfterMs, cause } = error;
+  return new UnavailableError(error.message, { code, reason, retryAfterMs, applied: "unknown" }, { cause });
+}
+
+function answersOf({ entries }: BatchClaimTransactionsResponse, claims: number): Answer[] {
   if (entries.length !== claims) {
     throw new UnavailableError(`the dedup service answered ${claims} claims with ${entries.length} entries`, {
       code: status.INTERNAL,
@@ -132,11 +197,21 @@ function answersOf({ entries }: BatchClaimTransactionsResponse, claims: number):
   }
   // An empty entry has no outcome, which is an error.
   return entries.map(({ error, response }) =>
-    error === undefined ? (response ?? ClaimTransactionResponse.fromPartial({})) : errorFromStatus(error),
+    error === undefined ? { reply: response ?? ClaimTransactionResponse.fromPartial({}) } : { error: errorFromStatus(error) },
   );
 }
 
-function timedOut(limitMs: number): UnavailableError {
-  const failure = { code: status.DEADLINE_EXCEEDED, reason: "", applied: "unknown" as const };
-  return new UnavailableError(`the dedup service did not answer the claim within ${limitMs} ms`, failure);
+interface OpenTelemetry {
+  context?: { active(): { getValue(key: symbol): { spanContext(): { traceFlags: number } } | undefined } };
+}
+
+// Where @opentelemetry/api 1.x, which this client does not depend on, keeps its state and the current span.
+const OPEN_TELEMETRY = Symbol.for("opentelemetry.js.api.1");
+const SPAN = Symbol.for("OpenTelemetry Context Key SPAN");
+
+/** Instrumentation of gRPC continues the trace of the current span, and a batch has no caller's context. */
+function inSampledSpan(): boolean {
+  const api = (globalThis as { [OPEN_TELEMETRY]?: OpenTelemetry })[OPEN_TELEMETRY];
+  const span = api?.context?.active().getValue(SPAN);
+  return span !== undefined && (span.spanContext().traceFlags & 1) === 1;
 }

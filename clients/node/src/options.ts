@@ -24,7 +24,7 @@ export interface ClientOptions {
   attemptTimeoutMs?: number | undefined;
   /** Default "deny". */
   onUnavailable?: OnUnavailable | undefined;
-  /** Send claims that find one in flight together in one call; default false. */
+  /** Send claims that find others in flight together in one call; default true. */
   coalesce?: boolean | undefined;
   /** Receives warnings about fail-open grants and failed releases; default `console`. */
   logger?: Logger | undefined;

@@ -23,6 +23,8 @@ export interface Attempt {
   leftMs: number;
   /** True if an earlier attempt may have been applied. */
   doubt: boolean;
+  /** True for all but the first. */
+  again: boolean;
 }
 
 /**
@@ -39,11 +41,13 @@ export async function withRetries<T>(
   const end = clock.now() + budgetMs;
   let leftMs = budgetMs;
   let applied: Applied = "no";
+  let again = false;
   for (let backoffMs = FIRST_BACKOFF_MS; ; backoffMs = Math.min(backoffMs * BACKOFF_MULTIPLIER, LONGEST_BACKOFF_MS)) {
     signal?.throwIfAborted();
     try {
-      return await attempt({ leftMs, doubt: applied === "unknown" });
+      return await attempt({ leftMs, doubt: applied === "unknown", again });
     } catch (error) {
+      again = true;
       if (!(error instanceof UnavailableError)) throw error;
       if (error.applied === "unknown") applied = "unknown";
       // Full jitter spreads the retries of callers that failed together.

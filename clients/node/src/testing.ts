@@ -296,7 +296,7 @@ export class FakeClient extends Client {
   constructor(service = new FakeService(), options: ClientOptions = {}) {
     let paused = 0;
     const clock = { now: () => paused, random: () => 0.5, sleep: async (ms: number) => void (paused += ms) };
-    super(new Channel(service, false, clock, service.timers), options);
+    super(new Channel(service, undefined, clock, service.timers), options);
     this.service = service;
   }
 }

@@ -1,137 +1,19 @@
 import assert from "node:assert/strict";
 import { createServer } from "node:http";
 import type { AddressInfo } from "node:net";
-import { suite, test } from "node:test";
+import { test } from "node:test";
 import { inspect } from "node:util";
 import { Metadata, status } from "@grpc/grpc-js";
 import express from "express";
 import fastify from "fastify";
-import { Channel, type AttemptOptions, type Transport } from "../src/channel.js";
+import { Channel } from "../src/channel.js";
 import { idempotency as expressIdempotency } from "../src/express.js";
 import { claimOf, idempotency as fastifyIdempotency } from "../src/fastify.js";
-import {
-  BatchClaimTransactionsResponse,
-  ClaimOutcome,
-  ClaimTransactionResponse,
-
-  type BatchClaimTransactionsRequest,
-  type ClaimTransactionRequest,
-} from "../src/gen/dedup/v1/dedup.js";
 import { Client, ClientClosedError, DuplicateTransactionError } from "../src/index.js";
 import { FakeClient, FakeService } from "../src/testing.js";
 import { Live, PATIENT, uniqueId, until } from "./harness/live.js";
+import { CLAIMED, ManualTransport } from "./harness/manual-transport.js";
 import { ScriptedService } from "./harness/scripted-service.js";
-import { STORES } from "./harness/stores.js";
-
-/** A transport whose calls are answered by the test. */
-class ManualTransport implements Transport {
-  readonly calls: { method: string; request: unknown; options: AttemptOptions; answer: (reply: unknown) => void }[] = [];
-  send<Request, Reply>(method: { path: string }, request: Request, options: AttemptOptions): Promise<Reply> {
-    return new Promise((resolve, reject) => {
-      options.signal?.addEventListener("abort", () => reject(options.signal!.reason));
-      const answer = (reply: unknown) => (reply instanceof Error ? reject(reply) : resolve(reply as Reply));
-      this.calls.push({ method: method.path.split("/").at(-1)!, request, options, answer });
-    });
-  }
-  close(): void {}
-  /** Answer a batch: CLAIMED for each entry, or what `of` returns. */
-  answerBatch(index: number, of: (request: ClaimTransactionRequest) => object = () => ({ response: CLAIMED })): void {
-    const { requests } = this.calls[index]!.request as BatchClaimTransactionsRequest;
-    this.calls[index]!.answer(BatchClaimTransactionsResponse.fromPartial({ entries: requests.map(of) }));
-  }
-}
-
-const CLAIMED = ClaimTransactionResponse.fromPartial({ outcome: ClaimOutcome.CLAIM_OUTCOME_CLAIMED });
-
-function coalescing(): { transport: ManualTransport; client: Client } {
-  const transport = new ManualTransport();
-  return { transport, client: new Client(new Channel(transport, true), PATIENT) };
-}
-
-for (const store of Object.keys(STORES)) {
-  suite(`coalescing on ${store}`, () => {
-    test("concurrent claims of a client keep their guarantees", async () => {
-      await using live = await Live.over(store);
-      const client = live.client({ coalesce: true });
-      const ids = Array.from({ length: 20 }, uniqueId);
-      const outcomes = await Promise.allSettled([...ids, ...ids, ...ids, ""].map((id) => client.claim(id)));
-      const refused = outcomes.flatMap((outcome) => (outcome.status === "rejected" ? [outcome.reason] : []));
-      assert.equal(outcomes.length - refused.length, ids.length);
-      assert.equal(refused.filter((error) => error instanceof DuplicateTransactionError).length, 2 * ids.length);
-      const [invalid] = refused.filter((error) => !(error instanceof DuplicateTransactionError));
-      assert.deepEqual(invalid.violations.map(({ field }: { field: string }) => field), ["transaction_id"]);
-      for (const outcome of outcomes) if (outcome.status === "fulfilled") await outcome.value.complete("paid 5");
-    });
-  });
-}
-
-test("a claim alone leaves at once, and claims that find one in flight leave together", async () => {
-  const { transport, client } = coalescing();
-  const claims = ["a", "b", "c"].map((id) => client.claim(id));
-  await until(() => transport.calls.length === 1);
-  assert.equal(transport.calls[0]!.method, "ClaimTransaction");
-  transport.calls[0]!.answer(CLAIMED);
-  await claims[0];
-  await until(() => transport.calls.length === 2);
-  assert.equal(transport.calls[1]!.method, "BatchClaimTransactions");
-  transport.answerBatch(1);
-  const tokens = (await Promise.all(claims)).map(({ token }) => token);
-  const sent = (transport.calls[1]!.request as BatchClaimTransactionsRequest).requests.map(({ claimToken }) => claimToken);
-  assert.deepEqual(sent, tokens.slice(1));
-  assert.equal(new Set(tokens).size, 3);
-});
-
-test("a slow claim does not hold the next ones", async () => {
-  const { transport, client } = coalescing();
-  const slow = client.claim("a");
-  const next = client.claim("b");
-  await until(() => transport.calls.length === 2);
-  transport.answerBatch(1);
-  assert.ok(await next);
-  transport.calls[0]!.answer(CLAIMED);
-  assert.ok(await slow);
-});
-
-test("each claim of a batch has its own error", async () => {
-  const { transport, client } = coalescing();
-  const first = client.claim("a");
-  const [good, bad] = [client.claim("good"), client.claim("bad")];
-  await until(() => transport.calls.length === 2);
-  const error = { code: status.PERMISSION_DENIED, message: "not allowed", details: [] };
-  transport.answerBatch(1, ({ transactionId }) => (transactionId === "bad" ? { error } : { response: CLAIMED }));
-  assert.ok(await good);
-  await assert.rejects(bad, { name: "UnavailableError", code: status.PERMISSION_DENIED });
-  transport.calls[0]!.answer(CLAIMED);
-  await first;
-});
-
-test("a claim of a batch ends at its own deadline or signal, and is released", async () => {
-  const { transport, client } = coalescing();
-  const first = client.claim("a");
-  const controller = new AbortController();
-  const patient = client.claim("patient");
-  const hasty = client.claim("hasty", { timeoutMs: 100 });
-  const aborted = client.claim("aborted", { signal: controller.signal });
-  await until(() => transport.calls.length === 2);
-  controller.abort(new Error("gone"));
-  await assert.rejects(aborted, /gone/);
-  await assert.rejects(hasty, { name: "UnavailableError", code: status.DEADLINE_EXCEEDED, applied: "unknown" });
-  const released = transport.calls.filter(({ method }) => method === "ReleaseTransaction").map(({ request }) => request);
-  assert.deepEqual(released.map((request) => (request as { transactionId: string }).transactionId).sort(), ["aborted", "hasty"]);
-  transport.answerBatch(1);
-  assert.ok(await patient);
-  transport.calls[0]!.answer(CLAIMED);
-  await first;
-});
-
-test("a claim with a wait or with metadata travels alone", async () => {
-  const { transport, client } = coalescing();
-  for (const options of [{}, { waitMs: 1000 }, { metadata: { "x-correlation-id": "click-1" } }]) {
-    void client.claim("a", options).catch(() => undefined);
-  }
-  await until(() => transport.calls.length === 3);
-  assert.deepEqual(new Set(transport.calls.map(({ method }) => method)), new Set(["ClaimTransaction"]));
-});
 
 test("metadata of a claim is sent with each of its calls", async () => {
   const transport = new ManualTransport();

@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 
 from dedup.calls import Calls, Grant, OnUnavailable, Span, claim_request, may_have_claimed
 from dedup.channels import ChannelOption, MetadataEntry, channel_options, current_metadata
-from dedup.coalescing import AsyncCoalescer, may_coalesce
+from dedup.coalescing import AsyncCoalescer
 from dedup.error_details import failure_of_call, failure_of_closed_client
 from dedup.errors import CallFailed, ClaimLost, ClientClosed, DedupError, WrongEventLoop
 from dedup.handles import BlockOptions, Handle, ReleaseOn, log_failed_ending
@@ -55,12 +55,12 @@ class GrpcTransport:
         target: str,
         credentials: grpc.ChannelCredentials | None,
         options: Sequence[ChannelOption],
-        coalesce_delay_s: float | None,
+        coalesced_attempt_s: float | None,
     ) -> None:
         self._target = target
         self._credentials = credentials
         self._options = channel_options(options)
-        self._coalesce_delay_s = coalesce_delay_s
+        self._coalesced_attempt_s = coalesced_attempt_s
         self._channel: grpc.aio.Channel | None = None
         self._coalescer: AsyncCoalescer | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -77,9 +77,7 @@ class GrpcTransport:
         if self._channel is None:
             self._open()
         try:
-            if self._coalescer is not None and may_coalesce(step.request):
-                return await self._coalescer.claim(step.request, step.timeout_s)
-            return await self._send(step, current_metadata())
+            return await (self._alone(step) if self._coalescer is None else self._coalescer.send(step))
         except asyncio.CancelledError as error:
             # gRPC cancels its calls when their channel is closed.
             if self._was_closed():
@@ -89,6 +87,9 @@ class GrpcTransport:
     def _was_closed(self) -> bool:
         task = asyncio.current_task()
         return self._closed and not (task is not None and task.cancelling())
+
+    async def _alone(self, step: Send) -> Message:
+        return await self._send(step, current_metadata())
 
     async def _send(self, step: Send, metadata: tuple[MetadataEntry, ...]) -> Message:
         try:
@@ -128,8 +129,8 @@ class GrpcTransport:
             else grpc.aio.secure_channel(self._target, self._credentials, self._options)
         )
         self._stub = dedup_pb2_grpc.DedupServiceStub(self._channel)
-        if self._coalesce_delay_s is not None:
-            self._coalescer = AsyncCoalescer(self._stub, self._coalesce_delay_s)
+        if self._coalesced_attempt_s is not None:
+            self._coalescer = AsyncCoalescer(self._stub, self._coalesced_attempt_s, self._alone)
 
     async def pause(self, seconds: float) -> None:
         """Sleep between attempts."""
@@ -258,7 +259,7 @@ class Client:
     `target` is `host:port` or `unix:///path`. `credentials` enable TLS. `namespace`, `claimant` and `release_on` are
     defaults of every claim. In seconds, `timeout` is the budget of a call with all attempts, `attempt_timeout` limits
     one attempt. `on_unavailable="allow"` lets work run without a claim while the service is unavailable. With
-    `coalesce` concurrent claims travel in one call, delayed by at most `coalesce_delay`.
+    `coalesce` claims that find others in flight are sent together in one call.
     """
 
     def __init__(
@@ -272,12 +273,11 @@ class Client:
         attempt_timeout: float = 1.0,
         on_unavailable: OnUnavailable = "deny",
         release_on: ReleaseOn = (),
-        coalesce: bool = False,
-        coalesce_delay: float = 0.001,
+        coalesce: bool = True,
         options: Sequence[ChannelOption] = (),
     ) -> None:
         retrier = Retrier(RetryPolicy(budget_s=timeout, attempt_timeout_s=attempt_timeout))
-        transport = GrpcTransport(target, credentials, options, coalesce_delay if coalesce else None)
+        transport = GrpcTransport(target, credentials, options, attempt_timeout if coalesce else None)
         keep_alive = LoopKeepAlive(attempt_timeout)
         calls = Calls(retrier, on_unavailable)
         self._set_up(transport, keep_alive, calls, namespace=namespace, claimant=claimant, release_on=release_on)

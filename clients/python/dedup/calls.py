@@ -18,6 +18,7 @@ from dedup.errors import (
     NotHeld,
     PayloadMismatch,
     Unavailable,
+    is_unsent,
 )
 from dedup.ids import logged_id, new_claim_token
 from dedup.keep_alive import Extension
@@ -283,7 +284,7 @@ def may_have_claimed(error: BaseException) -> bool:
     """Return whether a claim that ended with `error` may have been made."""
     if isinstance(error, CallFailed):
         return error.applied == "unknown" and not isinstance(error, ClientClosed)
-    return not isinstance(error, Exception | GeneratorExit)
+    return not isinstance(error, Exception | GeneratorExit) and not is_unsent(error)
 
 
 def result_fault(result: object) -> TypeError | ValueError | None:

@@ -33,7 +33,7 @@ def channel_options(more: Sequence[ChannelOption]) -> list[ChannelOption]:
 def call_metadata(*entries: MetadataEntry) -> Iterator[None]:
     """Send these metadata entries with every call made inside the block by this thread or task.
 
-    Nested blocks add up. Coalesced claims carry no metadata, because a batch serves several callers.
+    Nested blocks add up. A claim made inside is not coalesced, because a batch serves several callers.
 
     The service logs a call under its `x-correlation-id`: failed calls, slow calls (over 250 ms by default) and a sample
     of the others. A quick success is normally not logged.

@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 
 from dedup.calls import Calls, Grant, OnUnavailable, Span, claim_request, may_have_claimed
 from dedup.channels import ChannelOption, MetadataEntry, channel_options, current_metadata
-from dedup.coalescing import Coalescer, may_coalesce
+from dedup.coalescing import Coalescer
 from dedup.error_details import failure_of_call, failure_of_closed_client
 from dedup.errors import CallFailed, ClientClosed, DedupError
 from dedup.handles import BlockOptions, Handle, ReleaseOn
@@ -52,7 +52,7 @@ class GrpcTransport:
         target: str,
         credentials: grpc.ChannelCredentials | None,
         options: Sequence[ChannelOption],
-        coalesce_delay_s: float | None,
+        coalesced_attempt_s: float | None,
     ) -> None:
         every = channel_options(options)
         self._channel = (
@@ -62,12 +62,14 @@ class GrpcTransport:
         )
         self._closed = False
         self._stub = dedup_pb2_grpc.DedupServiceStub(self._channel)
-        self._coalescer = None if coalesce_delay_s is None else Coalescer(self._stub, coalesce_delay_s)
+        self._coalescer = (
+            None if coalesced_attempt_s is None else Coalescer(self._stub, coalesced_attempt_s, self._alone)
+        )
 
     def send(self, step: Send) -> Message:
         """Make one attempt, in a batch with other claims if possible."""
         try:
-            return self._send(step)
+            return self._alone(step) if self._coalescer is None else self._coalescer.send(step)
         except CallFailed as failure:
             if self._closed and failure.code is grpc.StatusCode.CANCELLED:
                 raise failure_of_closed_client() from failure
@@ -78,9 +80,7 @@ class GrpcTransport:
                 raise failure_of_closed_client() from error
             raise
 
-    def _send(self, step: Send) -> Message:
-        if self._coalescer is not None and may_coalesce(step.request):
-            return self._coalescer.claim(step.request, step.timeout_s)
+    def _alone(self, step: Send) -> Message:
         try:
             return cast(
                 "Message",
@@ -183,7 +183,7 @@ class Client:
     `target` is `host:port` or `unix:///path`. `credentials` enable TLS. `namespace`, `claimant` and `release_on` are
     defaults of every claim. In seconds, `timeout` is the budget of a call with all attempts, `attempt_timeout` limits
     one attempt. `on_unavailable="allow"` lets work run without a claim while the service is unavailable. With
-    `coalesce` concurrent claims travel in one call, delayed by at most `coalesce_delay`.
+    `coalesce` claims that find others in flight are sent together in one call.
     """
 
     def __init__(
@@ -198,11 +198,10 @@ class Client:
         on_unavailable: OnUnavailable = "deny",
         release_on: ReleaseOn = (),
         coalesce: bool = False,
-        coalesce_delay: float = 0.001,
         options: Sequence[ChannelOption] = (),
     ) -> None:
         retrier = Retrier(RetryPolicy(budget_s=timeout, attempt_timeout_s=attempt_timeout))
-        transport = GrpcTransport(target, credentials, options, coalesce_delay if coalesce else None)
+        transport = GrpcTransport(target, credentials, options, attempt_timeout if coalesce else None)
         calls, keep_alive = Calls(retrier, on_unavailable), ThreadKeepAlive(attempt_timeout)
         self._set_up(transport, keep_alive, calls, namespace=namespace, claimant=claimant, release_on=release_on)
 

@@ -105,3 +105,16 @@ class InvalidRequest(CallFailed):
     def __init__(self, message: str, *, violations: Mapping[str, str], reason: str = "INVALID_REQUEST") -> None:
         super().__init__(message, code=grpc.StatusCode.INVALID_ARGUMENT, reason=reason, applied="no")
         self.violations = dict(violations)
+
+
+_UNSENT = "dedup_unsent"
+
+
+def mark_unsent(error: BaseException) -> None:
+    """Note in a cancellation or interruption that the claim had not been sent."""
+    setattr(error, _UNSENT, True)
+
+
+def is_unsent(error: BaseException) -> bool:
+    """Return whether the claim that ended with `error` had not been sent."""
+    return getattr(error, _UNSENT, False)

@@ -22,11 +22,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Call `method` with `request`, for at most `timeout_s` seconds. The driver sends back the reply."""
+    """Call `method` with `request`, for at most `timeout_s` seconds. The driver sends back the reply.
+
+    `again` is True for another attempt of the same call.
+    """
 
     method: str
     request: Message = field(repr=False)  # Contains the token.
     timeout_s: float
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +121,7 @@ class Retrier:
             sent_s = self._clock()
             timeout_s = min(self._policy.attempt_timeout_s + wait_left_s, end - sent_s)
             try:
-                reply = yield Send(method, request, timeout_s)
+                reply = yield Send(method, request, timeout_s, again=attempt > 0)
             except CallFailed as failure:
                 doubtful = doubtful or failure.applied == "unknown"
                 pause_s = self.pause_s(attempt, failure.retry_after_s)

@@ -1,21 +1,31 @@
-// Command claimload claims fresh transactions from many goroutines, alone or coalesced. It prints one line of JSON with
-// the number of claims, the duration and the latencies. benchmarks/coalescing.py runs it.
+// Command claimload claims fresh transactions from many goroutines, through the plain stub or the client with or without
+// coalescing. It prints one line of JSON with the number of claims, the duration and the latencies.
+// benchmarks/coalescing.py runs it.
 package main
 
 import (
 	"cmp"
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"os"
 	"slices"
 	"sync"
 	"time"
 
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
 	dedup "github.com/dedup-service/dedup-service/clients/go"
+	"github.com/dedup-service/dedup-service/clients/go/dedupv1"
 )
+
+// timeout outlasts a stall of a busy machine.
+const timeout = 10 * time.Second
 
 type round struct {
 	Claims  int     `json:"claims"`
@@ -29,10 +39,9 @@ func main() {
 	callers := flag.Int("callers", 64, "number of claiming goroutines")
 	seconds := flag.Float64("seconds", 2, "duration of the measurement, after a warm-up of a tenth of it")
 	prefix := flag.String("prefix", "", "prefix of every transaction id; must be new for each run")
-	coalesce := flag.Bool("coalesce", false, "coalesce claims")
-	maxDelay := flag.Duration("max-delay", time.Millisecond, "longest wait of a claim for others")
+	kind := flag.String("kind", "adaptive", "plain (the generated stub), unary or adaptive (the client)")
 	flag.Parse()
-	result, err := run(*target, *callers, time.Duration(*seconds*float64(time.Second)), *prefix, *coalesce, *maxDelay)
+	result, err := run(*target, *callers, time.Duration(*seconds*float64(time.Second)), *prefix, *kind)
 	if err == nil {
 		err = json.NewEncoder(os.Stdout).Encode(result)
 	}
@@ -42,16 +51,15 @@ func main() {
 	}
 }
 
-func run(target string, callers int, measured time.Duration, prefix string, coalesce bool, maxDelay time.Duration) (*round, error) {
-	var options []dedup.Option
-	if coalesce {
-		options = append(options, dedup.WithCoalescing(1000, maxDelay))
-	}
-	client, err := dedup.New(target, options...)
+func run(target string, callers int, measured time.Duration, prefix, kind string) (*round, error) {
+	claimer, closer, err := claimerOf(target, kind)
 	if err != nil {
 		return nil, err
 	}
-	defer client.Close()
+	defer func() { _ = closer.Close() }()
+	if err := claimer(context.Background(), prefix); err != nil { // Connect.
+		return nil, err
+	}
 	begin := time.Now().Add(measured / 10)
 	end := begin.Add(measured)
 	latencies := make([][]time.Duration, callers)
@@ -61,7 +69,7 @@ func run(target string, callers int, measured time.Duration, prefix string, coal
 		group.Add(1)
 		go func() {
 			defer group.Done()
-			latencies[caller], errs[caller] = claim(client, fmt.Sprintf("%s:%d", prefix, caller), begin, end)
+			latencies[caller], errs[caller] = claim(claimer, fmt.Sprintf("%s:%d", prefix, caller), begin, end)
 		}()
 	}
 	group.Wait()
@@ -77,24 +85,72 @@ func run(target string, callers int, measured time.Duration, prefix string, coal
 	return &round{Claims: len(all), Seconds: measured.Seconds(), P50Ms: quantile(0.5), P99Ms: quantile(0.99)}, nil
 }
 
+// claimer claims a fresh id. It fails if the claim is not granted as fresh.
+type claimer func(ctx context.Context, id string) error
+
+func claimerOf(target, kind string) (claimer, io.Closer, error) {
+	switch kind {
+	case "plain":
+		conn, err := grpc.NewClient(target, grpc.WithTransportCredentials(insecure.NewCredentials()))
+		if err != nil {
+			return nil, nil, err
+		}
+		return plain(dedupv1.NewDedupServiceClient(conn)), conn, nil
+	case "unary", "adaptive":
+		client, err := dedup.New(target, dedup.WithBudget(timeout), dedup.WithCoalescing(kind == "adaptive"))
+		if err != nil {
+			return nil, nil, err
+		}
+		return guarded(client), client, nil
+	default:
+		return nil, nil, fmt.Errorf("the kind is %q; it must be plain, unary or adaptive", kind)
+	}
+}
+
+func guarded(client *dedup.Client) claimer {
+	return func(ctx context.Context, id string) error {
+		claim, err := client.Claim(ctx, id)
+		if err == nil && (claim.ShadowDuplicate || claim.Transaction.ID != id) {
+			err = fmt.Errorf("a fresh claim of %s was answered with %+v", id, claim.Transaction)
+		}
+		return err
+	}
+}
+
+// plain claims as a program without the client would: with a token and a deadline.
+func plain(stub dedupv1.DedupServiceClient) claimer {
+	return func(ctx context.Context, id string) error {
+		ctx, cancel := context.WithTimeout(ctx, timeout)
+		defer cancel()
+		reply, err := stub.ClaimTransaction(ctx, &dedupv1.ClaimTransactionRequest{TransactionId: id, ClaimToken: rand.Text()})
+		if err != nil {
+			return err
+		}
+		if reply.GetOutcome() == dedupv1.ClaimOutcome_CLAIM_OUTCOME_DUPLICATE {
+			return dedup.ErrDuplicate
+		}
+		if reply.GetOutcome() != dedupv1.ClaimOutcome_CLAIM_OUTCOME_CLAIMED || reply.GetReplayed() || reply.GetTransaction().GetTransactionId() != id {
+			return fmt.Errorf("a fresh claim of %s was answered with %v", id, reply.GetOutcome())
+		}
+		return nil
+	}
+}
+
 // claim claims fresh ids one at a time and returns the latencies of those answered between begin and end. It fails if a
-// claim is not granted as fresh, or if a second claim of the last id is not a duplicate.
-func claim(client *dedup.Client, prefix string, begin, end time.Time) ([]time.Duration, error) {
+// second claim of the last id is not a duplicate.
+func claim(claim claimer, prefix string, begin, end time.Time) ([]time.Duration, error) {
 	ctx := context.Background()
 	var latencies []time.Duration
 	for n := 0; ; n++ {
 		id := fmt.Sprintf("%s:%d", prefix, n)
 		sent := time.Now()
-		claim, err := client.Claim(ctx, id)
+		err := claim(ctx, id)
 		answered := time.Now()
 		if err != nil {
 			return nil, err
 		}
-		if claim.Replayed || claim.ShadowDuplicate || claim.Transaction.ID != id {
-			return nil, fmt.Errorf("a fresh claim of %s was answered with %+v", id, claim.Transaction)
-		}
 		if answered.After(end) {
-			if _, err := client.Claim(ctx, id); !errors.Is(err, dedup.ErrDuplicate) {
+			if err := claim(ctx, id); !errors.Is(err, dedup.ErrDuplicate) {
 				return nil, fmt.Errorf("a second claim of %s was not a duplicate: %w", id, err)
 			}
 			return latencies, nil
