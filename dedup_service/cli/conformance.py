@@ -105,8 +105,16 @@ def conformance(
         max_body_bytes=max_body_bytes,
         timeout_s=positive_milliseconds_option("timeout", timeout) / 1000,
     )
+    from dedup_service.conformance.exchange import NoAnswer  # noqa: PLC0415 - as above
+
     try:
         prefix, results = asyncio.run(_run(plan))
+    except NoAnswer as error:
+        if as_json:
+            print_json({"error": {"reason": "UNREACHABLE", "message": str(error)}})
+        else:
+            typer.echo(f"UNREACHABLE: {error}", err=True)
+        raise typer.Exit(_NO_RESULT) from None
     except KeyboardInterrupt:
         raise typer.Exit(ExitCode.INTERRUPTED) from None
     counts = Counter(result.status.value for result in results)
@@ -118,25 +126,21 @@ def conformance(
 
 
 async def _run(plan: "Plan") -> tuple[str, "list[Result]"]:
-    """Return the prefix of the keys, and the results. Raises BadSettings if a process is not reachable."""
+    """Return the prefix of the keys, and the results. Raises NoAnswer if a process is not reachable."""
     from dedup_service.conformance.checks import CHECKS  # noqa: PLC0415 - needs httpx
-    from dedup_service.conformance.exchange import NoAnswer  # noqa: PLC0415 - as above
     from dedup_service.conformance.run import reached, run_checks  # noqa: PLC0415 - as above
 
     results: list[Result] = []
     columns = (SpinnerColumn(), TextColumn("{task.completed} of {task.total}  {task.description}"))
     quiet = not sys.stderr.isatty()
-    try:
-        async with reached(plan) as subject:
-            # On standard error and first: an interrupted run has left keys behind too.
-            typer.echo(f"Keys begin with {subject.prefix}", err=True)
-            with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as progress:
-                task = progress.add_task("first-request", total=len(CHECKS))
-                async for result in run_checks(subject):
-                    results.append(result)
-                    progress.update(task, completed=len(results), description=f"after {result.check.name}")
-    except NoAnswer as error:
-        raise BadSettings(str(error)) from None
+    async with reached(plan) as subject:
+        # On standard error and first: an interrupted run has left keys behind too.
+        typer.echo(f"Keys begin with {subject.prefix}", err=True)
+        with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as progress:
+            task = progress.add_task("first-request", total=len(CHECKS))
+            async for result in run_checks(subject):
+                results.append(result)
+                progress.update(task, completed=len(results), description=f"after {result.check.name}")
     return subject.prefix, results
 
 
