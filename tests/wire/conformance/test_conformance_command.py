@@ -106,6 +106,8 @@ def test_an_unreachable_process_exits_with_2() -> None:
         (("--base-url", "127.0.0.1:80"), "is not an address such as"),
         (("--base-url", "http://h", "--route", "rewards"), "does not begin with /"),
         (("--base-url", "http://h", "--header", "Authorization"), "write 'Name: value'"),
+        (("--base-url", "http://h", "--header", "X-Name: é"), "in ASCII"),
+        (("--base-url", "http://h", "--slow-body", "\udce9"), "is not valid UTF-8"),
         (("--base-url", "http://h", "--timeout", "soon"), "is not a duration"),
         ((), "Missing option '--base-url'"),
     ],
