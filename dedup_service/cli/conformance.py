@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
-from dedup_service.cli.options import positive_milliseconds_option
+from dedup_service.cli.options import positive_milliseconds_option, text_option
 from dedup_service.cli.output import ExitCode, print_json
 from dedup_service.config.errors import BadSettings
 
@@ -80,6 +80,7 @@ def conformance(
     """
     try:
         # Imported lazily: other commands do not need httpx.
+        from dedup_service.conformance.exchange import NoAnswer  # noqa: PLC0415 - as above
         from dedup_service.conformance.subject import Plan  # noqa: PLC0415 - as above
     except ModuleNotFoundError as error:
         if error.name != "httpx":
@@ -93,20 +94,26 @@ def conformance(
     plan = Plan(
         base_urls=base_url,
         route=route,
-        body=body.encode(),
-        other_body=_encoded(other_body),
-        rejected_body=_encoded(rejected_body),
-        failing_body=_encoded(failing_body),
-        slow_body=_encoded(slow_body),
-        large_body=_encoded(large_body),
+        body=text_option("--body", body).encode(),
+        other_body=_encoded("--other-body", other_body),
+        rejected_body=_encoded("--rejected-body", rejected_body),
+        failing_body=_encoded("--failing-body", failing_body),
+        slow_body=_encoded("--slow-body", slow_body),
+        large_body=_encoded("--large-body", large_body),
         other_route=other_route,
         headers=[_header(text) for text in header or ()],
-        claimant=claimant,
+        claimant=text_option("--claimant", claimant),
         max_body_bytes=max_body_bytes,
         timeout_s=positive_milliseconds_option("timeout", timeout) / 1000,
     )
     try:
         prefix, results = asyncio.run(_run(plan))
+    except NoAnswer as error:
+        if as_json:
+            print_json({"error": {"reason": "UNREACHABLE", "message": str(error)}})
+        else:
+            typer.echo(f"UNREACHABLE: {error}", err=True)
+        raise typer.Exit(_NO_RESULT) from None
     except KeyboardInterrupt:
         raise typer.Exit(ExitCode.INTERRUPTED) from None
     counts = Counter(result.status.value for result in results)
@@ -118,25 +125,21 @@ def conformance(
 
 
 async def _run(plan: "Plan") -> tuple[str, "list[Result]"]:
-    """Return the prefix of the keys, and the results. Raises BadSettings if a process is not reachable."""
+    """Return the prefix of the keys, and the results. Raises NoAnswer if a process is not reachable."""
     from dedup_service.conformance.checks import CHECKS  # noqa: PLC0415 - needs httpx
-    from dedup_service.conformance.exchange import NoAnswer  # noqa: PLC0415 - as above
     from dedup_service.conformance.run import reached, run_checks  # noqa: PLC0415 - as above
 
     results: list[Result] = []
     columns = (SpinnerColumn(), TextColumn("{task.completed} of {task.total}  {task.description}"))
     quiet = not sys.stderr.isatty()
-    try:
-        async with reached(plan) as subject:
-            # On standard error and first: an interrupted run has left keys behind too.
-            typer.echo(f"Keys begin with {subject.prefix}", err=True)
-            with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as progress:
-                task = progress.add_task("first-request", total=len(CHECKS))
-                async for result in run_checks(subject):
-                    results.append(result)
-                    progress.update(task, completed=len(results), description=f"after {result.check.name}")
-    except NoAnswer as error:
-        raise BadSettings(str(error)) from None
+    async with reached(plan) as subject:
+        # On standard error and first: an interrupted run has left keys behind too.
+        typer.echo(f"Keys begin with {subject.prefix}", err=True)
+        with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as progress:
+            task = progress.add_task("first-request", total=len(CHECKS))
+            async for result in run_checks(subject):
+                results.append(result)
+                progress.update(task, completed=len(results), description=f"after {result.check.name}")
     return subject.prefix, results
 
 
@@ -168,8 +171,8 @@ def _as_dict(prefix: str, results: "list[Result]", counts: Counter[str]) -> dict
     }
 
 
-def _encoded(text: str | None) -> bytes | None:
-    return None if text is None else text.encode()
+def _encoded(name: str, text: str | None) -> bytes | None:
+    return None if text is None else text_option(name, text).encode()
 
 
 def _check_url(url: str) -> None:
@@ -185,6 +188,6 @@ def _check_url(url: str) -> None:
 
 def _header(text: str) -> tuple[str, str]:
     name, colon, value = text.partition(":")
-    if not colon or not name.strip():
-        raise typer.BadParameter("write 'Name: value'", param_hint="--header")
+    if not colon or not name.strip() or not text.isascii():
+        raise typer.BadParameter("write 'Name: value' in ASCII", param_hint="--header")
     return name.strip(), value.strip()

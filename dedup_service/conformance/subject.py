@@ -103,7 +103,7 @@ def ran(response: Response) -> bool:
 
 
 def described(response: Response) -> str:
-    """Return who answered what."""
+    """Return the process, status and kind of a response in words."""
     refusal = refusal_of(response)
     kind = f" {refusal.heading}" if refusal is not None else " as a replay" if is_replay(response) else ""
     return f"{response.base_url} answered {response.status}{kind}"

@@ -111,6 +111,20 @@ def old_cookie() -> Wrap:
     return altered(change)
 
 
+def repeated_rejection() -> Wrap:
+    """Mark the second rejection under a key as a replay, as a guard does that stores a 4xx by its body."""
+    rejected: Counter[bytes] = Counter()
+
+    def change(status: int, headers: Headers, body: bytes, key: bytes) -> tuple[int, Headers, bytes]:
+        if status == 400 and b"problem" not in headers[b"content-type"]:
+            rejected[key] += 1
+            if rejected[key] > 1:
+                headers[b"idempotency-replayed"] = b"true"
+        return status, headers, body
+
+    return altered(change)
+
+
 def race(allowed: int, only: bytes = b"") -> Wrap:
     """Let a request run under a key of its own if `allowed` others with its key are in flight, or were meanwhile."""
     fresh = (b"race-%d" % number for number in itertools.count())
@@ -216,6 +230,7 @@ FAULTS: dict[str, tuple[Wrap | None, Options, str]] = {
     "lets concurrent requests run": (race(1), {}, "concurrent slow"),
     "lets the third of concurrent requests run": (race(2, only=b"slow"), {}, "slow"),
     "stores 4xx": (None, {"outcome": lambda status: "keep" if status >= 500 else "complete"}, "rejected"),
+    "replays 4xx to the same body": (repeated_rejection(), {}, "rejected"),
     "keeps the key after 4xx": (None, {"outcome": lambda status: "complete" if status < 400 else "keep"}, "rejected"),
     "releases the key after 5xx": (
         None,

@@ -89,13 +89,15 @@ async def test_headers_are_sent() -> None:
     assert {headers[b"authorization"] for headers in seen} == {b"Bearer x"}
 
 
-def test_an_unreachable_process_is_invalid_usage() -> None:
-    """A process that does not answer ends the command before any check."""
+def test_an_unreachable_process_exits_with_2() -> None:
+    """A process that does not answer ends the command before any check, and its address is named."""
     url = f"http://127.0.0.1:{free_port()}"
     result = run("--base-url", url, *BODIES)
-    assert isinstance(result.exception, BadSettings)
-    assert result.exception.exit_code == 2
-    assert str(result.exception).startswith(f"{url} did not answer: ")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"UNREACHABLE: {url} did not answer: ")
+    result = run("--base-url", url, "--json")
+    assert result.exit_code == 2
+    assert json.loads(result.stdout)["error"]["reason"] == "UNREACHABLE"
 
 
 @pytest.mark.parametrize(
@@ -104,6 +106,8 @@ def test_an_unreachable_process_is_invalid_usage() -> None:
         (("--base-url", "127.0.0.1:80"), "is not an address such as"),
         (("--base-url", "http://h", "--route", "rewards"), "does not begin with /"),
         (("--base-url", "http://h", "--header", "Authorization"), "write 'Name: value'"),
+        (("--base-url", "http://h", "--header", "X-Name: é"), "in ASCII"),
+        (("--base-url", "http://h", "--slow-body", "\udce9"), "is not valid UTF-8"),
         (("--base-url", "http://h", "--timeout", "soon"), "is not a duration"),
         ((), "Missing option '--base-url'"),
     ],
@@ -126,6 +130,7 @@ def test_without_httpx_it_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(builtins, "__import__", refusing)
     result = run("--base-url", "http://h")
+    assert isinstance(result.exception, BadSettings)
     assert str(result.exception) == (
         "conformance cannot start (No module named 'httpx'): install the extra `conformance`"
     )
