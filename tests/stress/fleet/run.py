@@ -258,7 +258,7 @@ def run(plan: Plan, not_run: Sequence[str] = ()) -> Report:
     # A short path: a Unix socket path has a limit of about 100 bytes.
     folder = Path(tempfile.mkdtemp(prefix="fleet-"))
     begin_s = time.monotonic()
-    found = True
+    found = False
     try:
         one = Run(plan, folder)
         asyncio.run(one.run())
