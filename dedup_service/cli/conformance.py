@@ -6,8 +6,6 @@ from collections import Counter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn
 
 from dedup_service.cli.options import positive_milliseconds_option, text_option
 from dedup_service.cli.output import ExitCode, print_json
@@ -126,6 +124,10 @@ def conformance(
 
 async def _run(plan: "Plan") -> tuple[str, "list[Result]"]:
     """Return the prefix of the keys, and the results. Raises NoAnswer if a process is not reachable."""
+    # Imported late: rich would take a sixth of the start of every command.
+    from rich.console import Console  # noqa: PLC0415 - as above
+    from rich.progress import Progress, SpinnerColumn, TextColumn  # noqa: PLC0415 - as above
+
     from dedup_service.conformance.checks import CHECKS  # noqa: PLC0415 - needs httpx
     from dedup_service.conformance.run import reached, run_checks  # noqa: PLC0415 - as above
 

@@ -360,10 +360,14 @@ def _store_url_of_file(path: Path, written: Mapping[str, object]) -> str:
             f"{STORE_URL_VARIABLE} and {STORE_URL_VARIABLE}_FILE are both set, by a flag, a variable or the settings "
             "file: unset one of them"
         )
-    url = read_text(path, lambda sentence: BadSettings(f"{STORE_URL_VARIABLE}_FILE ({path}) {sentence}"))
+    url = read_text(path, lambda sentence: BadSettings(f"{STORE_URL_VARIABLE}_FILE ({_readable(path)}) {sentence}"))
     if not url:
-        raise BadSettings(f"{STORE_URL_VARIABLE}_FILE ({path}) is empty: write the URL of the store into it")
+        raise BadSettings(f"{STORE_URL_VARIABLE}_FILE ({_readable(path)}) is empty: write the URL of the store into it")
     return url
+
+
+def _readable(path: Path) -> str:
+    return text if (text := str(path)).isprintable() else repr(text)
 
 
 def _default_store_url() -> str:
