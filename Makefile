@@ -2,8 +2,8 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test test-nightly test-clients conformance demo chaos fleet fleet-nightly fuzz soak bench h2spec nightly check audit \
-	deploy-tools deploy-check smoke docs docs-reference format protos stubs-current lock redis postgresql h2load clean no-environment
+.PHONY: help run test test-nightly test-clients conformance demo chaos fleet fleet-nightly fuzz soak bench \
+	bench-others h2spec nightly check audit deploy-tools deploy-check smoke docs docs-reference format protos stubs-current lock redis postgresql h2load clean no-environment
 
 # The lock has wheels for these versions; a newer Python would compile grpcio for half an hour. Each candidate is run,
 # since version managers put names on PATH that do not work.
@@ -99,6 +99,12 @@ soak: .venv/dev.stamp redis ## Run mixed load for 10 minutes and check for memor
 bench: .venv/dev.stamp redis h2load ## Measure performance for 10 minutes; Linux (ARGS="--quick" for a 1-minute trial)
 	@.venv/bin/python -m benchmarks.run $(ARGS)
 
+# Shows that they run; their figures need the full forms, which docs/performance.md names.
+bench-others: .venv/dev.stamp redis
+	@for benchmark in scale coalescing startup workers; do .venv/bin/python -m "benchmarks.$$benchmark" --quick || exit; done
+	@.venv/bin/python -m benchmarks.hostile_peers --scale 0.05
+	@.venv/bin/python benchmarks/cancelled_calls.py --calls 2000
+
 # Needs Go, which builds it from source.
 h2spec: .venv/dev.stamp ## Check each engine's conformance to HTTP/2 for 3 minutes; needs Go
 	@mkdir -p build/bin
@@ -107,7 +113,7 @@ h2spec: .venv/dev.stamp ## Check each engine's conformance to HTTP/2 for 3 minut
 
 # About 40 minutes. A failure does not stop the later steps.
 nightly: ## Run the long checks in turn: the rest of the tests, chaos, fleet, fuzz, soak, bench, h2spec
-	@failed=""; for step in test-nightly chaos fleet-nightly fuzz soak bench $(if $(GO),h2spec); do \
+	@failed=""; for step in test-nightly chaos fleet-nightly fuzz soak bench bench-others $(if $(GO),h2spec); do \
 		echo "=== $$(date '+%H:%M:%S') $$step ==="; \
 		$(MAKE) --no-print-directory $$step ARGS= || failed="$$failed $$step"; \
 	done; echo "=== $$(date '+%H:%M:%S') failed:$${failed:- none} ==="; [ -z "$$failed" ]
