@@ -217,11 +217,15 @@ func TestClaimAloneKeepsItsContext(t *testing.T) {
 	if found != "caller" {
 		t.Errorf("the interceptor found %v", found)
 	}
+	if n := dedup.InFlight(client); n != 0 {
+		t.Errorf("%d claims still count", n)
+	}
 }
 
 func TestSomeClaimsAreNotGathered(t *testing.T) {
 	var c calls
-	client := newClient(t, embeddedServer(t).Target, c.options()...)
+	// Without retries, which travel alone as well.
+	client := newClient(t, embeddedServer(t).Target, append(c.options(), dedup.WithBackoff(time.Hour, time.Hour))...)
 	leave, _ := dedup.Crowd(client)
 	defer leave()
 	hasty, cancel := context.WithTimeout(ctx, 2*time.Second) // A batch may take 2.5 s here.
@@ -271,6 +275,8 @@ func TestLostReplyOfABatchIsRetriedClaimByClaim(t *testing.T) {
 		for _, id := range ids {
 			held(t, direct, id)
 		}
+		leave, _ := dedup.Crowd(client) // A gathered retry would wait.
+		defer leave()
 		proxy.SwallowReplies(false)
 		proxy.Cut()
 		answers.all.Wait()
@@ -313,6 +319,9 @@ func TestLostReplyWithoutARetryLeavesDoubt(t *testing.T) {
 func TestSlowEntryDoesNotHoldTheOthers(t *testing.T) {
 	slow, good := newID(), newID()
 	b := &stub{batch: func(ctx context.Context, r *dedupv1.BatchClaimTransactionsRequest) (*dedupv1.BatchClaimTransactionsResponse, error) {
+		if deadline, _ := ctx.Deadline(); time.Until(deadline) > 500*time.Millisecond {
+			t.Errorf("the batch may take %v, more than a quarter of the attempt", time.Until(deadline))
+		}
 		<-ctx.Done() // The service waits for its slowest entry.
 		return nil, status.FromContextError(ctx.Err()).Err()
 	}, alone: func(ctx context.Context, r *dedupv1.ClaimTransactionRequest) (*dedupv1.ClaimTransactionResponse, error) {
@@ -479,15 +488,17 @@ func TestCancelledClaimDoesNotCancelTheOthersOfItsBatch(t *testing.T) {
 		case <-proceed:
 			return nil
 		case <-ctx.Done():
+			t.Error("the batch was cancelled")
 			return status.FromContextError(ctx.Err()).Err()
 		}
 	}
-	client := newClient(t, embeddedServer(t).Target, c.options()...)
+	client := newClient(t, embeddedServer(t).Target, append(c.options(), dedup.WithBudget(time.Minute), dedup.WithAttemptTimeout(time.Minute))...)
 	leave, waiting := dedup.Crowd(client)
 	var stays, leaves answers
 	leaving, cancel := context.WithCancel(ctx)
 	left, stayed := newID(), newID()
 	leaves.claim(leaving, client, left)
+	servertest.Eventually(t, "the first claim waits", func() bool { return waiting() == 1 })
 	stays.claim(ctx, client, stayed)
 	servertest.Eventually(t, "the claims wait", func() bool { return waiting() == 2 })
 	leave()
@@ -555,33 +566,6 @@ func TestClaimCancelledBeforeItsBatchIsNotSent(t *testing.T) {
 	if alone, batches := c.sent(); len(alone) != 0 || len(batches) != 1 || !slices.Equal(sorted(batches[0]), sorted(ids)) {
 		t.Errorf("alone: %v, batches: %v", alone, batches)
 	}
-}
-
-// The service does not work for a caller that has timed out.
-func TestBatchEndsWithTheEarliestAttemptOfItsClaims(t *testing.T) {
-	var c calls
-	deadlines := make(chan time.Time, 1)
-	c.batch = func(ctx context.Context) error {
-		deadline, _ := ctx.Deadline()
-		deadlines <- deadline
-		return nil
-	}
-	client := newClient(t, embeddedServer(t).Target, append(c.options(), dedup.WithAttemptTimeout(time.Hour), dedup.WithBudget(0))...)
-	leave, waiting := dedup.Crowd(client)
-	end := time.Now().Add(20 * time.Minute)
-	early, cancel := context.WithDeadline(ctx, end)
-	defer cancel()
-	later, cancel := context.WithDeadline(ctx, end.Add(30*time.Minute))
-	defer cancel()
-	var a answers
-	a.claim(early, client, newID())
-	a.claim(later, client, newID())
-	servertest.Eventually(t, "the claims wait", func() bool { return waiting() == 2 })
-	leave()
-	if deadline := <-deadlines; deadline.After(end) {
-		t.Errorf("the batch ends %v after the first caller", deadline.Sub(end))
-	}
-	a.all.Wait()
 }
 
 func TestCloseEndsClaimsInABatch(t *testing.T) {

@@ -21,3 +21,10 @@ func Crowd(c *Client) (leave func(), waiting func() int) {
 
 // Coalesces reports whether the client coalesces.
 func Coalesces(c *Client) bool { return c.coalescer != nil }
+
+// InFlight returns the number of claims in flight that hold others back.
+func InFlight(c *Client) int {
+	c.coalescer.mu.Lock()
+	defer c.coalescer.mu.Unlock()
+	return c.coalescer.gathered.inFlight
+}

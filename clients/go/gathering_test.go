@@ -1,6 +1,7 @@
 package dedup
 
 import (
+	"context"
 	"encoding/json"
 	"os"
 	"reflect"
@@ -83,6 +84,19 @@ func TestClaimsAreGatheredByTheContract(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// The service does not work for a caller that has timed out.
+func TestBatchEndsWithTheEarliestAttemptOfItsClaims(t *testing.T) {
+	c := newCoalescer(nil, time.Hour)
+	early, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	batch, cancel := c.untilAllLeft([]*entry{{ctx: t.Context()}, {ctx: early}})
+	defer cancel()
+	deadline, _ := batch.Deadline()
+	if want, _ := early.Deadline(); !deadline.Equal(want) {
+		t.Errorf("the batch ends at %v, the first attempt at %v", deadline, want)
 	}
 }
 

@@ -16,6 +16,7 @@ from redis.crc import key_slot
 from dedup import CallFailed, Client, ClientClosed, DuplicateTransaction, InvalidRequest, Unavailable, aio
 from dedup.batches import answers_of
 from dedup.channels import call_metadata
+from dedup.coalescing import _Again, _matched
 from dedup.gathering import CROWD, GatheredCall
 from dedup.v1 import dedup_pb2
 from tests.support.cluster import ClusterDeployment
@@ -256,6 +257,8 @@ async def test_the_lost_reply_of_a_batch_is_retried_claim_by_claim(
         claims = await clients.started(client, *ids, unique)
         for name in ids:
             await eventually(lambda name=name: direct.get(name))  # type: ignore[misc]
+        # A gathered retry would wait.
+        leave, _ = clients.crowd(client)
         proxy.drop_connections()
         proxy.hold_replies.set()
         answers: list[Any] = await asyncio.gather(*claims, return_exceptions=True)
@@ -265,6 +268,7 @@ async def test_the_lost_reply_of_a_batch_is_retried_claim_by_claim(
         for name in ids:
             with pytest.raises(DuplicateTransaction):
                 await direct.claim(name)
+    leave()
     assert len(stub.batches) == 1
     assert all(len(set(tokens)) == 1 for tokens in stub.tokens.values())
 
@@ -484,6 +488,13 @@ def test_an_interrupted_thread_does_not_strand_the_others(target: str, unique: s
         with pytest.raises(KeyboardInterrupt):
             client.claim(unique)
         assert others[0].result().transaction_id == unique + "-other"
+
+
+def test_claims_whose_answers_cannot_be_matched_are_sent_alone() -> None:
+    """The service may have made them."""
+    reply = dedup_pb2.BatchClaimTransactionsResponse(entries=[dedup_pb2.BatchClaimEntry()])
+    answers = _matched(reply, 2)
+    assert [isinstance(answer, _Again) and answer.failure.applied for answer in answers] == ["unknown"] * 2
 
 
 @pytest.mark.parametrize("entries", [0, 1, 3])
