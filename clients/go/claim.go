@@ -146,17 +146,26 @@ func (c *Claim) Release(ctx context.Context) error {
 	}
 }
 
-// Extend moves the end of the claim to ttl from now and returns the new end. It never shortens a claim.
+// Extend moves the end of the claim to ttl from now and returns the new end. A ttl of 0 is the namespace's default. An
+// earlier end has no effect without [AllowShortening].
 //
 // The error matches ErrNotHeld if the claim is no longer held. Stop the work then: another caller may do it.
-func (c *Claim) Extend(ctx context.Context, ttl time.Duration) (time.Time, error) {
+func (c *Claim) Extend(ctx context.Context, ttl time.Duration, opts ...ExtendOption) (time.Time, error) {
 	if c.FailOpen {
 		c.skipped(ctx, "extend")
 		return time.Time{}, nil
 	}
 	request := &dedupv1.ExtendTransactionRequest{
 		TransactionId: c.id, Namespace: c.namespace, ClaimToken: c.Token,
-		Expiry: &dedupv1.ExtendTransactionRequest_Ttl{Ttl: durationOf(ttl)},
+	}
+	if ttl != 0 {
+		request.Expiry = &dedupv1.ExtendTransactionRequest_Ttl{Ttl: durationOf(ttl)}
+	}
+	for _, opt := range opts {
+		opt(request)
+	}
+	if request.AllowShortening && c.lease != nil {
+		c.client.keeper.end(c.lease) // It does not know the new lease.
 	}
 	var reply *dedupv1.ExtendTransactionResponse
 	var sent time.Time
@@ -170,7 +179,7 @@ func (c *Claim) Extend(ctx context.Context, ttl time.Duration) (time.Time, error
 	}
 	switch outcome := reply.GetOutcome(); outcome {
 	case dedupv1.ExtendOutcome_EXTEND_OUTCOME_EXTENDED:
-		if c.lease != nil {
+		if c.lease != nil && ttl != 0 {
 			c.client.keeper.extended(c.lease, sent.Add(ttl))
 		}
 		return timeOf(reply.GetTransaction().GetExpireTime()), nil

@@ -308,7 +308,7 @@ func TestClaimsAndErrorsAreRedacted(t *testing.T) {
 func TestClosedClientStaysClosed(t *testing.T) {
 	for name, client := range map[string]*dedup.Client{
 		"live":       newClient(t, embeddedServer(t).Target, dedup.WithDefaults(dedup.OnUnavailable(dedup.Allow))),
-		"coalescing": newClient(t, embeddedServer(t).Target, dedup.WithCoalescing(8, time.Millisecond)),
+		"coalescing": newClient(t, embeddedServer(t).Target, dedup.WithCoalescing(true)),
 		"fake":       deduptest.NewGuard(dedup.WithDefaults(dedup.OnUnavailable(dedup.Allow))).Client,
 	} {
 		id := newID()

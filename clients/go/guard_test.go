@@ -108,7 +108,7 @@ func TestReleasedMayBeClaimedAgain(t *testing.T) {
 	})
 }
 
-func TestExtendMovesTheEndAndNeverShortens(t *testing.T) {
+func TestExtendMovesTheEndAndShortensOnRequest(t *testing.T) {
 	onEach(t, func(t *testing.T, guard dedup.Guard) {
 		claim := mustClaim(t, guard, newID(), dedup.TTL(time.Minute))
 		later, err := claim.Extend(ctx, time.Hour)
@@ -117,6 +117,13 @@ func TestExtendMovesTheEndAndNeverShortens(t *testing.T) {
 		}
 		if same, err := claim.Extend(ctx, time.Second); err != nil || !same.Equal(later) {
 			t.Errorf("a shorter extension: %v, %v, want %v", same, err, later)
+		}
+		sooner, err := claim.Extend(ctx, time.Minute, dedup.AllowShortening())
+		if err != nil || !sooner.Before(later.Add(-50*time.Minute)) {
+			t.Errorf("shortened to %v, %v", sooner, err)
+		}
+		if end, err := claim.Extend(ctx, 0); err != nil || end.Before(sooner) || end.After(later) {
+			t.Errorf("extended by the default ttl to %v, %v", end, err)
 		}
 	})
 }

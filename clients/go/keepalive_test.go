@@ -359,3 +359,19 @@ func TestExplicitExtensionPostponesTheNext(t *testing.T) {
 		}
 	})
 }
+
+func TestShorteningEndsKeepAlive(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &leased{}
+		claim := s.claim(t, s.client(t, 0), time.Minute)
+		ctx, stop := claim.KeepAlive(t.Context())
+		defer stop()
+		if _, err := claim.Extend(t.Context(), 5*time.Second, AllowShortening()); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(2 * time.Minute)
+		if got := s.extensions(); len(got) != 1 || ctx.Err() != nil {
+			t.Errorf("extended at %v, %v: the next extension makes the claim longer again", got, context.Cause(ctx))
+		}
+	})
+}

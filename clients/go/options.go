@@ -201,6 +201,14 @@ func OnUnavailable(p Policy) CallOption {
 	return func(s *callSettings) { s.policy = p }
 }
 
+// ExtendOption configures [Claim.Extend].
+type ExtendOption func(*dedupv1.ExtendTransactionRequest)
+
+// AllowShortening lets an extension move the end of the claim nearer. It ends [Claim.KeepAlive].
+func AllowShortening() ExtendOption {
+	return func(r *dedupv1.ExtendTransactionRequest) { r.AllowShortening = true }
+}
+
 // CompleteOption configures [Claim.Complete].
 type CompleteOption func(*dedupv1.CompleteTransactionRequest)
 

@@ -161,13 +161,15 @@ export class Claim implements Grant {
   }
 
   /**
-   * Extend the claim to `ttlMs` from now; shortens it only with `allowShortening`. Throws NotHeldError or
-   * UnavailableError.
+   * Extend the claim to `ttlMs` from now. An earlier end has no effect without `allowShortening`, which ends keep-alive.
+   * Throws NotHeldError or UnavailableError.
    */
   async extend(ttlMs?: number, options: ExtendOptions = {}): Promise<void> {
     const allowShortening = options.allowShortening ?? false;
     const request = ExtendTransactionRequest.fromPartial({ ...this.#held(), ...encodeExpiry({ ttlMs }), allowShortening });
     if (this.#holdsNothing()) return;
+    // Keep-alive does not know the new lease.
+    if (allowShortening) this.#lease?.end();
     const budget = { ...this.#within(options), signal: options.signal };
     const { reply, sentAt } = await this.#channel.call(DedupServiceService.extendTransaction, () => request, budget);
     if (reply.outcome === ExtendOutcome.EXTEND_OUTCOME_NOT_HELD) {
@@ -176,7 +178,7 @@ export class Claim implements Grant {
     }
     if (reply.outcome !== ExtendOutcome.EXTEND_OUTCOME_EXTENDED) throw unspecified("extension");
     this.#update(reply.transaction);
-    if (ttlMs !== undefined) this.#lease?.renew(sentAt, ttlMs, allowShortening);
+    if (ttlMs !== undefined) this.#lease?.renew(sentAt, ttlMs);
   }
 
   /** Without the token. */

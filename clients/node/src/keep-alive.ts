@@ -141,10 +141,9 @@ export class Lease {
   }
 
   /** Record a lease that was granted by a call sent at `sentAt`. */
-  renew(sentAt: number, ttlMs: number, shortened = false): void {
-    if (!this.active) return;
+  renew(sentAt: number, ttlMs: number): void {
     // A late answer to an earlier extension must not shorten the lease.
-    if (!shortened && sentAt + ttlMs < this.#endsAt) return;
+    if (!this.active || sentAt + ttlMs < this.#endsAt) return;
     this.#endsAt = sentAt + ttlMs;
     this.#lostAt = this.#endsAt - marginMs(ttlMs);
     this.#nextAt = sentAt + extensionMs(Math.min(ttlMs, this.#holding.leaseMs), this.#timers.random());

@@ -172,6 +172,14 @@ test("an explicit claim is extended only where that is asked, and never with an 
   assert.ok(extended.every(({ request }) => (request as { transactionId: string }).transactionId === "b"));
 });
 
+test("shortening ends keep-alive", async () => {
+  const client = new FakeClient();
+  const claim = await client.claim("order", { keepAlive: true });
+  await claim.extend(5_000, { allowShortening: true });
+  await client.service.advance(6_000);
+  assert.equal(await client.get("order"), undefined);
+});
+
 test("a claim without a claim is not extended", async () => {
   const client = new FakeClient(undefined, { onUnavailable: "allow", logger: { warn: () => undefined } });
   client.service.unavailable = true;
