@@ -282,7 +282,7 @@ def test_a_retry_after_a_lost_reply_is_not_a_duplicate(
     finally:
         redis.stop()
     assert (code, counts["claimed"], counts["duplicate"]) == (0, 20, 0)
-    assert len(_batches(service)) >= 3
+    wait_until(lambda: len(_batches(service)) >= 3, what="the log line of the last attempt")
 
 
 def _batches(service: ServiceProcess) -> list[dict[str, Any]]:

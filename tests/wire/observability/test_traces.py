@@ -63,6 +63,7 @@ def test_a_call_and_its_store_command_are_spans_of_the_callers_trace(
         "server.address": "127.0.0.1",
         "server.port": redis_server.port,
     }
+    assert service.stop() == 0
     lines = service.events("call_finished")
     assert [(line["trace_id"], line["span_id"]) for line in lines] == [(TRACE, first.span_id), (TRACE, second.span_id)]
     assert {line["correlation_id"] for line in lines} == {TRACE}

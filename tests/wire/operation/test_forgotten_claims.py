@@ -30,7 +30,7 @@ def wait_for_canary(service: ServiceProcess, redis_server: RedisProcess, pattern
 
         wait_until(counted, what="the canary")
         assert all(client.pttl(key) > 0 for key in client.scan_iter(pattern))
-    assert service.events("store_became_ready")
+    wait_until(lambda: service.events("store_became_ready"), what="the store_became_ready event")
 
 
 def wait_for_loss(service: ServiceProcess, times: int = 1) -> None:
@@ -72,7 +72,7 @@ def test_a_restart_without_data_is_detected(start_redis: StartRedis, start_servi
     redis_server.stop()
     redis_server.start(redis_server.port)
     wait_for_loss(service)
-    assert len(service.events("store_restarted")) == 1
+    wait_until(lambda: service.events("store_restarted"), what="the store_restarted event")
     health = health_of(service)
     assert (health["store_forgotten"], health["store_restarts"]) == (1, 1)
 

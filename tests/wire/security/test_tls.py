@@ -119,7 +119,7 @@ async def test_certificate_rotation_under_load_drops_no_call(
     over.set()
     await asyncio.gather(*callers)
     assert set(answered) == {CLAIMED}
-    assert service.events("tls_reloaded")
+    await asyncio.to_thread(wait_until, lambda: service.events("tls_reloaded"), what="the tls_reloaded event")
 
 
 async def _differs(target: str, before: str) -> bool:
