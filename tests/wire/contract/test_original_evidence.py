@@ -4,6 +4,7 @@ The original's transaction ids look like `lucky_box:{device}:{unit}:{event}:{dat
 """
 
 import asyncio
+import contextlib
 import sqlite3
 import time
 from collections import Counter
@@ -29,12 +30,19 @@ async def claim_together(target: str, transaction_id: str, callers: int, ttl_ms:
     # Separate channels, as separate instances of a caller have.
     channels = [grpc.aio.insecure_channel(target, options=[("grpc.use_local_subchannel_pool", 1)]) for _ in range(10)]
     try:
-        await asyncio.gather(*(channel.channel_ready() for channel in channels))
         stubs = [dedup_pb2_grpc.DedupServiceStub(channel) for channel in channels]
+        await asyncio.gather(*map(connect, stubs))
         replies = await asyncio.gather(*(stubs[i % 10].ClaimTransaction(request) for i in range(callers)))
     finally:
         await asyncio.gather(*(channel.close() for channel in channels))
     return Counter(reply.outcome for reply in replies)
+
+
+async def connect(stub: "dedup_pb2_grpc.DedupServiceAsyncStub") -> None:
+    """Return when the channel of a stub is connected."""
+    # A watch of its state, as in channel_ready(), can outlive the channel and then hold up the end of grpc.aio.
+    with contextlib.suppress(grpc.aio.AioRpcError):
+        await stub.GetTransaction(dedup_pb2.GetTransactionRequest(transaction_id="unclaimed"), wait_for_ready=True)
 
 
 @pytest.mark.parametrize("callers", [10, 100])
