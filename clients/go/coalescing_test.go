@@ -585,7 +585,7 @@ func TestCloseEndsClaimsInABatch(t *testing.T) {
 	}
 	answers.all.Wait()
 	for id, err := range answers.errs {
-		if !errors.Is(err, context.Canceled) {
+		if !errors.Is(err, dedup.ErrClosed) {
 			t.Errorf("%s: %v", id, err)
 		}
 	}

@@ -85,8 +85,8 @@ type Violation struct {
 // Error is a failed call, after all retries. It neither grants the claim nor reports a duplicate.
 //
 // It matches ErrUnavailable, ErrClosed, ErrNotFound, context.Canceled and context.DeadlineExceeded. A call cancelled by
-// the service matches ErrUnavailable, and one cancelled by Close ErrClosed, not context.Canceled. status.FromError returns the gRPC status of the last
-// attempt. For the correlation id see [WithDialOptions].
+// the service matches ErrUnavailable, and one cancelled by Close ErrClosed, not context.Canceled. status.FromError
+// returns the gRPC status of the last attempt. For the correlation id see [WithDialOptions].
 type Error struct {
 	// Code is the gRPC code of the last attempt.
 	Code codes.Code
