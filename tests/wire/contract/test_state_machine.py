@@ -297,7 +297,7 @@ ALL_KINDS = {
 }
 
 
-@pytest.mark.parametrize("sequences", [40, pytest.param(400, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("sequences", [40, pytest.param(200, marks=[pytest.mark.nightly, pytest.mark.timeout(1800)])])
 def test_random_call_sequences_match_the_model(
     stub: dedup_pb2_grpc.DedupServiceStub, unique: str, sequences: int
 ) -> None:
