@@ -42,6 +42,8 @@ from tests.support.guarded_service import (
     served,
 )
 
+pytestmark = pytest.mark.conformance
+
 Headers = dict[bytes, bytes]
 ROOT = Path(__file__).parents[3]
 NAMES = [check.name for check in CHECKS]

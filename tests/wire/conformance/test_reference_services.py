@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from dedup_service.cli.commands import app
 from tests.support.processes import ServiceProcess
 
-pytestmark = [pytest.mark.every_language, pytest.mark.one_store]
+pytestmark = [pytest.mark.conformance, pytest.mark.one_store]
 
 REWARDS = Path(__file__).parents[3] / "examples" / "rewards"
 PROGRAMS = {
