@@ -1,4 +1,4 @@
-"""What the client contract says about keys, headers and refusals, and the comparison of a response with it."""
+"""The rules of the client contract on keys, headers and refusals, and their comparison with a response."""
 
 import json
 from collections.abc import Iterator

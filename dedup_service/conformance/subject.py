@@ -31,7 +31,7 @@ class CouldNotRun(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Where requests go, and their bodies. An absent body skips the checks that need it.
+    """The addresses and bodies of the requests. An absent body skips the checks that need it.
 
     `route` is a path with an optional query. `claimant` is the name that the service's client claims under.
     """

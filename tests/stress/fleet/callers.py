@@ -13,7 +13,7 @@ _TARGET = "/rewards?from=a%20b&c+d"
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What callers send with one key."""
+    """The request that callers send with one key."""
 
     key: str
     work_ms: int

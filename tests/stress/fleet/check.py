@@ -157,10 +157,7 @@ class _Key:
                 yield UNEXPECTED, f"{attempt.service} answered {attempt.status} without {problem} or Retry-After"
         elif attempt.status < 500:
             yield UNEXPECTED, f"{attempt.service} answered {attempt.status} {attempt.body}"
-        # A connection the fault broke may fail its next user, much later.
-        elif self._work != FAILING and not any(
-            one.subject == "database" and one.begin_ns <= attempt.end_ns for one in self._disturbances
-        ):
+        elif self._work != FAILING and not self._database_failed(attempt):
             yield UNEXPLAINED, f"{attempt.service} answered {attempt.status} before any fault of the database"
 
     def _order(self) -> Iterable[tuple[str, str]]:
