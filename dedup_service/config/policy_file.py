@@ -52,7 +52,7 @@ def read_policy_file(path: Path, *, namespace_fault: Fault, rpcs: Collection[str
         return f"the name {fault}" if (fault := namespace_fault(name)) else None
 
     def rpc_fault(name: str) -> str | None:
-        return None if name in rpcs else f"there is no rpc {shown(name)}: write some of {', '.join(rpcs)}"
+        return None if name in rpcs else f"there is no rpc {shown(name)}: write one or more of {', '.join(rpcs)}"
 
     of_namespace: dict[str, Parse] = {
         "default_ttl": positive_duration,

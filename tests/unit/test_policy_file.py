@@ -142,15 +142,15 @@ def test_callers_have_the_rights_of_the_file(load: Load) -> None:
         ("[callers.me]\nnamespaces = ['Pay']", "caller 'me': namespaces: the name must be 1 to 63 of the characters"),
         (
             "[callers.me]\nrpcs = ['Claim']",
-            "caller 'me': rpcs: there is no rpc 'Claim': write some of Claim",
+            "caller 'me': rpcs: there is no rpc 'Claim': write one or more of Claim",
         ),
         ("[callers.me]\nnamespaces = ['Pay']", "begin with a letter or digit, unlike 'Pay'"),
         ("[callers.me]\nrpcs = [1]", "caller 'me': rpcs: [1] is not a list of names"),
         (
             "[callers.me]\nrpcs = ['Claim', 'Read']",
-            "there is no rpc 'Claim': write some of ClaimTransaction, CompleteTransaction, ReleaseTransaction",
+            "there is no rpc 'Claim': write one or more of ClaimTransaction, CompleteTransaction, ReleaseTransaction",
         ),
-        ("[callers.me]\nrpcs = ['Claim', 'Read']", "; there is no rpc 'Read': write some of Claim"),
+        ("[callers.me]\nrpcs = ['Claim', 'Read']", "; there is no rpc 'Read': write one or more of Claim"),
     ],
 )
 def test_a_broken_table_of_a_caller_is_one_clear_sentence(load: Load, text: str, words: str) -> None:
